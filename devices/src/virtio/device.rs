@@ -1,0 +1,97 @@
+//! What a virtio device is to its transport, and what a transport is to its device.
+//!
+//! Life: `new(config, Option<State>)` → `start` (the driver set DRIVER_OK, or the machine resumes) → `handle`… → `stop`
+//! (reset, pause, snapshot, unplug: one road) → `start` or drop. A stopped device has given its queues back and has
+//! nothing left that could run, so `save` needs no barrier.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::host::Source;
+use crate::memory::Memory;
+use crate::virtio::queue::Queue;
+
+/// A device model behind any transport. The transport holds its lock for every call; none may block.
+pub trait VirtioDevice: Send {
+    /// What the driver sees before it has agreed on anything: plain data, the same at every call.
+    fn identity(&self) -> Identity;
+
+    /// Fills `data` from the device-specific configuration space at `offset`; zeros beyond its end.
+    fn config(&self, offset: u64, data: &mut [u8]);
+
+    /// The driver writes to the configuration space; fields that are read-only ignore it.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// From now on the device owns what is in `active`. Returns the descriptors to watch: the queues' kicks and its
+    /// own, each with the token that [`VirtioDevice::handle`] gets. Only while stopped.
+    fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError>;
+
+    /// The descriptor with this token is readable: a queue was kicked, or the device's own descriptor is ready.
+    fn handle(&mut self, token: u32);
+
+    /// Drains what is in flight and gives the queues back, in their order. Idempotent: empty when already stopped.
+    fn stop(&mut self) -> Vec<Queue>;
+
+    /// The driver reset the device: forget what belonged to that driver. Called stopped, after [`VirtioDevice::stop`].
+    fn reset(&mut self) {}
+
+    /// Everything that `new` needs to build the same device again. Only while stopped.
+    fn save(&self) -> DeviceState;
+}
+
+/// What the driver sees of a device before it agrees on anything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// VIRTIO 1.3, section 5.
+    pub device_type: DeviceType,
+    /// Feature bits the device offers; transports add VIRTIO_F_VERSION_1 and their own.
+    pub features: u64,
+    /// The greatest size of each queue, a power of two; its length is the number of queues.
+    pub queue_sizes: Vec<u16>,
+}
+
+/// Device numbers (VIRTIO 1.3, section 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum DeviceType {
+    Block = 2,
+    Console = 3,
+    Entropy = 4,
+}
+
+/// What a running device owns until `stop`.
+pub struct Active {
+    pub memory: Memory,
+    /// As many as [`Identity::queue_sizes`]; one the driver did not enable is not ready and must not be touched.
+    pub queues: Vec<Queue>,
+    /// The feature bits that driver and device agreed on.
+    pub features: u64,
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// How a device calls its driver; the transport decides what that is on the wire.
+pub trait Interrupt: Send + Sync {
+    /// Used buffers are in queue `index`. The caller has asked the queue whether the driver wants to know.
+    fn queue(&self, index: u16);
+
+    /// The configuration space has changed.
+    fn config(&self);
+
+    /// The driver broke the rules so that the device cannot go on: sets DEVICE_NEEDS_RESET (VIRTIO 1.3, 2.1.2) and
+    /// tells the driver. The machine runs on.
+    fn needs_reset(&self);
+}
+
+/// The saved state of any device: one variant each, so that a state can never be given to another kind of device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum DeviceState {}
+
+/// Why a device could not start; the driver sees DEVICE_NEEDS_RESET, the log sees this text.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("the driver enabled {got} queues, the device needs {needed}")]
+    Queues { got: usize, needed: usize },
+    #[error("host: {0}")]
+    Host(#[from] std::io::Error),
+}

@@ -1,0 +1,4 @@
+//! Virtual I/O devices (VIRTIO 1.3).
+
+pub mod device;
+pub mod queue;
