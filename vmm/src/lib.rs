@@ -1,0 +1,3 @@
+//! The virtual machine monitor as a library: `main.rs` is the life of the process, everything else is here so that
+//! tests and fuzz targets reach it.
+
