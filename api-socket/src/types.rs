@@ -1,0 +1,464 @@
+//! The wire types: request bodies, replies, and the enum of each.
+//!
+//! Field names, defaults and optionality are Firecracker's. Every object rejects fields it does not know, except
+//! [`TokenBucket`]. A type accepts whatever its JSON type allows; what the values must be beyond that (a drive with a
+//! socket has no path, a memory size fits its pages) is not checked here. The plain limits of a field stand here as
+//! constants, for those who check them and for the OpenAPI description.
+
+mod cpu_config;
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Deserializer, Serialize, de};
+
+pub use cpu_config::{
+    Bitmap, CpuConfig, CpuConfigSource, CpuidLeafModifier, CpuidModifier, CpuidRegister, KvmCapability,
+    MsrModifier,
+};
+
+/// What `vcpu_count` may be.
+pub const VCPU_COUNT: RangeInclusive<u8> = 1..=32;
+/// The smallest `mem_size_mib`; the largest is what the host can map.
+pub const MEM_SIZE_MIB_MIN: u64 = 1;
+/// The machine of a guest for which nothing was set: `vcpu_count`.
+pub const DEFAULT_VCPU_COUNT: u8 = 1;
+/// The machine of a guest for which nothing was set: `mem_size_mib`.
+pub const DEFAULT_MEM_SIZE_MIB: u64 = 128;
+
+/// One request to the guest API, parsed. What arrives on the socket and what a configuration file says are both a
+/// list of these.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Request {
+    /// `GET /`
+    GetInstanceInfo,
+    /// `GET /version`
+    GetVersion,
+    /// `GET /vm/config`
+    GetVmConfig,
+    /// `GET /machine-config`
+    GetMachineConfig,
+    /// `PUT /machine-config`: fields left out take their default.
+    PutMachineConfig(MachineConfig),
+    /// `PATCH /machine-config`: fields left out keep their value; at least one is there.
+    PatchMachineConfig(MachineConfigUpdate),
+    /// `PUT /boot-source`
+    PutBootSource(BootSource),
+    /// `PUT /cpu-config`
+    PutCpuConfig(CpuConfig),
+    /// `PUT /drives/{drive_id}`
+    PutDrive(Drive),
+    /// `PATCH /drives/{drive_id}`
+    PatchDrive(DriveUpdate),
+    /// `DELETE /drives/{drive_id}`: the id.
+    DeleteDrive(String),
+    /// `PUT /entropy`
+    PutEntropy(Entropy),
+    /// `PUT /serial`
+    PutSerial(Serial),
+    /// `PUT /logger`
+    PutLogger(Logger),
+    /// `PUT /metrics`
+    PutMetrics(Metrics),
+    /// `PUT /actions`
+    Action(ActionType),
+    /// `PATCH /vm`
+    PatchVm(VmState),
+}
+
+/// The answer to a [`Request`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reply {
+    /// Done; 204, no body.
+    Empty,
+    /// To [`Request::GetInstanceInfo`]; 200.
+    InstanceInfo(InstanceInfo),
+    /// To [`Request::GetVersion`]; 200.
+    Version(Version),
+    /// To [`Request::GetMachineConfig`]; 200.
+    MachineConfig(MachineConfig),
+    /// To [`Request::GetVmConfig`]; 200.
+    VmConfig(Box<VmConfig>),
+    /// Not done, and nothing was changed.
+    Fault(Fault),
+}
+
+impl From<Fault> for Reply {
+    fn from(fault: Fault) -> Reply {
+        Reply::Fault(fault)
+    }
+}
+
+/// A refused request: the status and the text of `{"fault_message": ...}`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Fault {
+    /// The HTTP status, 400 unless there is a reason.
+    pub status: u16,
+    /// For a person: which field, which value, which rule, what to do.
+    pub message: String,
+}
+
+impl Fault {
+    /// A fault with status 400, which is what nearly every refusal of this API is.
+    pub fn bad_request(message: impl Into<String>) -> Fault {
+        Fault { status: 400, message: message.into() }
+    }
+}
+
+/// Reply of `GET /`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceInfo {
+    /// The id given at start (`--id`).
+    pub id: String,
+    pub state: InstanceState,
+    pub vmm_version: String,
+    /// The name the VMM was started under; see [`Version`].
+    pub app_name: String,
+}
+
+/// Where a guest is in its life, as `GET /` tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum InstanceState {
+    #[serde(rename = "Not started")]
+    NotStarted,
+    Running,
+    Paused,
+}
+
+/// Reply of `GET /version`. Clients written for Firecracker read this field, whatever the VMM calls itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Version {
+    pub firecracker_version: String,
+}
+
+/// Body of `PUT /machine-config`, reply of the `GET`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Within [`VCPU_COUNT`].
+    pub vcpu_count: u8,
+    /// MiB, at least [`MEM_SIZE_MIB_MIN`].
+    pub mem_size_mib: u64,
+    /// Two threads to a core.
+    #[serde(default)]
+    pub smt: bool,
+    /// Deprecated: `/cpu-config` says it better.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+    /// Keep a log of written pages, for incremental snapshots.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    #[serde(default)]
+    pub huge_pages: HugePages,
+}
+
+impl Default for MachineConfig {
+    fn default() -> MachineConfig {
+        MachineConfig {
+            vcpu_count: DEFAULT_VCPU_COUNT,
+            mem_size_mib: DEFAULT_MEM_SIZE_MIB,
+            smt: false,
+            cpu_template: None,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
+        }
+    }
+}
+
+/// Body of `PATCH /machine-config`: `None` leaves a value as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfigUpdate {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vcpu_count: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mem_size_mib: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub smt: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub track_dirty_pages: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub huge_pages: Option<HugePages>,
+}
+
+/// The pages that back guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HugePages {
+    /// The host's base pages.
+    #[default]
+    None,
+    /// Base pages that the host may merge to huge ones.
+    Transparent,
+    /// 2 MiB pages of hugetlbfs, which must have been set aside on the host.
+    #[serde(rename = "2M")]
+    Hugetlbfs2M,
+}
+
+/// The named CPU models of old; each is for one vendor's CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CpuTemplate {
+    C3,
+    T2,
+    T2S,
+    T2CL,
+    T2A,
+    V1N1,
+    None,
+}
+
+/// Body of `PUT /boot-source`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    pub kernel_image_path: PathBuf,
+    pub initrd_path: Option<PathBuf>,
+    /// The kernel command line; `None` is the VMM's own default.
+    pub boot_args: Option<String>,
+}
+
+/// Body of `PUT /drives/{drive_id}`. A drive has either a `path_on_host` (virtio-blk in this process) or a `socket`
+/// (vhost-user-blk in another).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// The id of the path.
+    pub drive_id: String,
+    /// The partition to boot from; only with `is_root_device`.
+    pub partuuid: Option<String>,
+    pub is_root_device: bool,
+    #[serde(default)]
+    pub cache_type: CacheType,
+    /// Not with `socket`. Absent is `false`.
+    pub is_read_only: Option<bool>,
+    /// A raw image or a block device. Not with `socket`.
+    pub path_on_host: Option<PathBuf>,
+    /// Not with `socket`.
+    pub rate_limiter: Option<RateLimiter>,
+    /// Not with `socket`. Absent is [`IoEngine::Sync`].
+    pub io_engine: Option<IoEngine>,
+    /// The vhost-user back-end's Unix socket.
+    pub socket: Option<PathBuf>,
+}
+
+/// Body of `PATCH /drives/{drive_id}`: `None` leaves a value as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveUpdate {
+    /// The id of the path.
+    pub drive_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path_on_host: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// What a guest's flush does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CacheType {
+    /// Nothing: the guest is not offered a flush.
+    #[default]
+    Unsafe,
+    /// Everything written so far is on stable storage when it completes.
+    Writeback,
+}
+
+/// How a drive's requests reach the host's disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum IoEngine {
+    #[default]
+    Sync,
+    /// io_uring
+    Async,
+}
+
+/// Limits of bytes and of requests; `None` is unlimited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiter {
+    /// Tokens are bytes.
+    pub bandwidth: Option<TokenBucket>,
+    /// Tokens are requests.
+    pub ops: Option<TokenBucket>,
+}
+
+/// A bucket of `size` tokens that refills evenly in `refill_time`. 0 in either switches the limit off.
+// Alone among the bodies it takes fields that it does not know: Firecracker does, and clients send some.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenBucket {
+    /// Tokens.
+    pub size: u64,
+    /// Tokens, spent before those of the bucket and never refilled.
+    pub one_time_burst: Option<u64>,
+    /// Milliseconds.
+    pub refill_time: u64,
+}
+
+/// Body of `PUT /entropy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entropy {
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// Body of `PUT /serial`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serial {
+    /// A file or named pipe for what the guest writes; `None` is the VMM's standard output.
+    pub serial_out_path: Option<PathBuf>,
+    /// Tokens are bytes.
+    pub rate_limiter: Option<TokenBucket>,
+}
+
+/// Body of `PUT /logger`: `None` leaves a value as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Logger {
+    /// A file or named pipe.
+    pub log_path: Option<PathBuf>,
+    pub level: Option<LogLevel>,
+    /// Write each line's level.
+    pub show_level: Option<bool>,
+    /// Write each line's source file and line.
+    pub show_log_origin: Option<bool>,
+    /// Write only lines of modules whose path begins so.
+    pub module: Option<String>,
+}
+
+/// The least severe line that is written. Read in any case; `Warn` is `Warning`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum LogLevel {
+    Off,
+    Error,
+    Warning,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+/// What [`LogLevel`] is read from, case apart.
+const LOG_LEVELS: [(&str, LogLevel); 7] = [
+    ("Error", LogLevel::Error),
+    ("Warning", LogLevel::Warning),
+    ("Warn", LogLevel::Warning),
+    ("Info", LogLevel::Info),
+    ("Debug", LogLevel::Debug),
+    ("Trace", LogLevel::Trace),
+    ("Off", LogLevel::Off),
+];
+
+impl std::str::FromStr for LogLevel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<LogLevel, String> {
+        let found = LOG_LEVELS.iter().find(|(name, _)| name.eq_ignore_ascii_case(text));
+        found.map(|(_, level)| *level).ok_or_else(|| {
+            format!(
+                "unknown variant `{text}`, expected one of `Error`, `Warning`, `Info`, `Debug`, `Trace`, `Off`"
+            )
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for LogLevel {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<LogLevel, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// Body of `PUT /metrics`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    /// A file or named pipe.
+    pub metrics_path: PathBuf,
+    /// Write the instance's id in each line.
+    #[serde(default)]
+    pub emit_id: bool,
+    /// Written in each line as given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub properties: Option<BTreeMap<String, String>>,
+}
+
+/// Body of `PUT /actions`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceAction {
+    pub action_type: ActionType,
+}
+
+/// What `PUT /actions` can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ActionType {
+    /// Once, before anything runs.
+    InstanceStart,
+    /// Write a metrics line now.
+    FlushMetrics,
+    /// Ask the guest to shut down.
+    SendCtrlAltDel,
+}
+
+/// Body of `PATCH /vm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    pub state: VmState,
+}
+
+/// The state that `PATCH /vm` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    Paused,
+    Resumed,
+}
+
+/// The whole configuration: reply of `GET /vm/config` and the document of `--config-file`.
+///
+/// In the reply, what is not configured is `null` and a list without members is empty; `logger`, `metrics` and
+/// `cpu-config` are always `null`, as they are with Firecracker.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct VmConfig {
+    #[serde(default)]
+    pub drives: Vec<Drive>,
+    pub boot_source: BootSource,
+    pub cpu_config: Option<CpuConfigSource>,
+    pub logger: Option<Logger>,
+    pub machine_config: Option<MachineConfig>,
+    pub metrics: Option<Metrics>,
+    pub entropy: Option<Entropy>,
+    // Sections of devices that this VMM does not have. They are in the reply because clients expect every section,
+    // and may be in a configuration file as they are in the reply.
+    #[serde(default)]
+    pub balloon: Absent,
+    #[serde(default)]
+    pub memory_hotplug: Absent,
+    #[serde(default)]
+    pub mmds_config: Absent,
+    #[serde(default)]
+    pub network_interfaces: Vec<Absent>,
+    #[serde(default)]
+    pub pmem: Vec<Absent>,
+    #[serde(default)]
+    pub vsock: Absent,
+}
+
+/// A device that this VMM does not have: `null`, and nothing else may be read into it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Absent;
+
+impl<'de> Deserialize<'de> for Absent {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Absent, D::Error> {
+        match Option::<de::IgnoredAny>::deserialize(deserializer)? {
+            None => Ok(Absent),
+            Some(_) => Err(de::Error::custom("this VMM does not have this device; leave it out")),
+        }
+    }
+}
