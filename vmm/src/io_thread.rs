@@ -1,0 +1,129 @@
+//! The thread on which device queues are served: one epoll loop, a table of watches.
+//!
+//! Knows nothing of devices: a watch is a handler and its descriptors. One loop serves every device; a device keeps its
+//! share small by handling a bounded batch per call.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use devices::host::{Handler, Source, WatchId};
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+use vmm_sys_util::epoll::EventSet;
+
+/// Descriptors that one loop can report ready in one round; more simply wait for the next.
+const READY_EVENTS: usize = 64;
+
+/// A handle to the loop; the thread lives as long as the process.
+pub struct IoThread {
+    loop_: RemoteEndpoint<Watch>,
+    watches: Mutex<Watches>,
+}
+
+#[derive(Default)]
+struct Watches {
+    next: u64,
+    live: Vec<(WatchId, SubscriberId)>,
+}
+
+struct Watch {
+    handler: Arc<Mutex<dyn Handler>>,
+    sources: Vec<Source>,
+}
+
+impl IoThread {
+    /// Starts the thread under `name` (15 bytes at most are shown by the kernel).
+    pub fn spawn(name: &str) -> io::Result<Self> {
+        let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(io::Error::other)?;
+        let loop_ = manager.remote_endpoint();
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            // Only epoll_wait itself can fail here, with EINTR, and then the next round does its work.
+            loop {
+                let _ = manager.run();
+            }
+        })?;
+        Ok(Self { loop_, watches: Mutex::default() })
+    }
+
+    /// See [`devices::host::Host::watch`].
+    pub fn watch(&self, handler: Arc<Mutex<dyn Handler>>, sources: &[Source]) -> io::Result<WatchId> {
+        let watch = Watch { handler, sources: sources.to_vec() };
+        let subscriber = self
+            .loop_
+            .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(watch)))
+            .map_err(io::Error::other)?;
+        let mut watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = WatchId(watches.next);
+        watches.next += 1;
+        watches.live.push((id, subscriber));
+        Ok(id)
+    }
+
+    /// See [`devices::host::Host::unwatch`]: the call is made by the loop itself, between two handlers.
+    pub fn unwatch(&self, id: WatchId) {
+        let subscriber = {
+            let mut watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+            match watches.live.iter().position(|(live, _)| *live == id) {
+                Some(at) => watches.live.swap_remove(at).1,
+                None => return,
+            }
+        };
+        if let Err(error) = self.loop_.call_blocking(move |ops| ops.remove_subscriber(subscriber).map(drop)) {
+            log::error!("io thread: a watch could not be removed: {error}");
+        }
+    }
+}
+
+impl MutEventSubscriber for Watch {
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        self.handler.lock().unwrap_or_else(PoisonError::into_inner).ready(events.data());
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        for Source { fd, token } in &self.sources {
+            if let Err(error) = ops.add(readable(*fd, *token)) {
+                log::error!("io thread: descriptor {fd} cannot be watched: {error}");
+            }
+        }
+    }
+}
+
+fn readable(fd: RawFd, token: u32) -> Events {
+    Events::with_data_raw(fd, token, EventSet::IN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
+    use vmm_sys_util::eventfd::EventFd;
+
+    struct Tell(EventFd, Sender<u32>);
+
+    impl Handler for Tell {
+        fn ready(&mut self, token: u32) {
+            self.0.read().unwrap();
+            self.1.send(token).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_watched_descriptor_calls_its_handler_until_it_is_unwatched() {
+        let io = IoThread::spawn("io-test").unwrap();
+        let fd = EventFd::new(0).unwrap();
+        let (tell, told) = channel();
+        let handler = Arc::new(Mutex::new(Tell(fd.try_clone().unwrap(), tell)));
+        let id = io.watch(handler, &[Source { fd: fd.as_raw_fd(), token: 7 }]).unwrap();
+        for _ in 0..3 {
+            fd.write(1).unwrap();
+            assert_eq!(told.recv_timeout(Duration::from_secs(10)), Ok(7));
+        }
+        io.unwatch(id);
+        fd.write(1).unwrap();
+        assert!(told.recv().is_err(), "the handler is gone with its watch");
+        io.unwatch(id);
+    }
+}
