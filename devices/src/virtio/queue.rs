@@ -1,11 +1,399 @@
-//! A virtqueue as a device owns it: the ring, its doorbell, its number.
+//! The one gate between a driver's ring and a device: a split virtqueue (VIRTIO 1.3, section 2.7) whose descriptors are
+//! copied out of guest memory once, checked, and handed on as lists of segments that lie in guest RAM.
+//!
+//! What is wrong in here is the driver's fault by definition, and says so in [`QueueError`]. Does not know what a request
+//! means, never blocks and allocates no more than [`MAX_SEGMENTS`] entries per chain. Packed rings are not offered.
 
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::QueueT;
+use virtio_queue::desc::RawDescriptor;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::bitmap::BS;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
-/// One queue of a running device (split ring; VIRTIO 1.3, section 2.7).
+use crate::memory::GuestRam;
+
+/// Most descriptors one chain may have, indirect ones included. A chain may not be longer than its queue (2.7.5.3.1), and
+/// no queue of ours is longer than this; so a chain that reaches it is a loop.
+pub const MAX_SEGMENTS: usize = 1024;
+
+/// One queue of a running device.
 pub struct Queue {
     pub index: u16,
     pub ring: virtio_queue::Queue,
-    /// Signalled when the driver kicks this queue.
+    /// Signalled when the driver kicks this queue; non-blocking.
     pub kick: EventFd,
+}
+
+impl Queue {
+    /// The next chain the driver made available, or `None` when there is none. It stays the driver's until
+    /// [`Queue::push`] or [`Queue::undo_pop`].
+    pub fn pop(&mut self, memory: &GuestRam) -> Result<Option<Chain>, QueueError> {
+        let next = Wrapping(self.ring.next_avail());
+        let pending = (self.avail_index(memory)? - next).0;
+        let size = self.ring.size();
+        if pending > size {
+            return Err(QueueError::AvailIndex { pending, size });
+        }
+        if pending == 0 {
+            return Ok(None);
+        }
+        let slot = u64::from(next.0 % size.max(1));
+        let head = load(memory, self.ring.avail_ring(), AVAIL_RING + 2 * slot)?;
+        let chain = Chain::parse(memory, self.ring.desc_table(), size, head)?;
+        self.ring.set_next_avail((next + Wrapping(1)).0);
+        Ok(Some(chain))
+    }
+
+    /// Takes back the last [`Queue::pop`]: the same chain comes again. For a request whose time has not come yet.
+    pub fn undo_pop(&mut self, _chain: Chain) {
+        self.ring.set_next_avail((Wrapping(self.ring.next_avail()) - Wrapping(1)).0);
+    }
+
+    /// Gives the chain with this [`Chain::head`] back to the driver, with `written` bytes at the start of its writable
+    /// part.
+    pub fn push(&mut self, memory: &GuestRam, head: u16, written: u32) -> Result<(), QueueError> {
+        let address = self.ring.used_ring();
+        self.ring.add_used(memory, head, written).map_err(|_| QueueError::Ring { address })
+    }
+
+    /// Asks the driver to kick again. True when chains arrived meanwhile, for which no kick may come: pop them first.
+    pub fn enable_kicks(&mut self, memory: &GuestRam) -> Result<bool, QueueError> {
+        let address = self.ring.used_ring();
+        self.ring.enable_notification(memory).map_err(|_| QueueError::Ring { address })
+    }
+
+    /// Tells the driver that kicks are not needed now. A hint: it may kick all the same.
+    pub fn disable_kicks(&mut self, memory: &GuestRam) -> Result<(), QueueError> {
+        let address = self.ring.used_ring();
+        self.ring.disable_notification(memory).map_err(|_| QueueError::Ring { address })
+    }
+
+    /// Whether the driver wants an interrupt for what was pushed since the last call. Only after a [`Queue::push`].
+    pub fn wants_interrupt(&mut self, memory: &GuestRam) -> Result<bool, QueueError> {
+        let address = self.ring.avail_ring();
+        if self.ring.event_idx_enabled() {
+            return self.ring.needs_notification(memory).map_err(|_| QueueError::Ring { address });
+        }
+        // The used index must be visible before the flag is read: the driver clears the flag and then looks at the index.
+        fence(Ordering::SeqCst);
+        Ok(u32::from(load(memory, address, AVAIL_FLAGS)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Takes in the kicks that have come, so that the descriptor is no longer ready.
+    pub fn clear_kick(&self) {
+        // Nothing to read is as good as read: the descriptor is non-blocking.
+        let _ = self.kick.read();
+    }
+
+    /// Kicks the queue for the driver, so that the device comes back to it after others had their turn.
+    pub fn rearm(&self) {
+        // Fails only when the counter is full, and then it is ready anyway.
+        let _ = self.kick.write(1);
+    }
+
+    /// The state of the ring. The chains in it are in guest memory; nothing else has to be kept.
+    pub fn save(&self) -> QueueState {
+        let state = self.ring.state();
+        QueueState {
+            max_size: state.max_size,
+            size: state.size,
+            ready: state.ready,
+            event_idx: state.event_idx_enabled,
+            desc_table: state.desc_table,
+            avail_ring: state.avail_ring,
+            used_ring: state.used_ring,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+        }
+    }
+
+    /// The queue that [`Queue::save`] described, with a doorbell of its own. Sizes and alignment are checked here; that
+    /// the rings lie in guest memory is not, as with a queue that a driver sets up: each access checks it.
+    pub fn restore(index: u16, state: &QueueState, kick: EventFd) -> Result<Queue, QueueStateError> {
+        Ok(Queue { index, ring: state.ring()?, kick })
+    }
+
+    fn avail_index(&self, memory: &GuestRam) -> Result<Wrapping<u16>, QueueError> {
+        load(memory, self.ring.avail_ring(), AVAIL_INDEX).map(Wrapping)
+    }
+}
+
+/// [`Queue`] as it is saved: the fields of the ring, without its doorbell.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    pub max_size: u16,
+    pub size: u16,
+    pub ready: bool,
+    pub event_idx: bool,
+    pub desc_table: u64,
+    pub avail_ring: u64,
+    pub used_ring: u64,
+    pub next_avail: u16,
+    pub next_used: u16,
+}
+
+impl QueueState {
+    /// The ring with these values. Fails on sizes and alignments that no driver could have set.
+    pub fn ring(&self) -> Result<virtio_queue::Queue, QueueStateError> {
+        let state = virtio_queue::QueueState {
+            max_size: self.max_size,
+            size: self.size,
+            ready: self.ready,
+            event_idx_enabled: self.event_idx,
+            desc_table: self.desc_table,
+            avail_ring: self.avail_ring,
+            used_ring: self.used_ring,
+            next_avail: self.next_avail,
+            next_used: self.next_used,
+        };
+        state.try_into().map_err(QueueStateError)
+    }
+}
+
+/// A saved queue that no device could have had: the file is damaged.
+#[derive(Debug, thiserror::Error)]
+#[error("saved virtqueue: {0}")]
+pub struct QueueStateError(virtio_queue::Error);
+
+/// A buffer of the driver: guest-physical, not empty, and in guest RAM when it was parsed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    pub address: GuestAddress,
+    pub len: u32,
+}
+
+/// One request of the driver, copied out of its ring: what the device may read, then what it may write.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Chain {
+    /// Names the chain to the driver when it is pushed.
+    pub head: u16,
+    pub readable: Segments,
+    pub writable: Segments,
+}
+
+impl Chain {
+    fn parse(memory: &GuestRam, table: u64, entries: u16, head: u16) -> Result<Chain, QueueError> {
+        let mut chain = Chain { head, readable: Segments::default(), writable: Segments::default() };
+        let mut table = Table { address: table, entries: entries.into(), indirect: false };
+        let mut index = head;
+        // One step more than buffers: going over to an indirect table is a step.
+        for _ in 0..=MAX_SEGMENTS {
+            let descriptor = table.get(memory, index)?;
+            if descriptor.refers_to_indirect_table() {
+                table = table.switch(&descriptor)?;
+                index = 0;
+                continue;
+            }
+            chain.add(memory, &descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(chain);
+            }
+            index = descriptor.next();
+        }
+        Err(QueueError::Endless { head })
+    }
+
+    fn add(&mut self, memory: &GuestRam, descriptor: &Descriptor) -> Result<(), QueueError> {
+        let segment = Segment { address: descriptor.addr(), len: descriptor.len() };
+        let (list, access) = match descriptor.is_write_only() {
+            true => (&mut self.writable, Permissions::Write),
+            false if self.writable.list.is_empty() => (&mut self.readable, Permissions::Read),
+            false => return Err(QueueError::Order { head: self.head }),
+        };
+        if segment.len == 0 {
+            return Ok(()); // Not forbidden, and harmless once it is gone.
+        }
+        if !memory.check_range(segment.address, segment.len as usize, access) {
+            return Err(QueueError::Buffer { address: segment.address.0, len: segment.len });
+        }
+        list.list.push(segment);
+        list.bytes = list.bytes.checked_add(segment.len).ok_or(QueueError::Bytes { head: self.head })?;
+        Ok(())
+    }
+}
+
+/// Buffers of one direction in their order, used up from the front.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Segments {
+    list: Vec<Segment>,
+    bytes: u32,
+}
+
+impl Segments {
+    /// Bytes left.
+    pub fn bytes(&self) -> u32 {
+        self.bytes
+    }
+
+    /// What is left, in order.
+    pub fn list(&self) -> &[Segment] {
+        &self.list
+    }
+
+    /// Fills `data` from the front of the buffers and uses that part up.
+    pub fn read(&mut self, memory: &GuestRam, data: &mut [u8]) -> Result<(), QueueError> {
+        let mut done = 0;
+        for part in self.take(data.len())?.list {
+            let end = done + part.len as usize;
+            let piece = data.get_mut(done..end).unwrap_or_default();
+            memory.read_slice(piece, part.address).map_err(|_| part.gone())?;
+            done = end;
+        }
+        Ok(())
+    }
+
+    /// Writes `data` to the front of the buffers and uses that part up.
+    pub fn write(&mut self, memory: &GuestRam, data: &[u8]) -> Result<(), QueueError> {
+        let mut done = 0;
+        for part in self.take(data.len())?.list {
+            let end = done + part.len as usize;
+            let piece = data.get(done..end).unwrap_or_default();
+            memory.write_slice(piece, part.address).map_err(|_| part.gone())?;
+            done = end;
+        }
+        Ok(())
+    }
+
+    /// Cuts the first `bytes` off as a list of their own; all or nothing.
+    pub fn take(&mut self, bytes: usize) -> Result<Segments, QueueError> {
+        let short = QueueError::Short { needed: bytes, left: self.bytes };
+        let Some(rest) = u32::try_from(bytes).ok().and_then(|bytes| self.bytes.checked_sub(bytes)) else {
+            return Err(short);
+        };
+        let mut front = Segments { list: Vec::new(), bytes: self.bytes - rest };
+        let mut missing = front.bytes;
+        let mut whole = 0;
+        for segment in &mut self.list {
+            if missing < segment.len {
+                if missing > 0 {
+                    front.list.push(Segment { address: segment.address, len: missing });
+                    segment.address = segment.address.unchecked_add(missing.into());
+                    segment.len -= missing;
+                }
+                break;
+            }
+            missing -= segment.len;
+            front.list.push(*segment);
+            whole += 1;
+        }
+        self.list.drain(..whole);
+        self.bytes = rest;
+        Ok(front)
+    }
+
+    /// Cuts the last byte off and says where it is; `None` when there is none.
+    pub fn take_last_byte(&mut self) -> Option<GuestAddress> {
+        let last = self.list.last_mut()?;
+        last.len -= 1;
+        self.bytes -= 1;
+        let address = last.address.unchecked_add(last.len.into());
+        if last.len == 0 {
+            self.list.pop();
+        }
+        Some(address)
+    }
+
+    /// What is left as host memory. A segment that crosses regions of guest RAM becomes several slices.
+    pub fn slices<'a>(&self, memory: &'a GuestRam) -> Result<Vec<GuestSlice<'a>>, QueueError> {
+        let mut slices = Vec::with_capacity(self.list.len());
+        for segment in &self.list {
+            // The list holds buffers of one direction, which `Chain::add` has checked for it.
+            let parts = memory.get_slices(segment.address, segment.len as usize, Permissions::ReadWrite);
+            for part in parts.map_err(|_| segment.gone())? {
+                slices.push(part.map_err(|_| segment.gone())?);
+            }
+        }
+        Ok(slices)
+    }
+}
+
+/// A piece of guest RAM in host memory; the guest may change it at any time.
+pub type GuestSlice<'a> = VolatileSlice<'a, BS<'a, <GuestRam as GuestMemory>::Bitmap>>;
+
+/// How the driver broke the rules of the queue. The device cannot go on: DEVICE_NEEDS_RESET.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum QueueError {
+    #[error("the ring at {address:#x} is not in guest memory")]
+    Ring { address: u64 },
+    #[error("the available index is {pending} ahead, the queue has only {size} entries")]
+    AvailIndex { pending: u16, size: u16 },
+    #[error("descriptor {index} is beyond its table of {entries}")]
+    Index { index: u16, entries: u32 },
+    #[error("descriptor {index} of the table at {address:#x} is not in guest memory")]
+    Table { index: u16, address: u64 },
+    #[error("an indirect table of {bytes} bytes is empty or not a whole number of descriptors")]
+    IndirectSize { bytes: u32 },
+    #[error("an indirect descriptor has a next one")]
+    IndirectNext,
+    #[error("an indirect table refers to an indirect table")]
+    Nested,
+    #[error("the chain at {head} loops or has more than {MAX_SEGMENTS} descriptors")]
+    Endless { head: u16 },
+    #[error("the chain at {head} has a readable buffer after a writable one")]
+    Order { head: u16 },
+    #[error("the chain at {head} has 4 GiB or more in one direction")]
+    Bytes { head: u16 },
+    #[error("the buffer {address:#x}+{len:#x} is not in guest memory")]
+    Buffer { address: u64, len: u32 },
+    #[error("the request needs {needed} more bytes, its buffers have {left}")]
+    Short { needed: usize, left: u32 },
+}
+
+/// Offsets in the available ring (2.7.6).
+const AVAIL_FLAGS: u64 = 0;
+const AVAIL_INDEX: u64 = 2;
+const AVAIL_RING: u64 = 4;
+
+const DESCRIPTOR_BYTES: u32 = size_of::<Descriptor>() as u32;
+
+impl Segment {
+    fn gone(&self) -> QueueError {
+        QueueError::Buffer { address: self.address.0, len: self.len }
+    }
+}
+
+/// Where descriptors are read from: the queue's own table, or one indirect table.
+struct Table {
+    address: u64,
+    entries: u32,
+    indirect: bool,
+}
+
+impl Table {
+    fn get(&self, memory: &GuestRam, index: u16) -> Result<Descriptor, QueueError> {
+        if u32::from(index) >= self.entries {
+            return Err(QueueError::Index { index, entries: self.entries });
+        }
+        let missing = QueueError::Table { index, address: self.address };
+        let offset = u64::from(index) * u64::from(DESCRIPTOR_BYTES);
+        let Some(address) = self.address.checked_add(offset) else {
+            return Err(missing);
+        };
+        memory.read_obj::<RawDescriptor>(GuestAddress(address)).map(Descriptor::from).map_err(|_| missing)
+    }
+
+    fn switch(&self, descriptor: &Descriptor) -> Result<Table, QueueError> {
+        let bytes = descriptor.len();
+        if self.indirect {
+            return Err(QueueError::Nested);
+        }
+        if descriptor.has_next() {
+            return Err(QueueError::IndirectNext);
+        }
+        if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {
+            return Err(QueueError::IndirectSize { bytes });
+        }
+        Ok(Table { address: descriptor.addr().0, entries: bytes / DESCRIPTOR_BYTES, indirect: true })
+    }
+}
+
+fn load(memory: &GuestRam, ring: u64, offset: u64) -> Result<u16, QueueError> {
+    let value = ring.checked_add(offset).and_then(|a| memory.load(GuestAddress(a), Ordering::Acquire).ok());
+    value.map(u16::from_le).ok_or(QueueError::Ring { address: ring })
 }
