@@ -1,5 +1,6 @@
 //! The virtual machine monitor as a library: `main.rs` is the life of the process, everything else is here so that
 //! tests and fuzz targets reach it.
 
+pub mod args;
 pub mod io_thread;
 pub mod vcpu;
