@@ -2,3 +2,5 @@
 
 pub mod device;
 pub mod queue;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;

@@ -397,3 +397,321 @@ fn load(memory: &GuestRam, ring: u64, offset: u64) -> Result<u16, QueueError> {
     let value = ring.checked_add(offset).and_then(|a| memory.load(GuestAddress(a), Ordering::Acquire).ok());
     value.map(u16::from_le).ok_or(QueueError::Ring { address: ring })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::GuestAddressSpace;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+    use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, INDIRECT, NEXT, WRITE};
+
+    const RAM: usize = 1 << 20;
+
+    fn rig(features: u64) -> (crate::memory::Memory, Driver, Queue) {
+        let memory = testing::ram(RAM);
+        let driver = Driver::new(&memory, 0x1000, 8, features);
+        let queue = driver.queue(0);
+        (memory, driver, queue)
+    }
+
+    fn buffer(address: u64, len: u32, writable: bool) -> Buffer {
+        Buffer { address, len, writable }
+    }
+
+    /// What the device says of the chain that `break_it` makes available.
+    fn fault(break_it: impl FnOnce(&mut Driver)) -> QueueError {
+        let (memory, mut driver, mut queue) = rig(0);
+        break_it(&mut driver);
+        queue.pop(&memory.memory()).unwrap_err()
+    }
+
+    #[test]
+    fn a_chain_comes_as_readable_and_writable_segments_and_goes_back_used() {
+        for indirect in [false, true] {
+            let (memory, mut driver, mut queue) = rig(0);
+            let view = memory.memory();
+            let out = driver.data(b"head");
+            let more = driver.data(b"er, data");
+            let room = driver.room(5);
+            let all = [out, more, room];
+            let head = if indirect { driver.add_indirect(&all) } else { driver.add(&all) };
+
+            let mut chain = queue.pop(&view).unwrap().unwrap();
+            assert_eq!(chain.head, head);
+            assert_eq!((chain.readable.bytes(), chain.writable.bytes()), (12, 5));
+            let mut header = [0; 6];
+            chain.readable.read(&view, &mut header).unwrap();
+            assert_eq!(&header, b"header");
+            assert_eq!(chain.readable.bytes(), 6);
+            assert_eq!(chain.writable.take_last_byte(), Some(GuestAddress(room.address + 4)));
+            chain.writable.write(&view, b"done").unwrap();
+            assert_eq!(queue.pop(&view), Ok(None));
+
+            queue.push(&view, chain.head, 5).unwrap();
+            assert_eq!(driver.reap(), Some(testing::Used { head, written: 5 }));
+            assert_eq!(driver.read(room), b"done\0");
+        }
+    }
+
+    #[test]
+    fn an_indirect_table_may_follow_direct_descriptors() {
+        let (memory, mut driver, mut queue) = rig(0);
+        let table = driver.data(&[0; 16]);
+        driver.set_descriptor_at(table.address, Descriptor::new(0x5000, 7, WRITE, 0));
+        driver.set_descriptor(0, Descriptor::new(0x4000, 3, NEXT, 1));
+        driver.set_descriptor(1, Descriptor::new(table.address, 16, INDIRECT | WRITE, 0));
+        driver.offer(0);
+        let chain = queue.pop(&memory.memory()).unwrap().unwrap();
+        assert_eq!(chain.readable.list(), [Segment { address: GuestAddress(0x4000), len: 3 }]);
+        assert_eq!(chain.writable.list(), [Segment { address: GuestAddress(0x5000), len: 7 }]);
+    }
+
+    #[test]
+    fn a_chain_taken_back_comes_again() {
+        let (memory, mut driver, mut queue) = rig(0);
+        let head = driver.add(&[buffer(0x4000, 1, false)]);
+        let chain = queue.pop(&memory.memory()).unwrap().unwrap();
+        queue.undo_pop(chain);
+        assert_eq!(queue.pop(&memory.memory()).unwrap().unwrap().head, head);
+    }
+
+    #[test]
+    fn the_queue_goes_round_for_ever() {
+        for features in [0, EVENT_IDX] {
+            let (memory, mut driver, mut queue) = rig(features);
+            let view = memory.memory();
+            for _ in 0..0x1_0000 / 8 + 2 {
+                let heads: Vec<u16> = (0..8).map(|_| driver.add(&[buffer(0x4000, 1, true)])).collect();
+                for &head in &heads {
+                    assert_eq!(queue.pop(&view).unwrap().unwrap().head, head);
+                    queue.push(&view, head, 1).unwrap();
+                }
+                assert_eq!(queue.pop(&view), Ok(None));
+                let used: Vec<u16> = driver.reap_all().iter().map(|used| used.head).collect();
+                assert_eq!(used, heads);
+            }
+        }
+    }
+
+    #[test]
+    fn every_broken_chain_has_its_own_error() {
+        let far = RAM as u64;
+        assert_eq!(fault(|driver| driver.set_avail_index(9)), QueueError::AvailIndex { pending: 9, size: 8 });
+        assert_eq!(fault(|driver| driver.offer(8)), QueueError::Index { index: 8, entries: 8 });
+        assert_eq!(
+            fault(|driver| {
+                driver.set_descriptor(0, Descriptor::new(0x4000, 1, NEXT, 8));
+                driver.offer(0);
+            }),
+            QueueError::Index { index: 8, entries: 8 }
+        );
+        assert_eq!(
+            fault(|driver| {
+                driver.set_descriptor(0, Descriptor::new(0x4000, 1, NEXT, 1));
+                driver.set_descriptor(1, Descriptor::new(0x4000, 1, NEXT, 0));
+                driver.offer(0);
+            }),
+            QueueError::Endless { head: 0 }
+        );
+        assert_eq!(
+            fault(|driver| {
+                driver.add(&[buffer(0x4000, 1, true), buffer(0x5000, 1, false)]);
+            }),
+            QueueError::Order { head: 0 }
+        );
+        for (address, len) in [(far, 1), (far - 1, 2), (u64::MAX, 1), (u64::MAX - 8, u32::MAX), (0, u32::MAX)]
+        {
+            let bad = buffer(address, len, true);
+            assert_eq!(
+                fault(|driver| {
+                    driver.add(&[bad]);
+                }),
+                QueueError::Buffer { address, len }
+            );
+        }
+        for bytes in [0, 15, 17, u32::MAX] {
+            assert_eq!(
+                fault(|driver| {
+                    driver.set_descriptor(0, Descriptor::new(0x4000, bytes, INDIRECT, 0));
+                    driver.offer(0);
+                }),
+                QueueError::IndirectSize { bytes }
+            );
+        }
+        assert_eq!(
+            fault(|driver| {
+                driver.set_descriptor(0, Descriptor::new(0x4000, 16, INDIRECT | NEXT, 1));
+                driver.offer(0);
+            }),
+            QueueError::IndirectNext
+        );
+        assert_eq!(
+            fault(|driver| {
+                driver.set_descriptor_at(0x4000, Descriptor::new(0x4000, 16, INDIRECT, 0));
+                driver.set_descriptor(0, Descriptor::new(0x4000, 16, INDIRECT, 0));
+                driver.offer(0);
+            }),
+            QueueError::Nested
+        );
+        assert_eq!(
+            fault(|driver| {
+                driver.set_descriptor(0, Descriptor::new(far, 16, INDIRECT, 0));
+                driver.offer(0);
+            }),
+            QueueError::Table { index: 0, address: far }
+        );
+    }
+
+    #[test]
+    fn rings_outside_guest_memory_are_an_error_and_not_more() {
+        let (memory, _, queue) = rig(0);
+        let view = memory.memory();
+        for (avail_ring, used_ring, desc_table) in
+            [(0xfff_fff0, 0x3000, 0x1000), (!1, !3, !15), (0x2000, 0xfff_fff0, !15)]
+        {
+            let state = QueueState { avail_ring, used_ring, desc_table, event_idx: true, ..queue.save() };
+            let mut queue = Queue::restore(0, &state, EventFd::new(0).unwrap()).unwrap();
+            view.store(1u16, GuestAddress(0x2002), Ordering::SeqCst).unwrap();
+            assert!(queue.pop(&view).is_err());
+            let used = queue.push(&view, 0, 0);
+            assert_eq!(used.is_err(), used_ring != 0x3000);
+            assert_eq!(queue.enable_kicks(&view).is_err(), used_ring != 0x3000 || avail_ring != 0x2000);
+        }
+    }
+
+    #[test]
+    fn a_segment_across_two_regions_of_ram_becomes_two_slices() {
+        let ranges = [(GuestAddress(0), 0x3000), (GuestAddress(0x3000), 0x3000)];
+        let memory = crate::memory::Memory::new(GuestRam::from_ranges(&ranges).unwrap());
+        let mut driver = Driver::new(&memory, 0x1000, 8, 0);
+        let mut queue = driver.queue(0);
+        driver.add(&[buffer(0x2ffe, 4, true)]);
+        let view = memory.memory();
+        let mut chain = queue.pop(&view).unwrap().unwrap();
+        let slices = chain.writable.slices(&view).unwrap();
+        assert_eq!(slices.iter().map(|slice| slice.len()).collect::<Vec<_>>(), [2, 2]);
+        chain.writable.write(&view, b"abcd").unwrap();
+        assert_eq!(driver.read(buffer(0x2ffe, 4, true)), b"abcd");
+    }
+
+    #[test]
+    fn the_driver_gets_the_interrupts_and_the_device_the_kicks_that_were_asked_for() {
+        for features in [0, EVENT_IDX] {
+            let (memory, mut driver, mut queue) = rig(features);
+            let view = memory.memory();
+            assert!(!queue.enable_kicks(&view).unwrap());
+            driver.want_interrupts(false);
+            driver.add(&[buffer(0x4000, 1, true)]);
+            assert!(queue.kick.read().is_ok(), "the first chain kicks");
+            queue.disable_kicks(&view).unwrap();
+            driver.add(&[buffer(0x4000, 1, true)]);
+            assert!(queue.kick.read().is_err(), "the device is busy, the driver saves the exit");
+            assert!(queue.enable_kicks(&view).unwrap(), "and the device learns of it");
+
+            let chain = queue.pop(&view).unwrap().unwrap();
+            queue.push(&view, chain.head, 0).unwrap();
+            assert!(!queue.wants_interrupt(&view).unwrap());
+            driver.reap_all();
+            driver.want_interrupts(true);
+            let chain = queue.pop(&view).unwrap().unwrap();
+            queue.push(&view, chain.head, 0).unwrap();
+            assert!(queue.wants_interrupt(&view).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_saved_queue_continues_where_it_was() {
+        let (memory, mut driver, mut queue) = rig(EVENT_IDX);
+        let view = memory.memory();
+        let first = driver.add(&[buffer(0x4000, 1, true)]);
+        let second = driver.add(&[buffer(0x4000, 1, true)]);
+        assert_eq!(queue.pop(&view).unwrap().unwrap().head, first);
+        queue.push(&view, first, 1).unwrap();
+
+        let bytes = postcard::to_stdvec(&queue.save()).unwrap();
+        let state: QueueState = postcard::from_bytes(&bytes).unwrap();
+        let mut queue = Queue::restore(3, &state, EventFd::new(EFD_NONBLOCK).unwrap()).unwrap();
+        assert_eq!((queue.index, &queue.save()), (3, &state));
+        assert_eq!(queue.pop(&view).unwrap().unwrap().head, second);
+        queue.push(&view, second, 1).unwrap();
+        assert_eq!(driver.reap_all().len(), 2);
+    }
+
+    #[test]
+    fn a_damaged_saved_queue_is_refused() {
+        let (_, _, queue) = rig(0);
+        let good = queue.save();
+        for bad in [
+            QueueState { max_size: 0, ..good.clone() },
+            QueueState { max_size: 3, ..good.clone() },
+            QueueState { size: 0, ..good.clone() },
+            QueueState { size: good.max_size * 2, ..good.clone() },
+            QueueState { desc_table: 8, ..good.clone() },
+            QueueState { avail_ring: 1, ..good.clone() },
+            QueueState { used_ring: 2, ..good.clone() },
+        ] {
+            assert!(bad.ring().is_err(), "{bad:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_in_the_rings_a_chain_lies_in_ram_or_is_an_error(
+            noise in proptest::collection::vec(any::<u8>(), 0x100..0x200),
+            small in proptest::collection::vec((0u64..0x12000, 0u32..0x1000, 0u16..8, 0u16..9), 8),
+            avail in any::<u16>(),
+        ) {
+            let memory = testing::ram(0x10000);
+            let view = memory.memory();
+            let driver = Driver::new(&memory, 0, 8, EVENT_IDX);
+            view.write_slice(&noise, GuestAddress(0)).unwrap();
+            for (index, (address, len, flags, next)) in (0..).zip(small) {
+                driver.set_descriptor(index, Descriptor::new(address, len, flags, next));
+            }
+            driver.set_avail_index(avail % 10);
+            let mut queue = driver.queue(0);
+            while let Ok(Some(mut chain)) = queue.pop(&view) {
+                prop_assert!(chain.readable.list().len() + chain.writable.list().len() <= MAX_SEGMENTS);
+                prop_assert!(chain.readable.slices(&view).is_ok());
+                let bytes = chain.writable.bytes() as usize;
+                prop_assert!(chain.writable.write(&view, &vec![0; bytes]).is_ok());
+                prop_assert_eq!(chain.writable.bytes(), 0);
+                if queue.push(&view, chain.head, 0).is_err() {
+                    break;
+                }
+            }
+        }
+
+        #[test]
+        fn cutting_a_list_loses_and_repeats_no_byte(
+            lens in proptest::collection::vec(1u32..50, 0..6),
+            cut in 0usize..350,
+        ) {
+            let mut address = 0;
+            let mut whole = Segments::default();
+            for len in lens {
+                whole.list.push(Segment { address: GuestAddress(address), len });
+                whole.bytes += len;
+                address += u64::from(len) + 100;
+            }
+            let bytes = |segments: &Segments| -> Vec<u64> {
+                segments.list.iter().flat_map(|s| s.address.0..s.address.0 + u64::from(s.len)).collect()
+            };
+            let before = bytes(&whole);
+            match whole.take(cut) {
+                Ok(front) => {
+                    prop_assert_eq!(front.bytes() as usize, cut);
+                    let mut after = bytes(&front);
+                    after.extend(bytes(&whole));
+                    prop_assert_eq!(after, before);
+                }
+                Err(error) => {
+                    prop_assert_eq!(error, QueueError::Short { needed: cut, left: whole.bytes() });
+                    prop_assert_eq!(bytes(&whole), before);
+                }
+            }
+        }
+    }
+}
