@@ -91,7 +91,7 @@ impl Identity {
     pub fn exit_code(self, ending: &Ending) -> ExitCode {
         match (self, ending) {
             (_, Ending::Failed(_)) => ExitCode::Generic,
-            (Identity::Firecracker, _) | (_, Ending::PoweredOff) => ExitCode::Ok,
+            (Identity::Firecracker, _) | (_, Ending::PoweredOff | Ending::Stopped) => ExitCode::Ok,
             (_, Ending::Reset) => ExitCode::GuestReset,
             (_, Ending::TripleFault) => ExitCode::GuestTripleFault,
             (_, Ending::Panicked) => ExitCode::GuestPanicked,

@@ -31,6 +31,8 @@ pub enum Ending {
     Reset,
     TripleFault,
     Panicked,
+    /// The operator ended it (SIGTERM).
+    Stopped,
     /// KVM cannot go on; the text says what it reported.
     Failed(String),
 }
