@@ -1,9 +1,9 @@
-//! JSON to a value, with errors that name the field.
-//!
-//! It does not know which types there are nor what a request is.
+//! JSON to a value, with errors that name the field; and a reply to JSON.
 
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
+
+use crate::types::Reply;
 
 /// Reads one JSON object, to its end. The error is a clause for a person: what was found at which field, and what
 /// would have been right.
@@ -17,6 +17,28 @@ pub fn parse<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
         .map_err(|error| explain(text, &error.path().to_string(), error.inner()))?;
     reader.end().map_err(|error| format!("this is not one JSON object: {error}"))?;
     Ok(value)
+}
+
+/// The status of a reply and its body, if it has one.
+pub fn write_reply(reply: &Reply) -> (u16, Option<String>) {
+    let written = match reply {
+        Reply::Empty => return (204, None),
+        Reply::Fault(fault) => return (fault.status, Some(write_fault(&fault.message))),
+        Reply::InstanceInfo(info) => serde_json::to_string(info),
+        Reply::Version(version) => serde_json::to_string(version),
+        Reply::MachineConfig(config) => serde_json::to_string(config),
+        Reply::VmConfig(config) => serde_json::to_string(config),
+    };
+    match written {
+        Ok(body) => (200, Some(body)),
+        // A path that is not UTF-8, which came from the command line, has no JSON.
+        Err(error) => (500, Some(write_fault(&format!("The reply cannot be written as JSON: {error}.")))),
+    }
+}
+
+/// The body of a refusal.
+pub fn write_fault(message: &str) -> String {
+    serde_json::json!({ "fault_message": message }).to_string()
 }
 
 fn explain(text: &[u8], path: &str, error: &serde_json::Error) -> String {
