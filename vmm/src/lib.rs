@@ -1,6 +1,10 @@
 //! The virtual machine monitor as a library: `main.rs` is the life of the process, everything else is here so that
 //! tests and fuzz targets reach it.
 
+pub mod admit;
 pub mod args;
+pub mod bucket;
 pub mod io_thread;
+pub mod logger;
+pub mod sink;
 pub mod vcpu;

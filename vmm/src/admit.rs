@@ -1,0 +1,161 @@
+//! Which request is legal now, and why one is not. Pure: it sees the state and the request, nothing else, and changes
+//! nothing.
+//!
+//! Does not look into a request's values; whether they fit together is for `config.rs`.
+
+use api_socket::{ActionType, InstanceState, Request, VmState};
+
+/// What is to become of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Accept,
+    /// What it asks for is so already: answer as if it had been done.
+    AlreadyDone,
+    /// Status 400 with this text.
+    Denied(&'static str),
+}
+
+/// What a request gets that is only for a guest that has started. Clients look for this text.
+pub const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
+/// What a request gets that is only for a guest that has not started. Clients look for this text.
+pub const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
+/// What a running guest's drive gets that is to be removed.
+pub const NO_UNPLUG: &str =
+    "DELETE /drives is not supported by this version: a drive stays until the guest ends.";
+
+use InstanceState::{NotStarted, Paused, Running};
+use Verdict::{Accept, AlreadyDone, Denied};
+
+/// Says whether `request` is legal in `state`.
+pub fn admit(state: InstanceState, request: &Request) -> Verdict {
+    match request {
+        Request::GetInstanceInfo | Request::GetVersion | Request::GetVmConfig | Request::GetMachineConfig => {
+            Accept
+        }
+
+        Request::PutMachineConfig(_)
+        | Request::PatchMachineConfig(_)
+        | Request::PutBootSource(_)
+        | Request::PutCpuConfig(_)
+        | Request::PutDrive(_)
+        | Request::PutEntropy(_)
+        | Request::PutSerial(_)
+        | Request::PutLogger(_)
+        | Request::PutMetrics(_)
+        | Request::Action(ActionType::InstanceStart) => before_start(state),
+
+        Request::PatchDrive(_) | Request::Action(ActionType::FlushMetrics | ActionType::SendCtrlAltDel) => {
+            after_start(state, Accept)
+        }
+        Request::DeleteDrive(_) => after_start(state, Denied(NO_UNPLUG)),
+
+        Request::PatchVm(wanted) => match (state, wanted) {
+            (NotStarted, _) => Denied(BEFORE_START),
+            (Paused, VmState::Paused) | (Running, VmState::Resumed) => AlreadyDone,
+            (Running, VmState::Paused) | (Paused, VmState::Resumed) => Accept,
+        },
+    }
+}
+
+fn before_start(state: InstanceState) -> Verdict {
+    match state {
+        NotStarted => Accept,
+        Running | Paused => Denied(AFTER_START),
+    }
+}
+
+fn after_start(state: InstanceState, then: Verdict) -> Verdict {
+    match state {
+        NotStarted => Denied(BEFORE_START),
+        Running | Paused => then,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use api_socket::{
+        BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate,
+        Metrics, Serial,
+    };
+
+    /// Each request with its verdict when not started, running and paused.
+    fn table() -> Vec<(Request, [Verdict; 3])> {
+        let any = [Accept; 3];
+        let pre = [Accept, Denied(AFTER_START), Denied(AFTER_START)];
+        let post = [Denied(BEFORE_START), Accept, Accept];
+        vec![
+            (Request::GetInstanceInfo, any),
+            (Request::GetVersion, any),
+            (Request::GetVmConfig, any),
+            (Request::GetMachineConfig, any),
+            (Request::PutMachineConfig(MachineConfig::default()), pre),
+            (Request::PatchMachineConfig(MachineConfigUpdate::default()), pre),
+            (Request::PutBootSource(BootSource::default()), pre),
+            (Request::PutCpuConfig(CpuConfig::default()), pre),
+            (Request::PutDrive(Drive::default()), pre),
+            (Request::PatchDrive(DriveUpdate::default()), post),
+            (
+                Request::DeleteDrive("d".to_string()),
+                [Denied(BEFORE_START), Denied(NO_UNPLUG), Denied(NO_UNPLUG)],
+            ),
+            (Request::PutEntropy(Entropy::default()), pre),
+            (Request::PutSerial(Serial::default()), pre),
+            (Request::PutLogger(Logger::default()), pre),
+            (Request::PutMetrics(Metrics::default()), pre),
+            (Request::Action(ActionType::InstanceStart), pre),
+            (Request::Action(ActionType::FlushMetrics), post),
+            (Request::Action(ActionType::SendCtrlAltDel), post),
+            (Request::PatchVm(VmState::Paused), [Denied(BEFORE_START), Accept, AlreadyDone]),
+            (Request::PatchVm(VmState::Resumed), [Denied(BEFORE_START), AlreadyDone, Accept]),
+        ]
+    }
+
+    #[test]
+    fn each_request_has_its_verdict_in_each_state() {
+        for (request, verdicts) in table() {
+            for (state, verdict) in [NotStarted, Running, Paused].into_iter().zip(verdicts) {
+                assert_eq!(admit(state, &request), verdict, "{state:?} {request:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_table_has_every_request_once() {
+        let rows = table();
+        for (row, (request, _)) in rows.iter().enumerate() {
+            assert!(!rows[..row].iter().any(|(earlier, _)| earlier == request), "{request:?}");
+        }
+        // A request that is new does not compile here until it has a place, and then a row.
+        let place = |request: &Request| match request {
+            Request::GetInstanceInfo => 0,
+            Request::GetVersion => 1,
+            Request::GetVmConfig => 2,
+            Request::GetMachineConfig => 3,
+            Request::PutMachineConfig(_) => 4,
+            Request::PatchMachineConfig(_) => 5,
+            Request::PutBootSource(_) => 6,
+            Request::PutCpuConfig(_) => 7,
+            Request::PutDrive(_) => 8,
+            Request::PatchDrive(_) => 9,
+            Request::DeleteDrive(_) => 10,
+            Request::PutEntropy(_) => 11,
+            Request::PutSerial(_) => 12,
+            Request::PutLogger(_) => 13,
+            Request::PutMetrics(_) => 14,
+            Request::Action(ActionType::InstanceStart) => 15,
+            Request::Action(ActionType::FlushMetrics) => 16,
+            Request::Action(ActionType::SendCtrlAltDel) => 17,
+            Request::PatchVm(VmState::Paused) => 18,
+            Request::PatchVm(VmState::Resumed) => 19,
+        };
+        let places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
+        assert_eq!(places, (0..20).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_texts_are_those_that_clients_look_for() {
+        assert_eq!(AFTER_START, "The requested operation is not supported after starting the microVM.");
+        assert_eq!(BEFORE_START, "The requested operation is not supported before starting the microVM.");
+    }
+}
