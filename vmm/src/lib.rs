@@ -3,7 +3,6 @@
 
 pub mod admit;
 pub mod args;
-pub mod bucket;
 pub mod io_thread;
 pub mod logger;
 pub mod sink;

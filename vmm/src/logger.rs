@@ -14,15 +14,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use api_socket::{Fault, LogLevel};
 use log::{LevelFilter, Log, Metadata, Record};
 
-use crate::bucket::Bucket;
 use crate::sink::Sink;
 
 /// The longest line, in bytes. What is cut off is marked. A pipe that says it takes bytes takes as many.
 pub const MAX_LINE: usize = libc::PIPE_BUF;
-/// How many lines a place that a guest can reach may log at once, and in each [`REFILL`].
-pub const BURST: u64 = 10;
-/// See [`BURST`].
-pub const REFILL: Duration = Duration::from_secs(5);
+/// How many lines a place that a guest can reach may log in a [`PERIOD`].
+pub const MAX_IN_PERIOD: u64 = 10;
+/// See [`MAX_IN_PERIOD`].
+pub const PERIOD: Duration = Duration::from_secs(5);
 /// How many such places are told apart; the rest share one limit.
 pub const MAX_PLACES: usize = 64;
 
@@ -244,7 +243,9 @@ struct Limiter {
 struct Place {
     file: &'static str,
     line: u32,
-    bucket: Bucket,
+    /// When the period began, and what has been written and dropped since.
+    since: Instant,
+    written: u64,
     dropped: u64,
 }
 
@@ -254,29 +255,25 @@ impl Limiter {
         if !guest_reaches(record) {
             return Some(0);
         }
-        let Some(place) = self.place(record.file_static().unwrap_or(""), record.line().unwrap_or(0), now)
-        else {
-            return Some(0);
-        };
-        if place.bucket.take(1, now) {
-            return Some(std::mem::take(&mut place.dropped));
+        let place = self.place(record.file_static().unwrap_or(""), record.line().unwrap_or(0), now)?;
+        if now.saturating_duration_since(place.since) >= PERIOD {
+            (place.since, place.written) = (now, 0);
         }
-        place.dropped += 1;
-        None
+        if place.written >= MAX_IN_PERIOD {
+            place.dropped += 1;
+            return None;
+        }
+        place.written += 1;
+        Some(std::mem::take(&mut place.dropped))
     }
 
     fn place(&mut self, file: &'static str, line: u32, now: Instant) -> Option<&mut Place> {
         let known = self.places.iter().position(|place| place.line == line && place.file == file);
-        let index = match known {
-            Some(index) => index,
-            None if self.places.len() < MAX_PLACES => {
-                let bucket = Bucket::new(BURST, REFILL, 0, now)?;
-                self.places.push(Place { file, line, bucket, dropped: 0 });
-                self.places.len() - 1
-            }
-            None => MAX_PLACES - 1,
-        };
-        self.places.get_mut(index)
+        if known.is_none() && self.places.len() < MAX_PLACES {
+            self.places.push(Place { file, line, since: now, written: 0, dropped: 0 });
+        }
+        let last = self.places.len() - 1;
+        self.places.get_mut(known.unwrap_or(last))
     }
 }
 
@@ -285,7 +282,7 @@ fn guest_reaches(record: &Record) -> bool {
     let within = |module: &&str| {
         path.strip_prefix(*module).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
     };
-    record.level() < log::Level::Trace && GUEST_REACHES.iter().any(|module| within(&module))
+    record.level() < log::Level::Trace && GUEST_REACHES.iter().any(within)
 }
 
 #[cfg(test)]
@@ -398,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_can_log_a_burst_from_a_place_and_then_so_many_in_a_time() {
+    fn a_guest_can_log_so_much_from_a_place_in_a_time() {
         let mut limiter = Limiter { places: Vec::new() };
         let now = Instant::now();
         let record = |line| {
@@ -410,10 +407,10 @@ mod tests {
                 .build()
         };
         let admitted = (0..100).filter(|_| limiter.admit(&record(1), now).is_some()).count();
-        assert_eq!(admitted as u64, BURST);
+        assert_eq!(admitted as u64, MAX_IN_PERIOD);
         assert_eq!(limiter.admit(&record(2), now), Some(0), "another place has a limit of its own");
-        assert_eq!(limiter.admit(&record(1), now + REFILL), Some(90), "the dropped lines are told");
-        assert_eq!(limiter.admit(&record(1), now + REFILL), Some(0));
+        assert_eq!(limiter.admit(&record(1), now + PERIOD), Some(90), "the dropped lines are told");
+        assert_eq!(limiter.admit(&record(1), now + PERIOD), Some(0));
     }
 
     #[test]
@@ -430,7 +427,7 @@ mod tests {
             admitted += u64::from(limiter.admit(&record, now).is_some());
         }
         assert_eq!(limiter.places.len(), MAX_PLACES);
-        assert_eq!(admitted, MAX_PLACES as u64 + BURST - 1);
+        assert_eq!(admitted, MAX_PLACES as u64 + MAX_IN_PERIOD - 1);
     }
 
     #[test]
@@ -500,12 +497,12 @@ mod tests {
         let path = dir.path().join("log");
         let logger = logger();
         logger.configure(&to(&path)).unwrap();
-        // Longer than the burst by more than can refill while this runs.
+        // More than the periods that pass while this runs let through.
         for _ in 0..1000 {
             log_from(&logger, "devices::serial", 1, "flood");
         }
         let written = lines(&path).len() as u64;
-        assert!((BURST..1000).contains(&written));
+        assert!((MAX_IN_PERIOD..1000).contains(&written));
         assert_eq!(written + logger.counters.limited.load(Ordering::Relaxed), 1000);
     }
 
