@@ -15,11 +15,11 @@ pub trait Host: Send + Sync {
     /// Reserves one message-signalled interrupt, disconnected. Fails when the machine's named limit is reached.
     fn msi(&self) -> io::Result<Box<dyn Msi>>;
 
-    /// From now on a guest write of any width at guest-physical `address` signals `fd` without leaving the kernel.
-    fn ring(&self, address: u64, fd: &EventFd) -> io::Result<()>;
+    /// From now on a guest write that matches `doorbell` signals `fd` without leaving the kernel.
+    fn ring(&self, doorbell: Doorbell, fd: &EventFd) -> io::Result<()>;
 
     /// Takes back a [`Host::ring`] with the same arguments.
-    fn unring(&self, address: u64, fd: &EventFd) -> io::Result<()>;
+    fn unring(&self, doorbell: Doorbell, fd: &EventFd) -> io::Result<()>;
 
     /// Calls `handler` with the token beside each descriptor whenever that descriptor is readable, until
     /// [`Host::unwatch`]. The descriptors stay the caller's and must outlive the watch.
@@ -50,6 +50,15 @@ pub trait Msi: Send + Sync {
 pub trait Handler: Send {
     /// The descriptor watched under `token` is readable. Must not block.
     fn ready(&mut self, token: u32);
+}
+
+/// A guest write that stands for a kick.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Doorbell {
+    /// Guest-physical.
+    pub address: u64,
+    /// `None`: any write of any width. Otherwise a 32-bit write of just this value.
+    pub value: Option<u32>,
 }
 
 /// A descriptor to watch for reading, level-triggered, and the token that names it to the handler.

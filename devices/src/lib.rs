@@ -1,7 +1,12 @@
 //! Device models: what a guest can touch. Nothing here knows KVM, JSON, paths or threads; the machine around a device is
 //! the small seam in [`host`], which the VMM implements on KVM and the tests with a fake.
 
+pub mod acpi_pm;
+pub mod backend;
 pub mod bus;
 pub mod host;
 pub mod memory;
+pub mod pvpanic;
+pub mod serial;
+pub mod state;
 pub mod virtio;
