@@ -1,0 +1,199 @@
+//! A raw disk: a file or a block device of the host, read and written straight from and to guest memory.
+//!
+//! Knows no sectors and no virtio status; does not open, lock, grow or guess the format of anything. The engine is
+//! synchronous. An [`Operation`] owns its buffers, so that an asynchronous engine can keep it until the kernel is done.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
+
+use crate::backend::vectored;
+use crate::memory::GuestRam;
+use crate::virtio::queue::{GuestSlice, Segments};
+
+/// How much of zeroes is written at a time where the file system has no better way.
+const ZEROES_BYTES: usize = 64 << 10;
+
+/// An open disk and its size.
+pub struct Disk {
+    file: File,
+    bytes: u64,
+}
+
+impl Disk {
+    /// Takes an open file or block device; its size is that of now.
+    pub fn new(mut file: File) -> io::Result<Disk> {
+        // Unlike the metadata's length, this is also right for a block device.
+        let bytes = file.seek(SeekFrom::End(0))?;
+        Ok(Disk { file, bytes })
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Does all of `operation`, which must lie within the disk. On an error, what of it was done is unknown.
+    pub fn perform(&self, memory: &GuestRam, operation: &Operation) -> io::Result<()> {
+        match operation {
+            Operation::Read { offset, buffers } => {
+                vectored::read_at(&self.file, &slices(buffers, memory)?, *offset)
+            }
+            Operation::Write { offset, buffers } => {
+                vectored::write_at(&self.file, &slices(buffers, memory)?, *offset)
+            }
+            Operation::Flush => self.file.sync_data(),
+            Operation::Discard(ranges) => ranges.iter().try_for_each(|range| self.discard(range)),
+            Operation::WriteZeroes { range, unmap } => self.write_zeroes(range, *unmap),
+        }
+    }
+
+    fn discard(&self, range: &Extent) -> io::Result<()> {
+        // A hint: what cannot be given back is kept.
+        self.allocate(Space::GiveBack, range).map(|_| ())
+    }
+
+    fn write_zeroes(&self, range: &Extent, unmap: bool) -> io::Result<()> {
+        if unmap && self.allocate(Space::GiveBack, range)? || self.allocate(Space::Keep, range)? {
+            return Ok(());
+        }
+        self.write_zero_bytes(range)
+    }
+
+    fn write_zero_bytes(&self, range: &Extent) -> io::Result<()> {
+        let zeroes = vec![0; ZEROES_BYTES];
+        let mut done = 0;
+        while done < range.len {
+            let step = (range.len - done).min(ZEROES_BYTES as u64);
+            let piece = zeroes.get(..step as usize).unwrap_or_default();
+            self.file.write_all_at(piece, range.offset + done)?;
+            done += step;
+        }
+        Ok(())
+    }
+
+    /// Makes the range read as zeroes without writing them. False when what is behind the file cannot do that.
+    fn allocate(&self, space: Space, range: &Extent) -> io::Result<bool> {
+        loop {
+            let mode = match space {
+                Space::GiveBack => FallocateMode::PunchHole,
+                Space::Keep => FallocateMode::ZeroRange,
+            };
+            let Err(error) = fallocate(&self.file, mode, true, range.offset, range.len) else {
+                return Ok(true);
+            };
+            match error.errno() {
+                // A block device whose blocks are larger than the range's alignment says EINVAL.
+                libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL => return Ok(false),
+                libc::EINTR => {}
+                errno => return Err(io::Error::from_raw_os_error(errno)),
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Space {
+    GiveBack,
+    Keep,
+}
+
+fn slices<'a>(buffers: &Segments, memory: &'a GuestRam) -> io::Result<Vec<GuestSlice<'a>>> {
+    buffers.slices(memory).map_err(io::Error::other)
+}
+
+/// What a disk can do; offsets and lengths in bytes.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Operation {
+    Read {
+        offset: u64,
+        buffers: Segments,
+    },
+    Write {
+        offset: u64,
+        buffers: Segments,
+    },
+    /// Everything written so far is on stable storage afterwards.
+    Flush,
+    /// The content is no longer needed; what is read there afterwards is undefined.
+    Discard(Vec<Extent>),
+    /// Zeroes are read there afterwards; with `unmap`, the space may be given back.
+    WriteZeroes {
+        range: Extent,
+        unmap: bool,
+    },
+}
+
+/// A part of a disk, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    pub offset: u64,
+    pub len: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn disk(bytes: u64) -> (Disk, GuestRam) {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![0xaa; bytes as usize], 0).unwrap();
+        (Disk::new(file).unwrap(), GuestRam::new())
+    }
+
+    fn content(disk: &Disk, range: Extent) -> Vec<u8> {
+        let mut data = vec![1; range.len as usize];
+        disk.file.read_exact_at(&mut data, range.offset).unwrap();
+        data
+    }
+
+    #[test]
+    fn zeroes_are_zeroes_and_the_rest_is_untouched_with_and_without_giving_back_space() {
+        for unmap in [false, true] {
+            let (disk, ram) = disk(MIB);
+            let range = Extent { offset: 512, len: 5 * 4096 + 512 };
+            disk.perform(&ram, &Operation::WriteZeroes { range, unmap }).unwrap();
+            assert!(content(&disk, range).iter().all(|&byte| byte == 0));
+            assert_eq!(content(&disk, Extent { offset: 511, len: 1 }), [0xaa]);
+            assert_eq!(content(&disk, Extent { offset: range.offset + range.len, len: 1 }), [0xaa]);
+            assert_eq!(disk.file.metadata().unwrap().len(), MIB);
+        }
+    }
+
+    #[test]
+    fn a_discard_gives_space_back_and_keeps_the_size() {
+        let (disk, ram) = disk(MIB);
+        let before = disk.file.metadata().unwrap().blocks();
+        let ranges = vec![Extent { offset: 0, len: MIB / 4 }, Extent { offset: MIB / 2, len: MIB / 2 }];
+        disk.perform(&ram, &Operation::Discard(ranges)).unwrap();
+        let after = disk.file.metadata().unwrap();
+        assert!(after.blocks() < before);
+        assert_eq!(after.len(), MIB);
+    }
+
+    #[test]
+    fn where_the_host_knows_no_better_zeroes_are_written() {
+        let (disk, _) = disk(MIB);
+        let range = Extent { offset: 512, len: 3 * ZEROES_BYTES as u64 + 512 };
+        disk.write_zero_bytes(&range).unwrap();
+        assert!(content(&disk, range).iter().all(|&byte| byte == 0));
+        assert_eq!(content(&disk, Extent { offset: 511, len: 1 }), [0xaa]);
+        assert_eq!(content(&disk, Extent { offset: range.offset + range.len, len: 1 }), [0xaa]);
+    }
+
+    #[test]
+    fn what_the_host_refuses_is_an_error() {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        path.as_file().set_len(MIB).unwrap();
+        let disk = Disk::new(File::open(path.path()).unwrap()).unwrap();
+        let range = Extent { offset: 0, len: 4096 };
+        let ram = GuestRam::new();
+        assert!(disk.perform(&ram, &Operation::Discard(vec![range])).is_err());
+        assert!(disk.perform(&ram, &Operation::WriteZeroes { range, unmap: true }).is_err());
+    }
+}
