@@ -5,5 +5,6 @@ pub mod admit;
 pub mod args;
 pub mod io_thread;
 pub mod logger;
+pub mod metrics;
 pub mod sink;
 pub mod vcpu;

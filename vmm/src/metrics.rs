@@ -1,0 +1,684 @@
+//! The metrics file: counters from all over the process, as one JSON object a line.
+//!
+//! Names nothing itself: who counts keeps plain atomics and says under which group and key they are written. A counter is
+//! written as what came to it since the last line that was written, a measured value as it is. The keys are those of
+//! Firecracker, all of them, and those that nobody counts are 0: dashboards are built on that. Under our own name
+//! there may be more.
+
+mod keys;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use api_socket::{Endpoint, Fault, Method};
+use devices::serial;
+use serde::Serialize;
+
+use crate::args::{Identity, StartTimes};
+use crate::logger::LOGGER;
+use crate::sink::Sink;
+use crate::vcpu::ExitCounters;
+
+/// Tells counters: calls its argument with each key and its value since the start. A key `a.b` is written as `b` in an
+/// object `a`.
+pub type Source = Box<dyn Fn(&mut dyn FnMut(&'static str, u64)) + Send>;
+
+/// All metrics of the process, and where they are written.
+pub struct Metrics {
+    identity: Identity,
+    id: String,
+    sources: Vec<(&'static str, Option<String>, Source)>,
+
+    output: Option<Output>,
+    /// For the next line.
+    pub latencies: Latencies,
+    startup: [(&'static str, u64); 2],
+    /// Lines that could not be written.
+    missed: u64,
+    /// As of the last line that was written.
+    written: Values,
+}
+
+/// How long the last of each took, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Latencies {
+    /// From the request to its answer.
+    pub pause_vm: u64,
+    pub resume_vm: u64,
+    /// The work alone.
+    pub vmm_pause_vm: u64,
+    pub vmm_resume_vm: u64,
+}
+
+struct Output {
+    sink: Sink,
+    config: api_socket::Metrics,
+}
+
+/// Group and key to value.
+type Values = BTreeMap<(String, String), u64>;
+
+impl Metrics {
+    /// With what the logger counts. `id` is the instance's.
+    pub fn new(identity: Identity, id: &str) -> Metrics {
+        Metrics {
+            identity,
+            id: id.to_string(),
+            sources: vec![("logger", None, logger())],
+            output: None,
+            latencies: Latencies::default(),
+            startup: [("process_startup_time_us", 0), ("process_startup_time_cpu_us", 0)],
+            missed: 0,
+            written: Values::new(),
+        }
+    }
+
+    /// Writes what `source` tells in the group from now on. Sources of the same group add up. With an `id` it has a group
+    /// `<group>_<id>` too.
+    pub fn add(&mut self, group: &'static str, id: Option<&str>, source: Source) {
+        self.sources.push((group, id.map(str::to_string), source));
+    }
+
+    /// Adds the requests to the API.
+    pub fn add_api(&mut self, counters: &Arc<api_socket::counters::Counters>) {
+        for group in ["get_api_requests", "put_api_requests", "patch_api_requests", "delete_api_requests"] {
+            self.add(group, None, requests(group, counters.clone()));
+        }
+        let deprecated = counters.clone();
+        self.add(
+            "deprecated_api",
+            None,
+            Box::new(move |tell| tell("deprecated_http_api_calls", load(&deprecated.deprecated))),
+        );
+        let counters = counters.clone();
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            tell("unknown_requests", load(&counters.unknown));
+            tell("refused_connections", load(&counters.refused_connections));
+        };
+        self.add("api_connections", None, Box::new(source));
+    }
+
+    /// Adds the exits of all vCPUs.
+    pub fn add_vcpus(&mut self, counters: Arc<ExitCounters>) {
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            tell("exit_io_in", load(&counters.port_in));
+            tell("exit_io_out", load(&counters.port_out));
+            tell("exit_mmio_read", load(&counters.mmio_read));
+            tell("exit_mmio_write", load(&counters.mmio_write));
+            tell("failures", load(&counters.failures));
+        };
+        self.add("vcpu", None, Box::new(source));
+    }
+
+    /// Adds the serial port, and the bytes that `dropped` counts because they were too many.
+    pub fn add_uart(&mut self, counters: Arc<serial::Counters>, dropped: Arc<AtomicU64>) {
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            tell("read_count", load(&counters.read));
+            tell("write_count", load(&counters.written));
+            tell("missed_write_count", load(&counters.lost));
+            tell("error_count", load(&counters.lost));
+            tell("rate_limiter_dropped_bytes", load(&dropped));
+        };
+        self.add("uart", None, Box::new(source));
+    }
+
+    /// Takes the time that the start took, which is now: when the API answers, or without one when the guest is about to
+    /// run.
+    pub fn started(&mut self, start: &StartTimes) {
+        let since = |clock, then: Option<u64>| then.map_or(0, |then| clock_us(clock).saturating_sub(then));
+        let wall = since(libc::CLOCK_MONOTONIC, start.wall_us);
+        let cpu = since(libc::CLOCK_PROCESS_CPUTIME_ID, start.cpu_us);
+        let parent = start.cpu_us.and(start.parent_cpu_us).unwrap_or(0);
+        self.startup =
+            [("process_startup_time_us", wall), ("process_startup_time_cpu_us", cpu.saturating_add(parent))];
+    }
+
+    /// Opens the file that lines are written to from now on.
+    ///
+    /// # Errors
+    /// A second time, and a path that cannot be opened.
+    pub fn open(&mut self, config: &api_socket::Metrics) -> Result<(), Fault> {
+        let path = config.metrics_path.display();
+        if let Some(output) = &self.output {
+            let first = output.config.metrics_path.display();
+            return Err(Fault::bad_request(format!(
+                "`metrics_path` is {path}, but metrics are written to {first} already; they can be set up once."
+            )));
+        }
+        let sink = Sink::open(&config.metrics_path).map_err(|error| {
+            Fault::bad_request(format!(
+                "`metrics_path` is {path}, which cannot be written: {error}. Give a file in a directory that exists, or \
+                 a named pipe."
+            ))
+        })?;
+        self.output = Some(Output { sink, config: config.clone() });
+        Ok(())
+    }
+
+    /// Writes a line: right after the start, when a client asks, every minute, and before the process ends. `Ok(false)`:
+    /// there is no file.
+    ///
+    /// # Errors
+    /// The file would not take the line. Nothing is lost by that: the next line has what this one would have had.
+    pub fn flush(&mut self) -> Result<bool, Fault> {
+        let values = self.collect();
+        let Some(output) = &mut self.output else {
+            return Ok(false);
+        };
+        let config = &output.config;
+        let line = Line {
+            utc_timestamp_ms: now_ms(),
+            id: config.emit_id.then_some(self.id.as_str()),
+            properties: config.properties.as_ref(),
+            groups: groups(&values, &self.written),
+        };
+        let written = serde_json::to_vec(&line).map_err(io::Error::other).and_then(|mut line| {
+            line.push(b'\n');
+            output.sink.write_line(&line)
+        });
+        match written {
+            Ok(()) => {
+                self.written = values;
+                Ok(true)
+            }
+            Err(error) => {
+                self.missed += 1;
+                let path = config.metrics_path.display();
+                let text = format!("Metrics cannot be written to {path}: {error}. Is somebody reading it?");
+                Err(Fault::bad_request(text))
+            }
+        }
+    }
+
+    /// Everything since the start.
+    fn collect(&self) -> Values {
+        let mut values = Values::new();
+        for (group, keys) in keys::KEYS {
+            put_zeros(&mut values, group, keys);
+        }
+        self.own(&mut |group, key, value| add(&mut values, group, key, value));
+        for (group, id, source) in &self.sources {
+            let one = id.as_ref().map(|id| format!("{group}_{id}"));
+            if let Some(one) = &one {
+                put_zeros(&mut values, one, keys::of(group));
+            }
+            source(&mut |key, value| {
+                if self.identity == Identity::Firecracker && !keys::knows(group, key) {
+                    return;
+                }
+                if let Some(one) = &one {
+                    add(&mut values, one, key, value);
+                }
+                // The least and the most of several devices do not add up; Firecracker writes 0 there, so do we.
+                if one.is_none() || !keys::is_measured(group, key) {
+                    add(&mut values, group, key, value);
+                }
+            });
+        }
+        values
+    }
+
+    fn own(&self, tell: &mut dyn FnMut(&str, &'static str, u64)) {
+        for (key, value) in self.startup {
+            tell("api_server", key, value);
+        }
+        tell("latencies_us", "pause_vm", self.latencies.pause_vm);
+        tell("latencies_us", "resume_vm", self.latencies.resume_vm);
+        tell("latencies_us", "vmm_pause_vm", self.latencies.vmm_pause_vm);
+        tell("latencies_us", "vmm_resume_vm", self.latencies.vmm_resume_vm);
+        tell("logger", "missed_metrics_count", self.missed);
+    }
+}
+
+fn put_zeros(values: &mut Values, group: &str, keys: &[&str]) {
+    for key in keys {
+        match key.ends_with(keys::AGGREGATE) {
+            true => keys::AGGREGATED.iter().for_each(|part| add(values, group, &format!("{key}.{part}"), 0)),
+            false => add(values, group, key, 0),
+        }
+    }
+}
+
+fn add(values: &mut Values, group: &str, key: &str, value: u64) {
+    let sum = values.entry((group.to_string(), key.to_string())).or_default();
+    *sum = sum.saturating_add(value);
+}
+
+/// A line, as it is written.
+#[derive(Serialize)]
+struct Line<'a> {
+    utc_timestamp_ms: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    properties: Option<&'a BTreeMap<String, String>>,
+    #[serde(flatten)]
+    groups: BTreeMap<&'a str, Group<'a>>,
+}
+
+#[derive(Default, Serialize)]
+struct Group<'a> {
+    #[serde(flatten)]
+    plain: BTreeMap<&'a str, u64>,
+    #[serde(flatten)]
+    nested: BTreeMap<&'a str, BTreeMap<&'a str, u64>>,
+}
+
+/// The groups of `values`, with what `written` says was told before taken off.
+fn groups<'a>(values: &'a Values, written: &Values) -> BTreeMap<&'a str, Group<'a>> {
+    let mut groups = BTreeMap::<_, Group>::new();
+    for (name, value) in values {
+        let (group, key) = name;
+        let value = match keys::is_measured(group, key) {
+            true => *value,
+            false => value.saturating_sub(written.get(name).copied().unwrap_or(0)),
+        };
+        let group = groups.entry(group.as_str()).or_default();
+        match key.split_once('.') {
+            Some((outer, inner)) => group.nested.entry(outer).or_default().insert(inner, value),
+            None => group.plain.insert(key, value),
+        };
+    }
+    groups
+}
+
+fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn logger() -> Source {
+    Box::new(|tell| {
+        tell("missed_log_count", load(&LOGGER.counters().missed));
+        tell("rate_limited_log_count", load(&LOGGER.counters().limited));
+    })
+}
+
+/// What is counted of an endpoint: its group, the keys of its requests and of its faults.
+type Row = (&'static str, Method, Endpoint, &'static str, Option<&'static str>);
+
+const REQUESTS: &[Row] = &[
+    ("get_api_requests", Method::Get, Endpoint::Instance, "instance_info_count", None),
+    ("get_api_requests", Method::Get, Endpoint::MachineConfig, "machine_cfg_count", None),
+    ("get_api_requests", Method::Get, Endpoint::Version, "vmm_version_count", None),
+    ("get_api_requests", Method::Get, Endpoint::VmConfig, "vm_config_count", None),
+    ("put_api_requests", Method::Put, Endpoint::Actions, "actions_count", Some("actions_fails")),
+    ("put_api_requests", Method::Put, Endpoint::BootSource, "boot_source_count", Some("boot_source_fails")),
+    ("put_api_requests", Method::Put, Endpoint::CpuConfig, "cpu_cfg_count", Some("cpu_cfg_fails")),
+    ("put_api_requests", Method::Put, Endpoint::Drive, "drive_count", Some("drive_fails")),
+    ("put_api_requests", Method::Put, Endpoint::Entropy, "entropy_count", Some("entropy_fails")),
+    ("put_api_requests", Method::Put, Endpoint::Logger, "logger_count", Some("logger_fails")),
+    (
+        "put_api_requests",
+        Method::Put,
+        Endpoint::MachineConfig,
+        "machine_cfg_count",
+        Some("machine_cfg_fails"),
+    ),
+    ("put_api_requests", Method::Put, Endpoint::Metrics, "metrics_count", Some("metrics_fails")),
+    ("put_api_requests", Method::Put, Endpoint::Serial, "serial_count", Some("serial_fails")),
+    ("patch_api_requests", Method::Patch, Endpoint::Drive, "drive_count", Some("drive_fails")),
+    (
+        "patch_api_requests",
+        Method::Patch,
+        Endpoint::MachineConfig,
+        "machine_cfg_count",
+        Some("machine_cfg_fails"),
+    ),
+    ("patch_api_requests", Method::Patch, Endpoint::Vm, "vm_count", Some("vm_fails")),
+    ("delete_api_requests", Method::Delete, Endpoint::Drive, "drive_count", Some("drive_fails")),
+];
+
+fn requests(group: &'static str, counters: Arc<api_socket::counters::Counters>) -> Source {
+    Box::new(move |tell| {
+        for (_, method, endpoint, requests, faults) in REQUESTS.iter().filter(|row| row.0 == group) {
+            let count = counters.of(*method, *endpoint);
+            tell(requests, load(&count.requests));
+            if let Some(faults) = faults {
+                tell(faults, load(&count.faults));
+            }
+        }
+    })
+}
+
+fn load(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+/// Microseconds of one of the kernel's clocks.
+fn clock_us(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: clock_gettime writes one timespec, which `&mut time` is.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    let (seconds, nanos) =
+        (u64::try_from(time.tv_sec).unwrap_or(0), u64::try_from(time.tv_nsec).unwrap_or(0));
+    seconds.saturating_mul(1_000_000).saturating_add(nanos / 1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+    use std::path::{Path, PathBuf};
+
+    struct Fixture {
+        _dir: tempfile::TempDir,
+        path: PathBuf,
+        metrics: Metrics,
+    }
+
+    fn fixture(identity: Identity) -> Fixture {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics");
+        let mut metrics = Metrics::new(identity, "vm-1");
+        metrics.open(&config(&path)).unwrap();
+        Fixture { _dir: dir, path, metrics }
+    }
+
+    fn config(path: &Path) -> api_socket::Metrics {
+        api_socket::Metrics { metrics_path: path.into(), ..Default::default() }
+    }
+
+    impl Fixture {
+        /// Flushes and gives the line that came of it.
+        fn line(&mut self) -> Value {
+            let before = self.text().lines().count();
+            assert!(self.metrics.flush().unwrap());
+            let text = self.text();
+            assert!(text.ends_with('\n'));
+            assert_eq!(text.lines().count(), before + 1);
+            serde_json::from_str(text.lines().last().unwrap()).unwrap()
+        }
+
+        fn text(&self) -> String {
+            std::fs::read_to_string(&self.path).unwrap()
+        }
+
+        /// A counter under a key.
+        fn counter(&mut self, group: &'static str, id: Option<&str>, key: &'static str) -> Arc<AtomicU64> {
+            let counter = Arc::new(AtomicU64::new(0));
+            let told = counter.clone();
+            self.metrics.add(group, id, Box::new(move |tell| tell(key, load(&told))));
+            counter
+        }
+    }
+
+    /// All keys of a line, objects flattened.
+    fn names(value: &Value) -> Vec<String> {
+        let Value::Object(map) = value else { return vec![String::new()] };
+        let mut all = Vec::new();
+        for (key, value) in map {
+            all.extend(
+                names(value).into_iter().map(|rest| format!("{key}.{rest}").trim_matches('.').to_string()),
+            );
+        }
+        all.sort();
+        all
+    }
+
+    fn expected_names(devices: &[&str]) -> Vec<String> {
+        let mut all = vec!["utc_timestamp_ms".to_string()];
+        let mut put = |group: &str, keys: &[&str]| {
+            for key in keys {
+                match key.ends_with("_agg") {
+                    true => {
+                        all.extend(["min_us", "max_us", "sum_us"].map(|part| format!("{group}.{key}.{part}")))
+                    }
+                    false => all.push(format!("{group}.{key}")),
+                }
+            }
+        };
+        keys::KEYS.iter().for_each(|(group, keys)| put(group, keys));
+        devices.iter().for_each(|device| put(device, keys::of("block")));
+        all.sort();
+        all
+    }
+
+    fn everything(metrics: &mut Metrics) {
+        metrics.add_api(&Arc::default());
+        metrics.add_vcpus(Arc::default());
+        metrics.add_uart(Arc::default(), Arc::default());
+    }
+
+    #[test]
+    fn under_firecrackers_name_the_keys_are_exactly_firecrackers() {
+        let mut fixture = fixture(Identity::Firecracker);
+        assert_eq!(names(&fixture.line()), expected_names(&[]), "with nobody who counts");
+        everything(&mut fixture.metrics);
+        fixture.counter("block", Some("rootfs"), "read_bytes");
+        fixture.counter("block", Some("rootfs"), "read_agg.sum_us");
+        fixture.counter("block", Some("data"), "a_key_of_our_own");
+        assert_eq!(names(&fixture.line()), expected_names(&["block_rootfs", "block_data"]));
+    }
+
+    #[test]
+    fn the_table_has_each_group_and_key_once() {
+        let mut names = expected_names(&[]);
+        let count = names.len();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        assert_eq!(keys::KEYS.len(), 22);
+    }
+
+    #[test]
+    fn under_our_own_name_there_is_more_and_nothing_less() {
+        let mut fixture = fixture(Identity::Berth);
+        everything(&mut fixture.metrics);
+        let names = names(&fixture.line());
+        assert!(expected_names(&[]).iter().all(|name| names.contains(name)));
+        let own: Vec<_> = names.iter().filter(|name| !expected_names(&[]).contains(name)).collect();
+        assert_eq!(
+            own,
+            [
+                "api_connections.refused_connections",
+                "api_connections.unknown_requests",
+                "delete_api_requests.drive_count",
+                "delete_api_requests.drive_fails",
+                "get_api_requests.vm_config_count",
+                "patch_api_requests.vm_count",
+                "patch_api_requests.vm_fails",
+                "put_api_requests.entropy_count",
+                "put_api_requests.entropy_fails",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_counter_is_what_came_since_the_last_line() {
+        let mut fixture = fixture(Identity::Firecracker);
+        let exits = Arc::new(ExitCounters::default());
+        fixture.metrics.add_vcpus(exits.clone());
+        exits.port_in.store(5, Ordering::Relaxed);
+        assert_eq!(fixture.line()["vcpu"]["exit_io_in"], 5);
+        exits.port_in.store(7, Ordering::Relaxed);
+        assert_eq!(fixture.line()["vcpu"]["exit_io_in"], 2);
+        assert_eq!(fixture.line()["vcpu"]["exit_io_in"], 0);
+    }
+
+    #[test]
+    fn a_measured_value_stays_until_the_next_is_measured() {
+        let mut fixture = fixture(Identity::Firecracker);
+        fixture.metrics.latencies =
+            Latencies { pause_vm: 1, resume_vm: 2, vmm_pause_vm: 3, vmm_resume_vm: 4 };
+        for _ in 0..2 {
+            let line = fixture.line();
+            let told = ["pause_vm", "resume_vm", "vmm_pause_vm", "vmm_resume_vm"]
+                .map(|key| &line["latencies_us"][key]);
+            assert_eq!(told, [1, 2, 3, 4]);
+        }
+    }
+
+    #[test]
+    fn devices_have_a_group_each_and_one_that_adds_them_up() {
+        let mut fixture = fixture(Identity::Firecracker);
+        let first = fixture.counter("block", Some("a"), "read_bytes");
+        let second = fixture.counter("block", Some("b"), "read_bytes");
+        let least = fixture.counter("block", Some("a"), "read_agg.min_us");
+        let sum = fixture.counter("block", Some("a"), "read_agg.sum_us");
+        for (counter, value) in [(&first, 3), (&second, 4), (&least, 5), (&sum, 6)] {
+            counter.store(value, Ordering::Relaxed);
+        }
+        let line = fixture.line();
+        assert_eq!(line["block_a"]["read_bytes"], 3);
+        assert_eq!(line["block_b"]["read_bytes"], 4);
+        assert_eq!(line["block"]["read_bytes"], 7);
+        assert_eq!(line["block_a"]["read_agg"], json!({"min_us": 5, "max_us": 0, "sum_us": 6}));
+        assert_eq!(line["block"]["read_agg"], json!({"min_us": 0, "max_us": 0, "sum_us": 6}));
+        assert_eq!(fixture.line()["block_a"]["read_agg"], json!({"min_us": 5, "max_us": 0, "sum_us": 0}));
+    }
+
+    #[test]
+    fn each_request_is_counted_under_its_key() {
+        let mut fixture = fixture(Identity::Berth);
+        let counters = Arc::new(api_socket::counters::Counters::default());
+        fixture.metrics.add_api(&counters);
+        for (number, (_, method, endpoint, _, faults)) in (1..).zip(REQUESTS) {
+            let count = counters.of(*method, *endpoint);
+            count.requests.store(number, Ordering::Relaxed);
+            if faults.is_some() {
+                count.faults.store(100 + number, Ordering::Relaxed);
+            }
+        }
+        counters.deprecated.store(50, Ordering::Relaxed);
+        let line = fixture.line();
+        for (number, (group, _, _, requests, faults)) in (1..).zip(REQUESTS) {
+            assert_eq!(line[group][requests], number, "{group}.{requests}");
+            assert!(faults.is_none_or(|key| line[group][key] == 100 + number), "{group} {faults:?}");
+        }
+        assert_eq!(line["deprecated_api"]["deprecated_http_api_calls"], 50);
+    }
+
+    #[test]
+    fn every_endpoint_and_method_is_counted_somewhere() {
+        for (endpoint, path, methods) in api_socket::routes::ENDPOINTS {
+            for method in *methods {
+                let rows = REQUESTS.iter().filter(|row| row.1 == *method && row.2 == *endpoint).count();
+                assert_eq!(rows, 1, "{} {path}", method.as_str());
+            }
+        }
+    }
+
+    #[test]
+    fn the_serial_port_is_counted() {
+        let mut fixture = fixture(Identity::Firecracker);
+        let (uart, dropped) = (Arc::new(serial::Counters::default()), Arc::new(AtomicU64::new(4)));
+        uart.read.store(1, Ordering::Relaxed);
+        uart.written.store(2, Ordering::Relaxed);
+        uart.lost.store(3, Ordering::Relaxed);
+        fixture.metrics.add_uart(uart, dropped);
+        let line = fixture.line();
+        let told =
+            ["read_count", "write_count", "missed_write_count", "error_count", "rate_limiter_dropped_bytes"];
+        assert_eq!(told.map(|key| &line["uart"][key]), [1, 2, 3, 3, 4]);
+    }
+
+    #[test]
+    fn the_id_and_the_properties_are_written_when_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics");
+        let mut metrics = Metrics::new(Identity::Firecracker, "vm-1");
+        let properties = BTreeMap::from([("customer".to_string(), "7".to_string())]);
+        metrics
+            .open(&api_socket::Metrics { emit_id: true, properties: Some(properties), ..config(&path) })
+            .unwrap();
+        let mut fixture = Fixture { _dir: dir, path, metrics };
+        let line = fixture.line();
+        assert_eq!(line["id"], "vm-1");
+        assert_eq!(line["properties"], json!({"customer": "7"}));
+    }
+
+    #[test]
+    fn a_line_has_the_time_in_milliseconds() {
+        let mut fixture = fixture(Identity::Firecracker);
+        let before = now_ms();
+        let told = fixture.line()["utc_timestamp_ms"].as_u64().unwrap();
+        assert!((before..=now_ms()).contains(&told));
+        assert!(fixture.text().starts_with("{\"utc_timestamp_ms\":"));
+    }
+
+    #[test]
+    fn the_start_is_measured_from_what_the_starter_said() {
+        let mut fixture = fixture(Identity::Firecracker);
+        fixture.metrics.started(&StartTimes::default());
+        let zero = json!({"process_startup_time_us": 0, "process_startup_time_cpu_us": 0});
+        assert_eq!(fixture.line()["api_server"], zero);
+        let ago = clock_us(libc::CLOCK_MONOTONIC) - 1_000_000;
+        fixture.metrics.started(&StartTimes {
+            wall_us: Some(ago),
+            cpu_us: Some(0),
+            parent_cpu_us: Some(10_000_000),
+        });
+        let line = fixture.line();
+        assert!(line["api_server"]["process_startup_time_us"].as_u64().unwrap() >= 1_000_000);
+        assert!(line["api_server"]["process_startup_time_cpu_us"].as_u64().unwrap() >= 10_000_000);
+        // A start in the future is nobody's measure.
+        fixture.metrics.started(&StartTimes {
+            wall_us: Some(u64::MAX),
+            cpu_us: Some(u64::MAX),
+            parent_cpu_us: None,
+        });
+        assert_eq!(fixture.line()["api_server"], zero);
+    }
+
+    #[test]
+    fn without_a_file_nothing_is_written_and_nothing_is_wrong() {
+        assert_eq!(Metrics::new(Identity::Berth, "").flush(), Ok(false));
+    }
+
+    #[test]
+    fn a_second_set_up_and_a_path_that_cannot_be_opened_are_refused() {
+        let mut fixture = fixture(Identity::Berth);
+        let other = fixture.path.with_file_name("other");
+        let fault = fixture.metrics.open(&config(&other)).unwrap_err();
+        assert_eq!(fault.status, 400);
+        assert!(fault.message.contains("other") && fault.message.contains("once"), "{fault}");
+        assert!(!other.exists());
+
+        let mut metrics = Metrics::new(Identity::Berth, "");
+        let fault = metrics.open(&config(&fixture.path.join("no"))).unwrap_err();
+        assert!(fault.message.contains("metrics_path") && fault.message.contains("/no"), "{fault}");
+        metrics.open(&config(&other)).unwrap();
+    }
+
+    #[test]
+    fn a_line_that_nobody_takes_is_missed_and_its_counts_come_later() {
+        use std::io::Read;
+        let (mut end, pipe) = std::io::pipe().unwrap();
+        let name = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&pipe));
+        let mut metrics = Metrics::new(Identity::Firecracker, "");
+        metrics.open(&config(Path::new(&name))).unwrap();
+        let exits = Arc::new(ExitCounters::default());
+        metrics.add_vcpus(exits.clone());
+        let mut taken = 0;
+        let fault = loop {
+            exits.port_in.fetch_add(1, Ordering::Relaxed);
+            match metrics.flush() {
+                Ok(_) => taken += 1,
+                Err(fault) => break fault,
+            }
+        };
+        assert!(fault.message.contains("cannot be written"), "{fault}");
+        drop(pipe);
+        let mut seen = vec![0; 1 << 16];
+        let count = end.read(&mut seen).unwrap();
+        metrics.flush().unwrap();
+        metrics.output = None;
+        let mut rest = Vec::new();
+        end.read_to_end(&mut rest).unwrap();
+        seen.truncate(count);
+        seen.extend(rest);
+        let lines: Vec<Value> = String::from_utf8(seen)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(lines.len(), taken + 1);
+        assert_eq!(lines[taken]["vcpu"]["exit_io_in"], 1);
+        assert_eq!(lines[taken]["logger"]["missed_metrics_count"], 1);
+        let total: u64 = lines.iter().map(|line| line["vcpu"]["exit_io_in"].as_u64().unwrap()).sum();
+        assert_eq!(total, taken as u64 + 1);
+    }
+}
