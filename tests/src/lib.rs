@@ -1,2 +1,11 @@
+//! What the tests need: a Linux host with KVM anywhere ([`host`]), what guests boot ([`assets`]), and guests
+//! ([`guest`]).
+//!
+//! The tests themselves are in `tests/tests/`, one file for each promise, and run inside such a host, where
+//! `berth-host test` starts them. The map of the source tree is tested here, for it needs no guest.
+
 pub mod assets;
+pub mod guest;
 pub mod host;
+#[cfg(test)]
+mod map;

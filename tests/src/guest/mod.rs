@@ -1,0 +1,207 @@
+//! The fixture of the tests that run real guests: a guest in a directory of its own, its console, a shell in it, its API,
+//! and how it ended.
+//!
+//! A test says what it wants as a [`Setup`], gets a [`Guest`], and talks to it. Every wait has a limit of [`limits`], and
+//! whatever is not as it should be panics, which is how a test fails; a guest that is dropped then shows the end of its
+//! console and of the VMM's log. Dropping a guest kills its VMM, and the kernel does so when the test's thread ends.
+//!
+//! It makes no host and no assets: `berth-host test` runs the tests in a host and says by environment variables where
+//! things are (`crate::host`). It knows the VMM by its command line and its API only.
+
+// A fixture fails its test by panicking; nothing of this is in a shipped program.
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+
+pub mod console;
+pub mod setup;
+pub mod vmm;
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use api_socket::{ActionType, Client, InstanceState, Request, VmState};
+pub use console::{Console, Output};
+pub use setup::{Kernel, Setup};
+pub use vmm::{Ended, Name, Vmm};
+
+/// How long things may take. A nested host runs a guest some twenty times slower than the machine it is on, and several
+/// guests share one processor there: these are limits to find a hang, not measures.
+pub mod limits {
+    use std::time::Duration;
+
+    /// The VMM's start until its API answers, and any answer of it.
+    pub const API: Duration = Duration::from_secs(60);
+    /// A start to the busybox shell; alone it takes about four seconds.
+    pub const BOOT: Duration = Duration::from_secs(240);
+    /// A start to Debian's login, and its way down; alone they take about 25 seconds.
+    pub const DEBIAN: Duration = Duration::from_secs(600);
+    /// One command in the guest.
+    pub const COMMAND: Duration = Duration::from_secs(180);
+    /// From the guest's last act to the end of the VMM.
+    pub const EXIT: Duration = Duration::from_secs(120);
+}
+
+/// What is shown of the console and of each log when a test fails, in lines.
+const TAIL_LINES: usize = 60;
+
+/// What the busybox guest says when its shell is there.
+const READY: &str = "BERTH-GUEST-READY";
+
+/// A guest and its VMM.
+pub struct Guest {
+    pub vmm: Vmm,
+    pub console: Console,
+    pub api: Client,
+    setup: Setup,
+}
+
+impl Guest {
+    /// Starts a VMM and configures it; the guest does not run yet.
+    pub fn configured(setup: Setup) -> Guest {
+        let mut vmm = Vmm::spawn(setup.name, &setup.arguments);
+        let mut api = vmm.client();
+        let console = vmm.console();
+        for request in setup.requests() {
+            api.apply(&request).unwrap_or_else(|error| panic!("{request:?}: {error}"));
+        }
+        Guest { vmm, console, api, setup }
+    }
+
+    /// A running guest, of which nothing is known yet.
+    pub fn started(setup: Setup) -> Guest {
+        let mut guest = Guest::configured(setup);
+        guest.apply(Request::Action(ActionType::InstanceStart));
+        guest
+    }
+
+    /// A guest in its busybox shell.
+    pub fn booted(setup: Setup) -> Guest {
+        let mut guest = Guest::started(setup);
+        guest.console.wait_for(READY, limits::BOOT);
+        guest.console.wait_for("# ", limits::BOOT);
+        guest
+    }
+
+    /// A Debian guest, logged in as root. See [`Setup::debian`].
+    pub fn logged_in(setup: Setup) -> Guest {
+        let mut guest = Guest::started(setup);
+        guest.console.wait_for("login: ", limits::DEBIAN);
+        guest.console.send(b"root\n");
+        guest.console.wait_for("# ", limits::DEBIAN);
+        guest
+    }
+
+    /// Runs a command in the guest's shell, successful or not. One line of at most [`console::MAX_COMMAND`] bytes.
+    pub fn shell(&mut self, command: &str) -> Output {
+        self.console.shell(command, limits::COMMAND)
+    }
+
+    /// The output of a command that must succeed.
+    #[track_caller]
+    pub fn run(&mut self, command: &str) -> String {
+        self.run_within(command, limits::COMMAND)
+    }
+
+    /// As [`Guest::run`], for a command that takes long.
+    #[track_caller]
+    pub fn run_within(&mut self, command: &str, limit: Duration) -> String {
+        let Output { text, code } = self.console.shell(command, limit);
+        assert_eq!(code, 0, "`{command}` in the guest ended with {code}:\n{text}");
+        text
+    }
+
+    /// The output of a command that must succeed, as a number.
+    #[track_caller]
+    pub fn number(&mut self, command: &str) -> u64 {
+        let text = self.run(command);
+        text.trim().parse().unwrap_or_else(|_| panic!("`{command}` in the guest gave no number: {text:?}"))
+    }
+
+    /// Says something to the guest's shell that has no answer, such as a command that ends it.
+    pub fn say(&mut self, command: &str) {
+        self.console.send(format!("{command}\n").as_bytes());
+    }
+
+    /// Makes a request that must succeed.
+    #[track_caller]
+    pub fn apply(&mut self, request: Request) {
+        self.api.apply(&request).unwrap_or_else(|error| panic!("{request:?}: {error}"));
+    }
+
+    #[track_caller]
+    pub fn pause(&mut self) {
+        self.apply(Request::PatchVm(VmState::Paused));
+    }
+
+    #[track_caller]
+    pub fn resume(&mut self) {
+        self.apply(Request::PatchVm(VmState::Resumed));
+    }
+
+    /// As `GET /` tells it.
+    #[track_caller]
+    pub fn state(&mut self) -> InstanceState {
+        self.api.instance_info().unwrap().state
+    }
+
+    /// Powers the guest off from inside and waits for the VMM's end.
+    #[track_caller]
+    pub fn power_off(mut self) {
+        self.say("sync; poweroff -f");
+        assert_eq!(self.ended(), Ended::Code(0), "after poweroff in the guest");
+    }
+
+    /// Waits for the VMM to end by itself.
+    #[track_caller]
+    pub fn ended(&mut self) -> Ended {
+        self.vmm.ended(limits::EXIT)
+    }
+
+    /// The path of a file in this guest's own directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.vmm.path(name)
+    }
+
+    /// What the guest was made from.
+    pub fn setup(&self) -> &Setup {
+        &self.setup
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- end of the guest's console\n{}", tail(&self.console.text()));
+        }
+    }
+}
+
+/// The build product of this name.
+pub fn program(name: &str) -> PathBuf {
+    directory("BERTH_BUILD").join(name)
+}
+
+/// The asset of this name; `host::provide` lists them.
+pub fn asset(name: &str) -> PathBuf {
+    directory("BERTH_ASSETS").join(name)
+}
+
+/// A new sparse file of so many bytes in a guest's or a test's directory.
+pub fn blank_disk(path: PathBuf, bytes: u64) -> PathBuf {
+    File::create(&path)
+        .and_then(|file| file.set_len(bytes))
+        .unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    path
+}
+
+fn directory(variable: &str) -> PathBuf {
+    match std::env::var_os(variable) {
+        Some(path) => path.into(),
+        None => panic!("{variable} is not set: this test needs a host with KVM, run it by `make test`"),
+    }
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
+}
