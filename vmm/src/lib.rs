@@ -3,8 +3,11 @@
 
 pub mod admit;
 pub mod args;
+pub mod boot;
 pub mod io_thread;
 pub mod logger;
+pub mod memory;
 pub mod metrics;
 pub mod sink;
 pub mod vcpu;
+pub mod x86_64;

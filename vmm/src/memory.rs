@@ -1,0 +1,265 @@
+//! Guest RAM: one memfd, mapped in the regions that the guest-physical map wants, with what KVM's memory slots and
+//! other processes (vhost-user, snapshots) need to know of each.
+//!
+//! Bytes are reached through [`Memory`] alone. Does not tell KVM, does not track dirty pages.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
+
+use devices::memory::{GuestRam, Memory};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
+
+use crate::x86_64::layout;
+
+/// A number of bytes. MiB become bytes here and nowhere else, with an error in place of an overflow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ByteSize(u64);
+
+impl ByteSize {
+    /// Guest RAM of `mib` MiB, if it is more than none and the guest-physical map has room for it.
+    pub fn ram_of_mib(mib: u64) -> Result<ByteSize, MemoryError> {
+        let size = mib.checked_mul(1 << 20).filter(|size| (1..=layout::MAX_RAM).contains(size));
+        size.map(ByteSize).ok_or(MemoryError::Size { mib })
+    }
+
+    pub fn bytes(self) -> u64 {
+        self.0
+    }
+
+    /// Rounded down.
+    pub fn mib(self) -> u64 {
+        self.0 >> 20
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{} MiB", self.mib())
+    }
+}
+
+/// What backs guest RAM on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pages {
+    /// The host's base pages, allocated as the guest touches them.
+    #[default]
+    Base,
+    /// The same, and the host is asked to use huge ones (MADV_HUGEPAGE). Memory of a memfd follows that advice where
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise`; elsewhere it is without effect.
+    Transparent,
+    /// 2 MiB pages of hugetlbfs. All are reserved when the memory is made, so that the guest never dies for want of one.
+    Huge2M,
+}
+
+impl Pages {
+    /// Bytes of one page.
+    pub fn size(self) -> u64 {
+        match self {
+            Pages::Base | Pages::Transparent => layout::PAGE,
+            Pages::Huge2M => 2 << 20,
+        }
+    }
+}
+
+/// Why there is no guest RAM. Nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    #[error("mem_size_mib is {mib}; it must be from 1 to {}", layout::MAX_RAM >> 20)]
+    Size { mib: u64 },
+    #[error("mem_size_mib is {}; with huge_pages 2M it must be a multiple of 2", .size.mib())]
+    NotHuge { size: ByteSize },
+    #[error(
+        "mem_size_mib is {}: the host has not that many free 2 MiB pages (huge_pages is 2M); set more aside in \
+         /proc/sys/vm/nr_hugepages",
+        .size.mib()
+    )]
+    NoHugePages { size: ByteSize },
+    #[error("mem_size_mib is {}: cannot {what}: {error}", .size.mib())]
+    Host { size: ByteSize, what: &'static str, error: io::Error },
+}
+
+/// Guest RAM, mapped. Dropping it unmaps what no [`Memory`] handle holds any more.
+pub struct GuestMemory {
+    size: ByteSize,
+    pages: Pages,
+    file: Arc<File>,
+    regions: Vec<Region>,
+    memory: Memory,
+}
+
+/// A contiguous part of guest RAM, as KVM's memory slots and vhost-user's memory table describe it. All in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Guest-physical address.
+    pub guest: u64,
+    pub size: u64,
+    /// Address in this process; mapped as long as the [`GuestMemory`] lives.
+    pub host: u64,
+    /// Offset in the memfd: the guest-physical address less the hole. A memory file of a snapshot has the same offsets.
+    pub offset: u64,
+}
+
+impl GuestMemory {
+    /// Makes and maps `size` of zeroed RAM.
+    pub fn new(size: ByteSize, pages: Pages) -> Result<GuestMemory, MemoryError> {
+        if !size.bytes().is_multiple_of(pages.size()) {
+            return Err(MemoryError::NotHuge { size });
+        }
+        let file = Arc::new(sealed_memfd(size, pages)?);
+        let mut regions = Vec::new();
+        let mut mappings = Vec::new();
+        let mut offset = 0;
+        for (guest, len) in layout::ram(size.bytes()) {
+            let mapping = map(&file, offset, guest, len, pages).map_err(|error| match pages {
+                Pages::Huge2M => MemoryError::NoHugePages { size },
+                _ => MemoryError::Host { size, what: "map it", error },
+            })?;
+            regions.push(Region { guest, size: len, host: mapping.as_ptr() as u64, offset });
+            mappings.push(mapping);
+            offset += len;
+        }
+        let ram = GuestRam::from_regions(mappings).map_err(|e| MemoryError::Host {
+            size,
+            what: "lay it out",
+            error: io::Error::other(e),
+        })?;
+        Ok(GuestMemory { size, pages, file, regions, memory: Memory::new(ram) })
+    }
+
+    /// A handle for devices; all handles see the same memory.
+    pub fn handle(&self) -> Memory {
+        self.memory.clone()
+    }
+
+    pub fn size(&self) -> ByteSize {
+        self.size
+    }
+
+    pub fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    /// Lowest guest address first.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// The memfd, for a process that shares this memory. It can be mapped and written but not resized.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+/// A memfd of `size` zeros that nobody can resize: a shared mapping that shrinks would kill this process with SIGBUS.
+fn sealed_memfd(size: ByteSize, pages: Pages) -> Result<File, MemoryError> {
+    let failed = |what| move |error| MemoryError::Host { size, what, error };
+    let huge = if pages == Pages::Huge2M { libc::MFD_HUGETLB | libc::MFD_HUGE_2MB } else { 0 };
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge;
+    // SAFETY: memfd_create reads a NUL-terminated name, which the literal is, and touches no other memory.
+    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
+    let file = match fd {
+        ..0 => return Err(failed("create a memfd for it")(io::Error::last_os_error())),
+        // SAFETY: `fd` is not negative, so memfd_create has just made it and nobody else owns it.
+        _ => unsafe { File::from_raw_fd(fd) },
+    };
+    file.set_len(size.bytes()).map_err(failed("size its memfd"))?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes an integer; `file` holds the descriptor open during the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(file),
+        _ => Err(failed("seal its memfd")(io::Error::last_os_error())),
+    }
+}
+
+fn map(
+    file: &Arc<File>,
+    offset: u64,
+    guest: u64,
+    len: u64,
+    pages: Pages,
+) -> Result<GuestRegionMmap<()>, io::Error> {
+    // Base pages are not reserved: overcommitting guests is the operator's choice, as with any other process's memory.
+    // Huge ones are, because running out of them is a SIGBUS that no OOM killer softens.
+    let reserve = if pages == Pages::Huge2M { 0 } else { libc::MAP_NORESERVE };
+    let mapping = MmapRegionBuilder::<()>::new(len as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | reserve)
+        .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+        .with_hugetlbfs(pages == Pages::Huge2M)
+        .build()
+        .map_err(io::Error::other)?;
+    // A core dump of this process must hold none of the guest's secrets. Both are advice: a kernel without them is fine.
+    advise(&mapping, libc::MADV_DONTDUMP);
+    if pages == Pages::Transparent {
+        advise(&mapping, libc::MADV_HUGEPAGE);
+    }
+    GuestRegionMmap::new(mapping, GuestAddress(guest))
+        .ok_or_else(|| io::Error::other("guest addresses wrap around"))
+}
+
+fn advise(mapping: &MmapRegion<()>, advice: libc::c_int) {
+    // SAFETY: the range is exactly `mapping`, alive during the call; MADV_DONTDUMP and MADV_HUGEPAGE, the only callers'
+    // values, change no byte of it.
+    let result = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
+    if result != 0 {
+        log::debug!("madvise({advice}) on guest RAM: {}", io::Error::last_os_error());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+    use vm_memory::{Bytes, GuestAddressSpace};
+
+    fn mib(mib: u64) -> ByteSize {
+        ByteSize::ram_of_mib(mib).unwrap()
+    }
+
+    #[test]
+    fn sizes_that_overflow_or_fit_no_machine_are_refused_by_name() {
+        for bad in [0, (layout::MAX_RAM >> 20) + 1, 1 << 44, u64::MAX] {
+            let error = ByteSize::ram_of_mib(bad).unwrap_err().to_string();
+            assert!(error.contains("mem_size_mib") && error.contains(&bad.to_string()), "{error}");
+        }
+        assert_eq!(mib(128).bytes(), 128 << 20);
+    }
+
+    #[test]
+    fn the_memfd_is_flat_while_guest_addresses_jump_the_hole() {
+        let memory = GuestMemory::new(mib(3 * 1024 + 2), Pages::Base).unwrap();
+        let [low, high] = memory.regions() else { panic!("{:?}", memory.regions()) };
+        assert_eq!((low.guest, low.size, low.offset), (0, 3 << 30, 0));
+        assert_eq!((high.guest, high.size, high.offset), (4 << 30, 2 << 20, 3 << 30));
+        let ram = memory.handle();
+        let ram = ram.memory();
+        ram.write_obj(0x11u8, GuestAddress(low.size - 1)).unwrap();
+        ram.write_obj(0x22u8, GuestAddress(high.guest)).unwrap();
+        ram.write_obj(0u8, GuestAddress(low.size)).unwrap_err();
+        let mut bytes = [0; 2];
+        memory.file().read_exact_at(&mut bytes, high.offset - 1).unwrap();
+        assert_eq!(bytes, [0x11, 0x22]);
+    }
+
+    #[test]
+    fn nobody_resizes_the_memfd() {
+        let memory = GuestMemory::new(mib(1), Pages::Transparent).unwrap();
+        for len in [0, 2 << 20] {
+            let error = memory.file().set_len(len).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        }
+    }
+
+    #[test]
+    fn huge_pages_that_the_size_or_the_host_does_not_allow_are_refused_by_name() {
+        let odd = GuestMemory::new(mib(3), Pages::Huge2M).err().unwrap().to_string();
+        assert!(odd.contains("mem_size_mib is 3") && odd.contains("multiple of 2"), "{odd}");
+        // No host has 64 TiB of huge pages set aside.
+        let none = GuestMemory::new(mib(layout::MAX_RAM >> 20), Pages::Huge2M).err().unwrap().to_string();
+        assert!(none.contains("mem_size_mib is") && none.contains("2 MiB pages"), "{none}");
+    }
+}

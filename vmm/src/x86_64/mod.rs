@@ -1,0 +1,12 @@
+//! What is particular to x86_64: the map of the machine, its CPUs as a guest first sees them, its interrupt controllers
+//! and the ACPI tables that describe all of it.
+//!
+//! Functions over plain data, in the order in which a machine is built; who owns the KVM descriptors and when these are
+//! called is the caller's business.
+
+pub mod acpi;
+pub mod cpuid;
+pub mod interrupts;
+pub mod layout;
+pub mod msr;
+pub mod registers;
