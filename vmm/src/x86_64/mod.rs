@@ -5,6 +5,7 @@
 //! called is the caller's business.
 
 pub mod acpi;
+pub mod capabilities;
 pub mod cpuid;
 pub mod interrupts;
 pub mod layout;
