@@ -7,10 +7,13 @@ pub mod bus;
 pub mod host;
 pub mod i8042;
 pub mod memory;
+pub mod pci;
 pub mod pvpanic;
 pub mod random;
 pub mod rtc;
 pub mod serial;
 pub mod state;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod virtio;
 pub mod vmgenid;
