@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::host::Source;
 use crate::memory::Memory;
 use crate::virtio::queue::Queue;
+use crate::virtio::{blk, rng};
 
 /// A device model behind any transport. The transport holds its lock for every call; none may block.
 pub trait VirtioDevice: Send {
@@ -24,7 +25,8 @@ pub trait VirtioDevice: Send {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// From now on the device owns what is in `active`. Returns the descriptors to watch: the queues' kicks and its
-    /// own, each with the token that [`VirtioDevice::handle`] gets. Only while stopped.
+    /// own, each with the token that [`VirtioDevice::handle`] gets. Only while stopped. The transport has rung each
+    /// enabled queue once: what the driver made available before is not lost.
     fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError>;
 
     /// The descriptor with this token is readable: a queue was kicked, or the device's own descriptor is ready.
@@ -85,7 +87,10 @@ pub trait Interrupt: Send + Sync {
 
 /// The saved state of any device: one variant each, so that a state can never be given to another kind of device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum DeviceState {}
+pub enum DeviceState {
+    Block(blk::State),
+    Entropy(rng::State),
+}
 
 /// Why a device could not start; the driver sees DEVICE_NEEDS_RESET, the log sees this text.
 #[derive(Debug, thiserror::Error)]

@@ -1,8 +1,11 @@
 //! Virtual I/O devices (VIRTIO 1.3).
 
+pub mod blk;
 pub mod device;
 pub mod mmio;
 pub mod queue;
+pub mod rng;
+pub mod running;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;

@@ -146,6 +146,11 @@ impl Driver {
         head
     }
 
+    /// How many descriptors are not in use.
+    pub fn free_descriptors(&self) -> usize {
+        self.free.len()
+    }
+
     /// Writes one descriptor of the queue's table as it is, however wrong.
     pub fn set_descriptor(&self, index: u16, descriptor: Descriptor) {
         self.set_descriptor_at(self.desc_table + 16 * u64::from(index), descriptor);
@@ -284,8 +289,9 @@ impl<D: VirtioDevice> Slot<D> {
         Slot { device, memory: memory.clone(), calls: Arc::default(), epoll }
     }
 
-    /// Starts the device as if its driver had agreed on `features`.
+    /// Starts the device as if its driver had agreed on `features`; rings each queue once, as transports do.
     pub fn start(&mut self, queues: Vec<Queue>, features: u64) {
+        queues.iter().filter(|queue| queue.ring.ready()).for_each(Queue::rearm);
         let active = Active { memory: self.memory.clone(), queues, features, interrupt: self.calls.clone() };
         for source in self.device.start(active).unwrap() {
             let event = EpollEvent::new(EventSet::IN, source.token.into());

@@ -1,0 +1,134 @@
+//! What every running device does with its queues: pops, asks the device to serve, pushes, interrupts; gives way to others
+//! after a fair turn; and stops when the driver breaks the rules.
+//!
+//! Does not know what a request means. One turn is one call: nothing here waits or keeps a thread.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use virtio_queue::QueueT;
+use vm_memory::GuestAddressSpace;
+
+use crate::host::Source;
+use crate::memory::{GuestRam, Memory};
+use crate::virtio::device::{Active, Interrupt, StartError};
+use crate::virtio::queue::{Chain, Queue, QueueError};
+
+/// Most requests one queue is served per turn, and most bytes that they may name: about a millisecond of memory speed.
+/// All devices of a machine share their io thread, so one that is busy comes back to its queue after the others.
+pub const REQUESTS_PER_TURN: usize = 64;
+pub const BYTES_PER_TURN: u64 = 4 << 20;
+
+/// A device's queues between start and stop, and what belongs to them.
+pub struct Running {
+    pub interrupt: Arc<dyn Interrupt>,
+    memory: Memory,
+    queues: Vec<Queue>,
+    broken: bool,
+}
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Done, with this many bytes written to it.
+    Used(u32),
+    /// It has to wait for something else than the driver: it goes back, and so does the turn. The device serves the queue
+    /// again when the time has come; until then no kick is needed.
+    Later,
+}
+
+impl Running {
+    /// Takes over `active` for a device with `needed` queues. The sources are the doorbells of the enabled queues, with
+    /// the queue's index as token.
+    pub fn start(active: Active, needed: usize) -> Result<(Running, Vec<Source>), StartError> {
+        let got = active.queues.len();
+        if got != needed {
+            return Err(StartError::Queues { got, needed });
+        }
+        let ready = active.queues.iter().filter(|queue| queue.ring.ready());
+        let sources =
+            ready.map(|queue| Source { fd: queue.kick.as_raw_fd(), token: queue.index.into() }).collect();
+        let Active { memory, queues, features: _, interrupt } = active;
+        Ok((Running { interrupt, memory, queues, broken: false }, sources))
+    }
+
+    /// The queues, in their order.
+    pub fn stop(self) -> Vec<Queue> {
+        self.queues
+    }
+
+    /// Takes one turn at the queue with this index: calls `request` for each chain until there is none, the turn is over
+    /// (then the queue rings itself) or a request must wait. An error is the driver's fault: DEVICE_NEEDS_RESET, and
+    /// nothing more happens until then.
+    pub fn serve(
+        &mut self,
+        index: u16,
+        request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
+    ) {
+        let Some(queue) = self.queues.get_mut(usize::from(index)) else { return };
+        queue.clear_kick();
+        if self.broken || !queue.ring.ready() {
+            return;
+        }
+        let memory = self.memory.memory();
+        let mut turn = Turn { queue, memory: &memory, pushed: false };
+        let result = turn.take(request);
+        // Also after an error: what was done before it is done.
+        let interrupt = turn.interrupt(&*self.interrupt);
+        if let Err(error) = result.and(interrupt) {
+            log::warn!("virtio queue {index}: the driver broke the rules, the device needs a reset: {error}");
+            self.broken = true;
+            self.interrupt.needs_reset();
+        }
+    }
+}
+
+struct Turn<'a> {
+    queue: &'a mut Queue,
+    memory: &'a GuestRam,
+    pushed: bool,
+}
+
+impl Turn<'_> {
+    fn take(
+        &mut self,
+        mut request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
+    ) -> Result<(), QueueError> {
+        let (mut requests, mut bytes) = (0, 0);
+        loop {
+            self.queue.disable_kicks(self.memory)?;
+            while let Some(mut chain) = self.queue.pop(self.memory)? {
+                requests += 1;
+                bytes += u64::from(chain.readable.bytes()) + u64::from(chain.writable.bytes());
+                match request(self.memory, &mut chain)? {
+                    Step::Used(written) => self.queue.push(self.memory, chain.head, written)?,
+                    Step::Later => {
+                        self.queue.undo_pop(chain);
+                        return Ok(());
+                    }
+                }
+                self.pushed = true;
+                if requests == REQUESTS_PER_TURN || bytes >= BYTES_PER_TURN {
+                    self.queue.rearm();
+                    return Ok(());
+                }
+            }
+            if !self.queue.enable_kicks(self.memory)? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn interrupt(&mut self, interrupt: &dyn Interrupt) -> Result<(), QueueError> {
+        if self.pushed && self.queue.wants_interrupt(self.memory)? {
+            interrupt.queue(self.queue.index);
+        }
+        Ok(())
+    }
+}
+
+/// Adds to a counter that others only read.
+pub(crate) fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
