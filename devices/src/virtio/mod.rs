@@ -3,6 +3,7 @@
 pub mod blk;
 pub mod device;
 pub mod mmio;
+pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod running;

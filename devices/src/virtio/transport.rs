@@ -364,7 +364,7 @@ impl Handler for Calls {
     }
 }
 
-fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
+pub(super) fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
