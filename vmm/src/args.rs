@@ -79,6 +79,14 @@ impl Identity {
         }
     }
 
+    /// The name of the thread that serves device queues.
+    pub fn io_thread(self) -> &'static str {
+        match self {
+            Identity::Berth => "berth-io",
+            Identity::Firecracker => "fc_io",
+        }
+    }
+
     /// `--api-sock` when none is given.
     pub fn default_api_socket(self) -> &'static str {
         match self {

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use api_socket::{Fault, LogLevel};
 use log::{LevelFilter, Log, Metadata, Record};
 
+use crate::args::Args;
 use crate::sink::Sink;
 
 /// The longest line, in bytes. What is cut off is marked. A pipe that says it takes bytes takes as many.
@@ -26,11 +27,11 @@ pub const PERIOD: Duration = Duration::from_secs(5);
 pub const MAX_PLACES: usize = 64;
 
 /// The modules whose code a guest can run at will. Trace lines are not limited: who asks for them wants them all.
-const GUEST_REACHES: [&str; 3] = ["devices", "vmm::vcpu", "vmm::io_thread"];
+const GUEST_REACHES: [&str; 4] = ["devices", "vmm::vcpu", "vmm::io_thread", "vmm::boot_timer"];
 
 const CUT: &str = "…[cut]";
 
-/// The process's logger; see [`install`].
+/// The process's logger; see [`start`].
 pub static LOGGER: Logger = Logger {
     state: Mutex::new(State {
         id: String::new(),
@@ -43,14 +44,18 @@ pub static LOGGER: Logger = Logger {
     counters: Counters { missed: AtomicU64::new(0), limited: AtomicU64::new(0) },
 };
 
-/// Sends the `log` crate's lines to [`LOGGER`], from level Info up, to standard output, until it is configured. `id` is
-/// the instance's. Once, when the command line is known.
-pub fn install(id: &str) {
-    LOGGER.state().id = id.to_string();
+/// Sends the `log` crate's lines to [`LOGGER`]: from level Info up, to standard output, but for what the command line
+/// says. Once, when it is known.
+///
+/// # Errors
+/// Those of [`Logger::configure`]; lines go to standard output then.
+pub fn start(args: &Args) -> Result<(), Fault> {
+    LOGGER.state().id = args.id.clone();
     // It fails only when there is a logger already, which is this one.
     if log::set_logger(&LOGGER).is_ok() {
         log::set_max_level(LevelFilter::Info);
     }
+    LOGGER.configure(&args.log)
 }
 
 /// See [`LOGGER`].

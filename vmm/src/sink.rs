@@ -40,6 +40,11 @@ impl Sink {
         Ok(Sink { file, ask: true, rest: Vec::new() })
     }
 
+    /// The same output again; for a file or pipe of [`Sink::open`] they share what is appended to.
+    pub fn try_clone(&self) -> io::Result<Sink> {
+        Ok(Sink { file: self.file.try_clone()?, ask: self.ask, rest: Vec::new() })
+    }
+
     /// Writes a line, which must have its line feed, whole or not at all.
     ///
     /// # Errors

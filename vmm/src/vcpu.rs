@@ -3,6 +3,7 @@
 //! States are functions: [`Runner::paused`] waits for a command, [`Runner::running`] runs the guest until it is told to
 //! stop or the guest ends itself. Registers and CPUID are set before the thread starts, by the machine.
 
+use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
@@ -35,6 +36,19 @@ pub enum Ending {
     Stopped,
     /// KVM cannot go on; the text says what it reported.
     Failed(String),
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Ending::PoweredOff => write!(f, "powered off"),
+            Ending::Reset => write!(f, "reset by itself"),
+            Ending::TripleFault => write!(f, "triple fault"),
+            Ending::Panicked => write!(f, "its kernel panicked"),
+            Ending::Stopped => write!(f, "stopped by the operator"),
+            Ending::Failed(why) => write!(f, "{why}"),
+        }
+    }
 }
 
 /// Where vCPUs tell the control thread that the guest has ended.

@@ -132,8 +132,6 @@ pub const ACPI_PM: Range<u64> = 0x600..0x608;
 pub const IOAPIC_PINS: u32 = 24;
 /// The keyboard's interrupt on every PC.
 pub const I8042_GSI: u32 = 1;
-/// The keyboard's interrupt on every PC.
-pub const I8042_GSI: u32 = 1;
 /// COM1's interrupt on every PC.
 pub const SERIAL_GSI: u32 = 4;
 /// Generic event device: power button, new generation ID.

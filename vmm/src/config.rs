@@ -1,0 +1,491 @@
+//! What a guest is to be, validated: from the bodies of requests to values that fit together, and from paths to open
+//! files. Below here nothing sees a path.
+//!
+//! Files are opened when the request comes, so that its client hears what is wrong with them, and only once, so that what
+//! was checked is what is used. Whether a request is legal now is not decided here (`admit.rs`), nor what a kernel file
+//! holds (`boot.rs`), nor what the host has (memory, CPUs).
+
+mod cmdline;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use api_socket::{
+    BootSource, CpuConfig, CpuTemplate, DriveUpdate, Entropy, Fault, HugePages, IoEngine, MachineConfig,
+    MachineConfigUpdate, RateLimiter, Reply, Request, TokenBucket, VCPU_COUNT, VmConfig,
+};
+use devices::backend::rate_limiter::{self, Bucket, Limits};
+
+use crate::args::Identity;
+use crate::memory::{ByteSize, Pages};
+use crate::sink::Sink;
+
+/// How many drives a guest may have: as many as /dev/vda to /dev/vdz, which leaves slots on the PCI bus for the rest.
+pub const MAX_DRIVES: usize = 26;
+/// The longest `partuuid`, in bytes: a GUID, or a GUID and `/PARTNROFF=` with a number.
+pub const MAX_PARTUUID: usize = 64;
+
+/// Everything that is configured before the start.
+pub struct Config {
+    identity: Identity,
+    pci: bool,
+
+    pub machine: Machine,
+    pub cpu: CpuConfig,
+    pub entropy: Option<Entropy>,
+    boot: Option<Boot>,
+    /// The root device first, if there is one.
+    drives: Vec<Drive>,
+    serial: Serial,
+}
+
+/// The CPUs and the memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    pub vcpus: u8,
+    /// Two threads to a core.
+    pub smt: bool,
+    pub memory: ByteSize,
+    pub pages: Pages,
+    pub track_dirty_pages: bool,
+}
+
+/// What the guest boots.
+#[derive(Debug)]
+pub struct Boot {
+    pub kernel: File,
+    pub initrd: Option<File>,
+    settings: BootSource,
+}
+
+/// A disk. Its settings have a path, and no `socket`.
+#[derive(Debug)]
+pub struct Drive {
+    pub settings: api_socket::Drive,
+    /// A raw image or a block device; open for writing too unless it is read-only.
+    pub file: File,
+}
+
+#[derive(Default)]
+struct Serial {
+    output: Option<Sink>,
+    limit: Option<TokenBucket>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl Config {
+    /// A machine of one CPU and 128 MiB with nothing to boot.
+    ///
+    /// # Errors
+    /// None: the values that go with nothing are checked like all others, and are legal.
+    pub fn new(identity: Identity, pci: bool) -> Result<Config, Fault> {
+        Ok(Config {
+            identity,
+            pci,
+            machine: Machine::new(&MachineConfig::default())?,
+            cpu: CpuConfig::default(),
+            entropy: None,
+            boot: None,
+            drives: Vec::new(),
+            serial: Serial::default(),
+        })
+    }
+
+    /// Answers a request about the configuration, with [`Reply::Fault`] when nothing was changed; gives back one that is
+    /// about something else. Requests that change something are legal before the start only.
+    #[expect(clippy::result_large_err, reason = "what is given back is a request on its way and no error")]
+    pub fn apply(&mut self, request: Request) -> Result<Reply, Request> {
+        let done = match request {
+            Request::GetVmConfig => return Ok(Reply::VmConfig(Box::new(self.wire()))),
+            Request::GetMachineConfig => return Ok(Reply::MachineConfig(self.machine.wire())),
+            Request::PutMachineConfig(config) => self.put_machine(&config),
+            Request::PatchMachineConfig(update) => self.patch_machine(update),
+            Request::PutBootSource(source) => self.put_boot(source),
+            Request::PutCpuConfig(config) => {
+                self.cpu = config;
+                Ok(())
+            }
+            Request::PutDrive(drive) => self.put_drive(drive),
+            Request::PutEntropy(entropy) => {
+                self.entropy = Some(entropy);
+                Ok(())
+            }
+            Request::PutSerial(serial) => self.put_serial(&serial),
+            other => return Err(other),
+        };
+        Ok(done.map_or_else(Reply::Fault, |()| Reply::Empty))
+    }
+
+    /// What there is to boot.
+    ///
+    /// # Errors
+    /// There is nothing.
+    pub fn boot(&self) -> Result<&Boot, Fault> {
+        self.boot.as_ref().ok_or_else(|| {
+            Fault::bad_request(
+                "`kernel_image_path` is not set: there is no kernel to boot; PUT /boot-source first.",
+            )
+        })
+    }
+
+    /// The kernel's command line: `boot_args`, or those that go with our name, then what the configuration adds, and
+    /// `more`, which is what the built machine must tell. Arguments for init, after ` -- `, stay at the end.
+    ///
+    /// # Errors
+    /// It is longer than a kernel takes.
+    pub fn command_line(&self, more: &str) -> Result<String, Fault> {
+        let given = self.boot.as_ref().and_then(|boot| boot.settings.boot_args.as_deref());
+        let root = self.drives.first().map(|drive| &drive.settings).filter(|drive| drive.is_root_device);
+        let additions = [
+            if self.pci { String::new() } else { "pci=off".to_string() },
+            root.map_or_else(String::new, root_argument),
+            more.to_string(),
+        ];
+        cmdline::compose(given.unwrap_or(cmdline::default_args(self.identity)), &additions)
+    }
+
+    /// The drives, the root device first, each with a descriptor of its own: a start that fails can be tried again.
+    ///
+    /// # Errors
+    /// Those of `dup`.
+    pub fn drives(&self) -> io::Result<Vec<Drive>> {
+        let again =
+            |drive: &Drive| Ok(Drive { settings: drive.settings.clone(), file: drive.file.try_clone()? });
+        self.drives.iter().map(again).collect()
+    }
+
+    /// Where the guest's console output goes. Never waits for a reader: what cannot be written is an error.
+    ///
+    /// # Errors
+    /// Those of `dup`, and of making the limit's timer.
+    pub fn serial_output(&self) -> io::Result<Box<dyn Write + Send>> {
+        let sink = self.serial.output.as_ref().map_or_else(Sink::stdout, Sink::try_clone)?;
+        let Some(limit) = self.serial.limit else {
+            return Ok(Box::new(sink));
+        };
+        let limits = Limits { bandwidth: Some(bucket(limit)), ops: None };
+        let limiter = rate_limiter::RateLimiter::new(limits, None)?;
+        Ok(Box::new(LimitedSerial { sink, limiter, dropped: self.serial.dropped.clone() }))
+    }
+
+    /// Counts the bytes of console output that were dropped because they were more than the limit.
+    pub fn serial_dropped(&self) -> Arc<AtomicU64> {
+        self.serial.dropped.clone()
+    }
+
+    /// The settings of the drive with this id.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn drive(&self, id: &str) -> Result<&api_socket::Drive, Fault> {
+        let drives = self.drives.iter().map(|drive| &drive.settings);
+        drives.into_iter().find(|drive| drive.drive_id == id).ok_or_else(|| {
+            Fault::bad_request(format!(
+                "`drive_id` is {id:?}, and this guest has no such drive; GET /vm/config lists them."
+            ))
+        })
+    }
+
+    /// Takes down that a running guest's drive has been changed. For one that does not exist it does nothing.
+    pub fn drive_updated(&mut self, update: DriveUpdate) {
+        let Some(drive) = self.drives.iter_mut().find(|drive| drive.settings.drive_id == update.drive_id)
+        else {
+            return;
+        };
+        let settings = &mut drive.settings;
+        settings.path_on_host = update.path_on_host.or(settings.path_on_host.take());
+        if let Some(update) = update.rate_limiter {
+            let before = settings.rate_limiter.unwrap_or_default();
+            let bandwidth = update.bandwidth.or(before.bandwidth);
+            settings.rate_limiter = Some(RateLimiter { bandwidth, ops: update.ops.or(before.ops) });
+        }
+    }
+
+    /// The reply of `GET /vm/config`.
+    pub fn wire(&self) -> VmConfig {
+        VmConfig {
+            drives: self.drives.iter().map(|drive| drive.settings.clone()).collect(),
+            boot_source: self.boot.as_ref().map(|boot| boot.settings.clone()).unwrap_or_default(),
+            machine_config: Some(self.machine.wire()),
+            entropy: self.entropy,
+            ..VmConfig::default()
+        }
+    }
+
+    fn put_machine(&mut self, config: &MachineConfig) -> Result<(), Fault> {
+        self.machine = Machine::new(config)?;
+        Ok(())
+    }
+
+    fn patch_machine(&mut self, update: MachineConfigUpdate) -> Result<(), Fault> {
+        let now = self.machine.wire();
+        self.put_machine(&MachineConfig {
+            vcpu_count: update.vcpu_count.unwrap_or(now.vcpu_count),
+            mem_size_mib: update.mem_size_mib.unwrap_or(now.mem_size_mib),
+            smt: update.smt.unwrap_or(now.smt),
+            cpu_template: update.cpu_template,
+            track_dirty_pages: update.track_dirty_pages.unwrap_or(now.track_dirty_pages),
+            huge_pages: update.huge_pages.unwrap_or(now.huge_pages),
+        })
+    }
+
+    fn put_boot(&mut self, settings: BootSource) -> Result<(), Fault> {
+        if let Some(args) = &settings.boot_args {
+            cmdline::check(args)?;
+        }
+        let kernel = open_regular("kernel_image_path", &settings.kernel_image_path)?;
+        let initrd =
+            settings.initrd_path.as_deref().map(|path| open_regular("initrd_path", path)).transpose()?;
+        self.boot = Some(Boot { kernel, initrd, settings });
+        Ok(())
+    }
+
+    fn put_drive(&mut self, settings: api_socket::Drive) -> Result<(), Fault> {
+        let place = self.drives.iter().position(|drive| drive.settings.drive_id == settings.drive_id);
+        self.check_place(place, &settings)?;
+        let drive = Drive::open(settings)?;
+        match place {
+            // It keeps its place, unless it becomes the root device: the guest's names go by it.
+            Some(place) => {
+                self.drives.remove(place);
+                self.drives.insert(if drive.settings.is_root_device { 0 } else { place }, drive);
+            }
+            None if drive.settings.is_root_device => self.drives.insert(0, drive),
+            None => self.drives.push(drive),
+        }
+        Ok(())
+    }
+
+    fn check_place(&self, place: Option<usize>, settings: &api_socket::Drive) -> Result<(), Fault> {
+        let root = self.drives.first().map(|drive| &drive.settings).filter(|drive| drive.is_root_device);
+        if let Some(root) = root
+            && settings.is_root_device
+            && root.drive_id != settings.drive_id
+        {
+            return Err(fault(format!(
+                "`is_root_device` is true for drive {:?}, and drive {:?} is the root device already; a guest has one. \
+                 Set it to false for one of them.",
+                settings.drive_id, root.drive_id
+            )));
+        }
+        if place.is_none() && self.drives.len() >= MAX_DRIVES {
+            return Err(fault(format!(
+                "`drive_id` is {:?}, which would be one drive too many; a guest has at most {MAX_DRIVES}.",
+                settings.drive_id
+            )));
+        }
+        Ok(())
+    }
+
+    fn put_serial(&mut self, settings: &api_socket::Serial) -> Result<(), Fault> {
+        let output = settings.serial_out_path.as_deref().map(|path| {
+            Sink::open(path).map_err(|error| {
+                fault(format!(
+                    "`serial_out_path` is {}, which cannot be written: {error}. Give a file in a directory that exists, \
+                     or a named pipe.",
+                    path.display()
+                ))
+            })
+        });
+        let output = output.transpose()?;
+        self.serial = Serial { output, limit: settings.rate_limiter, dropped: self.serial.dropped.clone() };
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// Checks what a client wants.
+    ///
+    /// # Errors
+    /// A value that is out of range, or two that do not fit.
+    pub fn new(config: &MachineConfig) -> Result<Machine, Fault> {
+        let vcpus = config.vcpu_count;
+        if !VCPU_COUNT.contains(&vcpus) {
+            let (least, most) = (VCPU_COUNT.start(), VCPU_COUNT.end());
+            return Err(fault(format!("`vcpu_count` is {vcpus}; it must be from {least} to {most}.")));
+        }
+        if config.smt && vcpus > 1 && vcpus % 2 == 1 {
+            return Err(fault(format!(
+                "`vcpu_count` is {vcpus} and `smt` is true: with two threads to a core it must be 1 or even."
+            )));
+        }
+        if let Some(template) = config.cpu_template.filter(|template| *template != CpuTemplate::None) {
+            return Err(fault(format!(
+                "`cpu_template` is {template:?}, which this version does not have; leave it out and say with PUT \
+                 /cpu-config what the guest's CPUs are to be."
+            )));
+        }
+        let memory = ByteSize::ram_of_mib(config.mem_size_mib).map_err(|error| fault(format!("{error}.")))?;
+        if config.huge_pages != HugePages::None && !memory.mib().is_multiple_of(2) {
+            return Err(fault(format!(
+                "`mem_size_mib` is {} and `huge_pages` is not None: pages of 2 MiB need a multiple of 2.",
+                memory.mib()
+            )));
+        }
+        let pages = match config.huge_pages {
+            HugePages::None => Pages::Base,
+            HugePages::Transparent => Pages::Transparent,
+            HugePages::Hugetlbfs2M => Pages::Huge2M,
+        };
+        Ok(Machine { vcpus, smt: config.smt, memory, pages, track_dirty_pages: config.track_dirty_pages })
+    }
+
+    /// The reply of `GET /machine-config`.
+    pub fn wire(&self) -> MachineConfig {
+        MachineConfig {
+            vcpu_count: self.vcpus,
+            mem_size_mib: self.memory.mib(),
+            smt: self.smt,
+            cpu_template: None,
+            track_dirty_pages: self.track_dirty_pages,
+            huge_pages: match self.pages {
+                Pages::Base => HugePages::None,
+                Pages::Transparent => HugePages::Transparent,
+                Pages::Huge2M => HugePages::Hugetlbfs2M,
+            },
+        }
+    }
+}
+
+impl Drive {
+    fn open(settings: api_socket::Drive) -> Result<Drive, Fault> {
+        if settings.socket.is_some() {
+            return Err(fault(
+                "`socket` is set, and this version has no vhost-user-blk; give the disk as `path_on_host`."
+                    .to_string(),
+            ));
+        }
+        if settings.io_engine == Some(IoEngine::Async) {
+            return Err(fault(
+                "`io_engine` is Async, which this version does not have; leave it out, or give Sync."
+                    .to_string(),
+            ));
+        }
+        if let Some(partuuid) = &settings.partuuid {
+            check_partuuid(partuuid, settings.is_root_device)?;
+        }
+        let path = settings.path_on_host.as_deref().ok_or_else(|| {
+            fault(
+                "`path_on_host` is not set; give the path of a raw disk image or of a block device."
+                    .to_string(),
+            )
+        })?;
+        let file = open_drive(path, settings.is_read_only.unwrap_or(false))?;
+        Ok(Drive { settings, file })
+    }
+}
+
+/// Opens a disk: a raw image or a block device.
+///
+/// # Errors
+/// What is wrong with `path_on_host`.
+pub fn open_drive(path: &Path, read_only: bool) -> Result<File, Fault> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(!read_only);
+    let file = open("path_on_host", path, &options)?;
+    let kind = file.metadata().map_err(|error| cannot_open("path_on_host", path, &error, ""))?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        let rule = "it must be a raw disk image or a block device";
+        return Err(fault(format!("`path_on_host` is {}, which is no file; {rule}.", path.display())));
+    }
+    Ok(file)
+}
+
+/// Opens for reading what must be an ordinary file.
+fn open_regular(field: &str, path: &Path) -> Result<File, Fault> {
+    let file = open(field, path, OpenOptions::new().read(true))?;
+    let kind = file.metadata().map_err(|error| cannot_open(field, path, &error, ""))?.file_type();
+    if !kind.is_file() {
+        return Err(fault(format!(
+            "`{field}` is {}, which is no file; give the path of one.",
+            path.display()
+        )));
+    }
+    Ok(file)
+}
+
+fn open(field: &str, path: &Path, options: &OpenOptions) -> Result<File, Fault> {
+    let mut options = options.clone();
+    // Without this, opening a named pipe would wait for its other end for ever. Files and disks take no notice of it.
+    options.custom_flags(libc::O_NONBLOCK);
+    options.open(path).map_err(|error| {
+        let advice = match error.kind() {
+            ErrorKind::NotFound => " Is it there, seen from this process's root directory?",
+            ErrorKind::PermissionDenied => {
+                " Let this process's user at it, or set `is_read_only` for a disk."
+            }
+            _ => "",
+        };
+        cannot_open(field, path, &error, advice)
+    })
+}
+
+fn cannot_open(field: &str, path: &Path, error: &io::Error, advice: &str) -> Fault {
+    fault(format!("`{field}` is {}, which cannot be opened: {error}.{advice}", path.display()))
+}
+
+/// It goes into the command line, so it must be one word of it.
+fn check_partuuid(partuuid: &str, is_root_device: bool) -> Result<(), Fault> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-/=".contains(&byte);
+    if partuuid.is_empty() || partuuid.len() > MAX_PARTUUID || !partuuid.bytes().all(legal) {
+        return Err(fault(format!(
+            "`partuuid` is {partuuid:?}; it must be the id of a partition, as `blkid` tells it: at most {MAX_PARTUUID} \
+             letters, digits and hyphens."
+        )));
+    }
+    if !is_root_device {
+        return Err(fault(format!(
+            "`partuuid` is {partuuid:?} and `is_root_device` is false: it names the partition to boot from. Leave it \
+             out, or make this the root device."
+        )));
+    }
+    Ok(())
+}
+
+/// What tells the kernel its root device. It is the first drive, so that it has the first name.
+fn root_argument(drive: &api_socket::Drive) -> String {
+    let device = match &drive.partuuid {
+        Some(partuuid) => format!("PARTUUID={partuuid}"),
+        None => "/dev/vda".to_string(),
+    };
+    let mode = if drive.is_read_only.unwrap_or(false) { "ro" } else { "rw" };
+    format!("root={device} {mode}")
+}
+
+fn bucket(limit: TokenBucket) -> Bucket {
+    let one_time_burst = limit.one_time_burst.unwrap_or(0);
+    Bucket { size: limit.size, one_time_burst, refill_ms: limit.refill_time }
+}
+
+fn fault(text: String) -> Fault {
+    Fault::bad_request(text)
+}
+
+/// Console output that drops what is more than its limit, as the UART it comes from cannot wait.
+struct LimitedSerial {
+    sink: Sink,
+    limiter: rate_limiter::RateLimiter,
+    dropped: Arc<AtomicU64>,
+}
+
+impl Write for LimitedSerial {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len() as u64;
+        if self.limiter.take(count) {
+            return self.sink.write(bytes);
+        }
+        self.dropped.fetch_add(count, Ordering::Relaxed);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests;

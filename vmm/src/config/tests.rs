@@ -1,0 +1,615 @@
+use std::io::{Read, Seek};
+use std::path::PathBuf;
+
+use api_socket::{CacheType, LogLevel, VmState};
+
+use super::*;
+
+/// A configuration and files to point it at.
+struct Fixture {
+    dir: tempfile::TempDir,
+    config: Config,
+}
+
+fn fixture() -> Fixture {
+    fixture_as(Identity::Berth, true)
+}
+
+fn fixture_as(identity: Identity, pci: bool) -> Fixture {
+    Fixture { dir: tempfile::tempdir().unwrap(), config: Config::new(identity, pci).unwrap() }
+}
+
+impl Fixture {
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        std::fs::write(&path, name).unwrap();
+        path
+    }
+
+    #[track_caller]
+    fn accept(&mut self, request: Request) {
+        assert_eq!(self.config.apply(request), Ok(Reply::Empty));
+    }
+
+    /// The request is refused with a text that has all these words, and nothing is changed by it.
+    #[track_caller]
+    fn refuse(&mut self, request: Request, words: &[&str]) {
+        let before = self.config.wire();
+        match self.config.apply(request) {
+            Ok(Reply::Fault(fault)) => {
+                assert_eq!(fault.status, 400);
+                for word in words {
+                    assert!(fault.message.contains(word), "{word:?} is not in: {fault}");
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(self.config.wire(), before);
+    }
+
+    fn drive(&self, id: &str, root: bool) -> api_socket::Drive {
+        let path_on_host = Some(self.file(id));
+        api_socket::Drive {
+            drive_id: id.to_string(),
+            is_root_device: root,
+            path_on_host,
+            ..Default::default()
+        }
+    }
+
+    fn ids(&self) -> Vec<String> {
+        self.config.drives().unwrap().into_iter().map(|drive| drive.settings.drive_id).collect()
+    }
+
+    fn boot_source(&self) -> BootSource {
+        BootSource { kernel_image_path: self.file("kernel"), ..Default::default() }
+    }
+}
+
+fn machine() -> MachineConfig {
+    MachineConfig::default()
+}
+
+fn content(file: &File) -> String {
+    let mut text = String::new();
+    let mut file = file.try_clone().unwrap();
+    file.rewind().unwrap();
+    file.read_to_string(&mut text).unwrap();
+    text
+}
+
+fn make_fifo(path: &Path) {
+    use std::os::unix::ffi::OsStrExt;
+    let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
+    // SAFETY: `name` is a string that ends with NUL.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+}
+
+#[test]
+fn an_untouched_machine_has_one_cpu_and_128_mib() {
+    let mut fixture = fixture();
+    let reply = fixture.config.apply(Request::GetMachineConfig).unwrap();
+    assert_eq!(reply, Reply::MachineConfig(MachineConfig::default()));
+    let expected = Machine {
+        vcpus: 1,
+        smt: false,
+        memory: ByteSize::ram_of_mib(128).unwrap(),
+        pages: Pages::Base,
+        track_dirty_pages: false,
+    };
+    assert_eq!(fixture.config.machine, expected);
+}
+
+#[test]
+fn every_field_of_the_machine_arrives_and_is_told_back() {
+    let mut fixture = fixture();
+    for (huge_pages, pages) in [
+        (HugePages::None, Pages::Base),
+        (HugePages::Transparent, Pages::Transparent),
+        (HugePages::Hugetlbfs2M, Pages::Huge2M),
+    ] {
+        let config = MachineConfig {
+            vcpu_count: 4,
+            mem_size_mib: 512,
+            smt: true,
+            cpu_template: None,
+            track_dirty_pages: true,
+            huge_pages,
+        };
+        fixture.accept(Request::PutMachineConfig(config.clone()));
+        let memory = ByteSize::ram_of_mib(512).unwrap();
+        let expected = Machine { vcpus: 4, smt: true, memory, pages, track_dirty_pages: true };
+        assert_eq!(fixture.config.machine, expected);
+        assert_eq!(fixture.config.apply(Request::GetMachineConfig), Ok(Reply::MachineConfig(config)));
+    }
+}
+
+#[test]
+fn vcpu_count_is_1_to_32() {
+    let mut fixture = fixture();
+    for vcpu_count in [1, 2, 3, 31, 32] {
+        fixture.accept(Request::PutMachineConfig(MachineConfig { vcpu_count, ..machine() }));
+    }
+    for vcpu_count in [0, 33, 255] {
+        let request = Request::PutMachineConfig(MachineConfig { vcpu_count, ..machine() });
+        fixture.refuse(request, &["`vcpu_count`", &vcpu_count.to_string(), "from 1 to 32"]);
+    }
+}
+
+#[test]
+fn with_smt_vcpu_count_is_1_or_even() {
+    let mut fixture = fixture();
+    let put = |vcpu_count| Request::PutMachineConfig(MachineConfig { vcpu_count, smt: true, ..machine() });
+    for vcpu_count in [1, 2, 4, 32] {
+        fixture.accept(put(vcpu_count));
+    }
+    for vcpu_count in [3, 5, 31] {
+        fixture.refuse(put(vcpu_count), &["`vcpu_count`", "`smt`", "1 or even"]);
+    }
+}
+
+#[test]
+fn mem_size_mib_is_more_than_nothing_and_less_than_the_map() {
+    let mut fixture = fixture();
+    let put = |mem_size_mib| Request::PutMachineConfig(MachineConfig { mem_size_mib, ..machine() });
+    for mib in [1, 16, 5 * 1024] {
+        fixture.accept(put(mib));
+    }
+    for mib in [0, 1 << 27, u64::MAX >> 20, u64::MAX] {
+        fixture.refuse(put(mib), &["mem_size_mib", &mib.to_string()]);
+    }
+}
+
+#[test]
+fn with_huge_pages_mem_size_mib_is_even() {
+    let mut fixture = fixture();
+    for huge_pages in [HugePages::Transparent, HugePages::Hugetlbfs2M] {
+        let put =
+            |mem_size_mib| Request::PutMachineConfig(MachineConfig { mem_size_mib, huge_pages, ..machine() });
+        fixture.accept(put(130));
+        fixture.refuse(put(129), &["`mem_size_mib`", "129", "`huge_pages`", "multiple of 2"]);
+    }
+}
+
+#[test]
+fn a_cpu_template_is_refused_but_for_none() {
+    let mut fixture = fixture();
+    let put =
+        |template| Request::PutMachineConfig(MachineConfig { cpu_template: Some(template), ..machine() });
+    fixture.accept(put(CpuTemplate::None));
+    for template in [CpuTemplate::C3, CpuTemplate::T2, CpuTemplate::T2S, CpuTemplate::T2CL, CpuTemplate::T2A]
+    {
+        fixture.refuse(put(template), &["`cpu_template`", &format!("{template:?}"), "/cpu-config"]);
+    }
+}
+
+#[test]
+fn a_patch_changes_what_it_names_and_the_whole_must_fit() {
+    let mut fixture = fixture();
+    let patch = |update| Request::PatchMachineConfig(update);
+    fixture.accept(patch(MachineConfigUpdate { vcpu_count: Some(3), ..Default::default() }));
+    fixture.accept(patch(MachineConfigUpdate { mem_size_mib: Some(257), ..Default::default() }));
+    fixture.accept(patch(MachineConfigUpdate { track_dirty_pages: Some(true), ..Default::default() }));
+    let expected = MachineConfig { vcpu_count: 3, mem_size_mib: 257, track_dirty_pages: true, ..machine() };
+    assert_eq!(fixture.config.machine.wire(), expected);
+
+    let smt = MachineConfigUpdate { smt: Some(true), ..Default::default() };
+    fixture.refuse(patch(smt), &["`vcpu_count` is 3", "`smt`"]);
+    let huge = MachineConfigUpdate { huge_pages: Some(HugePages::Hugetlbfs2M), ..Default::default() };
+    fixture.refuse(patch(huge), &["257", "`huge_pages`"]);
+    let template = MachineConfigUpdate { cpu_template: Some(CpuTemplate::T2), ..Default::default() };
+    fixture.refuse(patch(template), &["`cpu_template`"]);
+    let both = MachineConfigUpdate { vcpu_count: Some(4), smt: Some(true), ..Default::default() };
+    fixture.accept(patch(both));
+    assert!(fixture.config.machine.smt);
+}
+
+#[test]
+fn kernel_and_initrd_are_open_files_from_the_request_on() {
+    let mut fixture = fixture();
+    let source = BootSource {
+        initrd_path: Some(fixture.file("initrd")),
+        boot_args: Some("quiet".to_string()),
+        ..fixture.boot_source()
+    };
+    fixture.accept(Request::PutBootSource(source.clone()));
+    // What happens to the names later does not matter.
+    std::fs::remove_file(fixture.path("kernel")).unwrap();
+    std::fs::remove_file(fixture.path("initrd")).unwrap();
+    let boot = fixture.config.boot().unwrap();
+    assert_eq!(content(&boot.kernel), "kernel");
+    assert_eq!(content(boot.initrd.as_ref().unwrap()), "initrd");
+    assert_eq!(fixture.config.wire().boot_source, source);
+}
+
+#[test]
+fn a_boot_source_may_be_given_again() {
+    let mut fixture = fixture();
+    let first = BootSource { initrd_path: Some(fixture.file("initrd")), ..fixture.boot_source() };
+    fixture.accept(Request::PutBootSource(first));
+    let second = BootSource { kernel_image_path: fixture.file("other"), ..Default::default() };
+    fixture.accept(Request::PutBootSource(second));
+    let boot = fixture.config.boot().unwrap();
+    assert_eq!(content(&boot.kernel), "other");
+    assert!(boot.initrd.is_none());
+}
+
+#[test]
+fn a_kernel_or_initrd_that_cannot_be_opened_is_named() {
+    let mut fixture = fixture();
+    let pipe = fixture.path("pipe");
+    make_fifo(&pipe);
+    let directory = fixture.dir.path().to_path_buf();
+    for (path, words) in [
+        (fixture.path("gone"), ["gone", "No such file"]),
+        (directory, ["", "no file"]),
+        (pipe, ["pipe", "no file"]),
+        ("/dev/null".into(), ["/dev/null", "no file"]),
+        ("".into(), ["", "cannot be opened"]),
+    ] {
+        let kernel = BootSource { kernel_image_path: path.clone(), ..Default::default() };
+        fixture.refuse(Request::PutBootSource(kernel), &["`kernel_image_path`", words[0], words[1]]);
+        let initrd = BootSource { initrd_path: Some(path), ..fixture.boot_source() };
+        fixture.refuse(Request::PutBootSource(initrd), &["`initrd_path`", words[0], words[1]]);
+    }
+}
+
+#[test]
+fn boot_args_are_printable_and_fit() {
+    let mut fixture = fixture();
+    let put = |fixture: &Fixture, args: &str| {
+        Request::PutBootSource(BootSource { boot_args: Some(args.to_string()), ..fixture.boot_source() })
+    };
+    for good in ["", "quiet", &"x".repeat(cmdline::MAX_LENGTH)] {
+        let request = put(&fixture, good);
+        fixture.accept(request);
+    }
+    for (bad, word) in [("a\nb", "printable"), (&*"x".repeat(cmdline::MAX_LENGTH + 1), "too long")] {
+        let request = put(&fixture, bad);
+        fixture.refuse(request, &["`boot_args`", word]);
+    }
+}
+
+#[test]
+fn without_a_kernel_there_is_nothing_to_boot() {
+    let fault = fixture().config.boot().unwrap_err();
+    assert!(fault.message.contains("kernel_image_path") && fault.message.contains("/boot-source"), "{fault}");
+}
+
+#[test]
+fn a_command_line_has_the_arguments_and_then_ours() {
+    let mut with_pci = fixture();
+    assert_eq!(with_pci.config.command_line("").unwrap(), "console=ttyS0 reboot=k panic=1");
+    let mut without = fixture_as(Identity::Firecracker, false);
+    assert_eq!(
+        without.config.command_line("more=1").unwrap(),
+        "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce pci=off more=1"
+    );
+    for (fixture, expected) in
+        [(&mut with_pci, "a root=/dev/vda rw x -- b"), (&mut without, "a pci=off root=/dev/vda rw x -- b")]
+    {
+        let source = BootSource { boot_args: Some("a -- b".to_string()), ..fixture.boot_source() };
+        fixture.accept(Request::PutBootSource(source));
+        let drive = fixture.drive("rootfs", true);
+        fixture.accept(Request::PutDrive(drive));
+        assert_eq!(fixture.config.command_line("x").unwrap(), expected);
+    }
+    let empty = BootSource { boot_args: Some(String::new()), ..with_pci.boot_source() };
+    with_pci.accept(Request::PutBootSource(empty));
+    assert_eq!(
+        with_pci.config.command_line("").unwrap(),
+        "root=/dev/vda rw",
+        "given and empty is not the default"
+    );
+}
+
+#[test]
+fn a_command_line_that_gets_too_long_by_our_arguments_is_refused() {
+    let mut fixture = fixture_as(Identity::Berth, false);
+    let args = "x".repeat(cmdline::MAX_LENGTH);
+    let source = BootSource { boot_args: Some(args), ..fixture.boot_source() };
+    fixture.accept(Request::PutBootSource(source));
+    let fault = fixture.config.command_line("").unwrap_err();
+    assert!(fault.message.contains("`boot_args`") && fault.message.contains("too long"), "{fault}");
+}
+
+#[test]
+fn the_root_argument_tells_partition_and_mode() {
+    for (partuuid, is_read_only, expected) in [
+        (None, None, "root=/dev/vda rw"),
+        (None, Some(false), "root=/dev/vda rw"),
+        (None, Some(true), "root=/dev/vda ro"),
+        (Some("0eaa91a0-01"), None, "root=PARTUUID=0eaa91a0-01 rw"),
+        (Some("0eaa91a0-01/PARTNROFF=1"), Some(true), "root=PARTUUID=0eaa91a0-01/PARTNROFF=1 ro"),
+    ] {
+        let mut fixture = fixture();
+        let partuuid = partuuid.map(str::to_string);
+        let drive = api_socket::Drive { partuuid, is_read_only, ..fixture.drive("a", true) };
+        fixture.accept(Request::PutDrive(drive));
+        assert!(fixture.config.command_line("").unwrap().ends_with(expected), "{expected}");
+    }
+    let mut fixture = fixture();
+    let data = fixture.drive("data", false);
+    fixture.accept(Request::PutDrive(data));
+    assert!(!fixture.config.command_line("").unwrap().contains("root="));
+}
+
+#[test]
+fn every_field_of_a_drive_arrives_and_is_told_back() {
+    let mut fixture = fixture();
+    let limit = TokenBucket { size: 1, one_time_burst: Some(2), refill_time: 3 };
+    let drive = api_socket::Drive {
+        partuuid: Some("abc-01".to_string()),
+        cache_type: CacheType::Writeback,
+        is_read_only: Some(true),
+        rate_limiter: Some(RateLimiter { bandwidth: Some(limit), ops: None }),
+        io_engine: Some(IoEngine::Sync),
+        ..fixture.drive("a", true)
+    };
+    fixture.accept(Request::PutDrive(drive.clone()));
+    assert_eq!(fixture.config.wire().drives, [drive.clone()]);
+    let drives = fixture.config.drives().unwrap();
+    assert_eq!(drives[0].settings, drive);
+    assert_eq!(content(&drives[0].file), "a");
+}
+
+#[test]
+fn a_drive_is_open_for_writing_unless_it_is_read_only() {
+    let mut fixture = fixture();
+    for (is_read_only, writable) in [(None, true), (Some(false), true), (Some(true), false)] {
+        let drive = api_socket::Drive { is_read_only, ..fixture.drive("a", false) };
+        fixture.accept(Request::PutDrive(drive));
+        let mut file = fixture.config.drives().unwrap().remove(0).file;
+        assert_eq!(file.write(b"x").is_ok(), writable, "{is_read_only:?}");
+    }
+}
+
+#[test]
+fn drives_are_taken_as_often_as_a_start_is_tried() {
+    let mut fixture = fixture();
+    let drive = fixture.drive("a", true);
+    fixture.accept(Request::PutDrive(drive));
+    for _ in 0..2 {
+        assert_eq!(content(&fixture.config.drives().unwrap()[0].file), "a");
+    }
+}
+
+#[test]
+fn the_root_device_is_the_first_whenever_it_comes() {
+    let mut fixture = fixture();
+    for (id, root) in [("a", false), ("b", true), ("c", false)] {
+        let drive = fixture.drive(id, root);
+        fixture.accept(Request::PutDrive(drive));
+    }
+    assert_eq!(fixture.ids(), ["b", "a", "c"]);
+}
+
+#[test]
+fn there_is_one_root_device() {
+    let mut fixture = fixture();
+    let (root, other) = (fixture.drive("a", true), fixture.drive("b", true));
+    fixture.accept(Request::PutDrive(root));
+    fixture.refuse(Request::PutDrive(other.clone()), &["`is_root_device`", "\"a\"", "\"b\""]);
+    let data = fixture.drive("b", false);
+    fixture.accept(Request::PutDrive(data));
+    fixture.refuse(Request::PutDrive(other.clone()), &["`is_root_device`"]);
+    let no_root = fixture.drive("a", false);
+    fixture.accept(Request::PutDrive(no_root));
+    fixture.accept(Request::PutDrive(other));
+    assert_eq!(fixture.ids(), ["b", "a"]);
+}
+
+#[test]
+fn a_drive_that_is_given_again_is_replaced_in_its_place() {
+    let mut fixture = fixture();
+    for id in ["a", "b", "c"] {
+        let drive = fixture.drive(id, false);
+        fixture.accept(Request::PutDrive(drive));
+    }
+    let again = api_socket::Drive { path_on_host: Some(fixture.file("new")), ..fixture.drive("b", false) };
+    fixture.accept(Request::PutDrive(again));
+    assert_eq!(fixture.ids(), ["a", "b", "c"]);
+    assert_eq!(content(&fixture.config.drives().unwrap()[1].file), "new");
+    let root = fixture.drive("c", true);
+    fixture.accept(Request::PutDrive(root));
+    assert_eq!(fixture.ids(), ["c", "a", "b"]);
+}
+
+#[test]
+fn a_drive_that_cannot_be_opened_is_named_and_the_one_before_stays() {
+    let mut fixture = fixture();
+    let drive = fixture.drive("a", false);
+    fixture.accept(Request::PutDrive(drive));
+    let pipe = fixture.path("pipe");
+    make_fifo(&pipe);
+    let at = |fixture: &Fixture, path: Option<PathBuf>, is_read_only| {
+        Request::PutDrive(api_socket::Drive { path_on_host: path, is_read_only, ..fixture.drive("a", false) })
+    };
+    let directory = fixture.dir.path().to_path_buf();
+    for (path, read_only, word) in [
+        (None, false, "not set"),
+        (Some(fixture.path("gone")), false, "No such file"),
+        (Some(directory.clone()), true, "no file"),
+        (Some(directory), false, "cannot be opened"),
+        (Some(pipe), true, "no file"),
+        (Some("/dev/zero".into()), true, "no file"),
+    ] {
+        let request = at(&fixture, path, Some(read_only));
+        fixture.refuse(request, &["`path_on_host`", word]);
+    }
+    assert_eq!(content(&fixture.config.drives().unwrap()[0].file), "a");
+}
+
+#[test]
+fn what_this_version_does_not_have_is_refused_and_not_ignored() {
+    let mut fixture = fixture();
+    let socket = api_socket::Drive { socket: Some("/s".into()), ..fixture.drive("a", false) };
+    fixture.refuse(Request::PutDrive(socket), &["`socket`", "vhost-user", "`path_on_host`"]);
+    let engine = api_socket::Drive { io_engine: Some(IoEngine::Async), ..fixture.drive("a", false) };
+    fixture.refuse(Request::PutDrive(engine), &["`io_engine`", "Async", "Sync"]);
+}
+
+#[test]
+fn a_partuuid_is_one_word_and_for_the_root_device() {
+    let mut fixture = fixture();
+    let with = |fixture: &Fixture, partuuid: &str, root| {
+        let partuuid = Some(partuuid.to_string());
+        Request::PutDrive(api_socket::Drive { partuuid, ..fixture.drive("a", root) })
+    };
+    let long = "x".repeat(MAX_PARTUUID + 1);
+    for bad in ["", "a b", "a\nb", "é", "a\"", &long] {
+        let request = with(&fixture, bad, true);
+        fixture.refuse(request, &["`partuuid`", "letters, digits and hyphens"]);
+    }
+    let request = with(&fixture, "abc-01", false);
+    fixture.refuse(request, &["`partuuid`", "`is_root_device`"]);
+    let request = with(&fixture, &long[1..], true);
+    fixture.accept(request);
+}
+
+#[test]
+fn a_guest_has_as_many_drives_as_the_limit() {
+    let mut fixture = fixture();
+    for number in 0..MAX_DRIVES {
+        let drive = fixture.drive(&format!("d{number}"), false);
+        fixture.accept(Request::PutDrive(drive));
+    }
+    let more = fixture.drive("more", false);
+    fixture.refuse(Request::PutDrive(more), &["`drive_id`", "more", "at most 26"]);
+    let again = fixture.drive("d0", false);
+    fixture.accept(Request::PutDrive(again));
+}
+
+#[test]
+fn a_change_of_a_running_guests_drive_is_told() {
+    let mut fixture = fixture();
+    let limit = |size| Some(TokenBucket { size, one_time_burst: None, refill_time: 1 });
+    let rate_limiter = Some(RateLimiter { bandwidth: limit(1), ops: limit(2) });
+    let drive = api_socket::Drive { rate_limiter, ..fixture.drive("a", false) };
+    fixture.accept(Request::PutDrive(drive.clone()));
+    let update =
+        |path_on_host, rate_limiter| DriveUpdate { drive_id: "a".to_string(), path_on_host, rate_limiter };
+
+    fixture.config.drive_updated(update(Some("/new".into()), None));
+    let moved = api_socket::Drive { path_on_host: Some("/new".into()), ..drive };
+    assert_eq!(fixture.config.wire().drives, [moved.clone()]);
+
+    fixture.config.drive_updated(update(None, Some(RateLimiter { bandwidth: None, ops: limit(3) })));
+    let rate_limiter = Some(RateLimiter { bandwidth: limit(1), ops: limit(3) });
+    let limited = api_socket::Drive { rate_limiter, ..moved };
+    assert_eq!(fixture.config.wire().drives, [limited]);
+
+    fixture.config.drive_updated(DriveUpdate { drive_id: "b".to_string(), ..Default::default() });
+}
+
+#[test]
+fn the_entropy_device_and_its_limit_are_told_back() {
+    let mut fixture = fixture();
+    assert_eq!(fixture.config.wire().entropy, None);
+    let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 2 });
+    let entropy = Entropy { rate_limiter: Some(RateLimiter { bandwidth: None, ops }) };
+    fixture.accept(Request::PutEntropy(entropy));
+    assert_eq!(fixture.config.entropy, Some(entropy));
+    assert_eq!(fixture.config.wire().entropy, Some(entropy));
+}
+
+#[test]
+fn the_serial_port_writes_to_its_file() {
+    let mut fixture = fixture();
+    let path = fixture.path("console");
+    let serial = api_socket::Serial { serial_out_path: Some(path.clone()), rate_limiter: None };
+    fixture.accept(Request::PutSerial(serial));
+    for text in ["first ", "second"] {
+        fixture.config.serial_output().unwrap().write_all(text.as_bytes()).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "first second");
+}
+
+#[test]
+fn console_output_beyond_its_limit_is_dropped_and_counted() {
+    let mut fixture = fixture();
+    let path = fixture.path("console");
+    // An hour: nothing comes back while this runs.
+    let rate_limiter = Some(TokenBucket { size: 3, one_time_burst: Some(2), refill_time: 3_600_000 });
+    let serial = api_socket::Serial { serial_out_path: Some(path.clone()), rate_limiter };
+    fixture.accept(Request::PutSerial(serial));
+    let dropped = fixture.config.serial_dropped();
+    let mut output = fixture.config.serial_output().unwrap();
+    for byte in b"abcdefgh" {
+        assert_eq!(output.write(&[*byte]).unwrap(), 1);
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "abcde");
+    assert_eq!(dropped.load(Ordering::Relaxed), 3);
+}
+
+#[test]
+fn a_serial_output_that_cannot_be_opened_is_named_and_the_one_before_stays() {
+    let mut fixture = fixture();
+    let path = fixture.path("console");
+    let at = |path: PathBuf| {
+        Request::PutSerial(api_socket::Serial { serial_out_path: Some(path), rate_limiter: None })
+    };
+    fixture.accept(at(path.clone()));
+    let wrong = fixture.path("no/console");
+    fixture.refuse(at(wrong), &["`serial_out_path`", "no/console"]);
+    fixture.config.serial_output().unwrap().write_all(b"here").unwrap();
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "here");
+}
+
+#[test]
+fn the_cpu_configuration_is_taken_as_it_is() {
+    let mut fixture = fixture();
+    let text = r#"{"kvm_capabilities":["!56"],"msr_modifiers":[{"addr":"0x10a","bitmap":"0b1x"}]}"#;
+    let cpu: CpuConfig = serde_json::from_str(text).unwrap();
+    fixture.accept(Request::PutCpuConfig(cpu.clone()));
+    assert_eq!(fixture.config.cpu, cpu);
+    assert_eq!(fixture.config.wire().cpu_config, None, "Firecracker does not tell it either");
+}
+
+#[test]
+fn the_whole_configuration_can_be_had_before_anything_is_set() {
+    let mut fixture = fixture();
+    let expected = VmConfig { machine_config: Some(MachineConfig::default()), ..VmConfig::default() };
+    assert_eq!(fixture.config.apply(Request::GetVmConfig), Ok(Reply::VmConfig(Box::new(expected))));
+}
+
+#[test]
+fn a_configuration_that_is_told_can_be_given_again() {
+    let mut fixture = fixture();
+    let (source, drive) = (fixture.boot_source(), fixture.drive("a", true));
+    for request in [
+        Request::PutMachineConfig(MachineConfig { vcpu_count: 2, ..machine() }),
+        Request::PutBootSource(source),
+        Request::PutDrive(drive),
+        Request::PutEntropy(Entropy::default()),
+    ] {
+        fixture.accept(request);
+    }
+    let told = fixture.config.wire();
+    let mut again = Config::new(Identity::Berth, true).unwrap();
+    for request in api_socket::config_file::requests(told.clone()).unwrap() {
+        assert_eq!(again.apply(request), Ok(Reply::Empty));
+    }
+    assert_eq!(again.wire(), told);
+}
+
+#[test]
+fn what_is_not_about_the_configuration_is_given_back() {
+    let mut fixture = fixture();
+    for request in [
+        Request::GetInstanceInfo,
+        Request::GetVersion,
+        Request::PutLogger(api_socket::Logger { level: Some(LogLevel::Off), ..Default::default() }),
+        Request::PutMetrics(api_socket::Metrics::default()),
+        Request::Action(api_socket::ActionType::InstanceStart),
+        Request::PatchVm(VmState::Paused),
+        Request::PatchDrive(DriveUpdate::default()),
+        Request::DeleteDrive("a".to_string()),
+    ] {
+        assert_eq!(fixture.config.apply(request.clone()), Err(request));
+    }
+}

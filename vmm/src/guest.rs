@@ -1,0 +1,187 @@
+//! A guest that has started: built in one order from a configuration, then only paused and resumed. Dropping it ends it.
+//!
+//! Does not know requests or phases; `vm.rs` decides when something here may be called.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::args::Identity;
+use crate::boot::{self, BootError};
+use crate::config::Config;
+use crate::host::KvmHost;
+use crate::io_thread::IoThread;
+use crate::machine::{self, Board, Machine, MachineError};
+use crate::memory::{GuestMemory, MemoryError};
+use crate::vcpu::{EndingSender, ExitCounters, Vcpu};
+use crate::x86_64::acpi::{self, AcpiError};
+use crate::x86_64::capabilities::{self, MissingCapability};
+use crate::x86_64::cpuid::{Cpuid, CpuidError, Topology};
+use crate::x86_64::interrupts::Interrupts;
+use crate::x86_64::msr::{self, MsrError};
+use crate::x86_64::registers::{self, RegisterError};
+
+/// What a guest takes beside its configuration.
+pub struct Surroundings<'a> {
+    pub identity: Identity,
+    /// Virtio devices are PCI functions; otherwise they are on virtio-mmio.
+    pub pci: bool,
+    /// The guest may tell when it has booted, and this is said of it in the log.
+    pub boot_timer: bool,
+    pub endings: EndingSender,
+    /// Signalled when the serial port has room for input again.
+    pub serial_room: &'a EventFd,
+}
+
+/// Everything that exists only while a guest does.
+pub struct Guest {
+    pub machine: Machine,
+    pub exits: Arc<ExitCounters>,
+    vcpus: Vec<Vcpu>,
+    // Kept for their lifetime: KVM's memory slots point into the first.
+    _memory: GuestMemory,
+    _vm: Arc<VmFd>,
+}
+
+impl Guest {
+    /// Builds the guest, every vCPU standing at its first instruction. [`Guest::resume`] sets it going.
+    pub fn new(config: &Config, around: Surroundings) -> Result<Self, StartError> {
+        let kvm = Kvm::new().map_err(StartError::Kvm)?;
+        let (settings, cpu) = (&config.machine, &config.cpu);
+        capabilities::check(&kvm, &cpu.kvm_capabilities)?;
+        let vm = Arc::new(create_vm(&kvm)?);
+        let interrupts = Interrupts::new(vm.clone())?;
+        let memory = GuestMemory::new(settings.memory, settings.pages)?;
+        map(&vm, &memory, settings.track_dirty_pages)?;
+
+        let vcpu_count = u32::from(settings.vcpus);
+        let fds = (0..vcpu_count)
+            .map(|index| vm.create_vcpu(index.into()))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(StartError::Vcpu)?;
+        let topology = Topology { vcpus: vcpu_count, smt: settings.smt };
+        let tsc_khz = fds.first().and_then(|fd| fd.get_tsc_khz().ok());
+        let cpuid = Cpuid::new(&kvm, topology, &cpu.cpuid_modifiers, tsc_khz)?;
+
+        let io = IoThread::spawn(around.identity.io_thread())?;
+        let host = Arc::new(KvmHost { vm: vm.clone(), interrupts: interrupts.clone(), io });
+        let ram = memory.handle();
+        let board = Board {
+            host,
+            interrupts,
+            ram: ram.clone(),
+            ram_size: settings.memory,
+            physical_bits: cpuid.physical_bits(),
+            pci: around.pci,
+            boot_timer: around.boot_timer,
+            serial_room: around.serial_room.try_clone()?,
+            vcpus: vcpu_count,
+        };
+        let machine = machine::build(config, board)?;
+
+        let cmdline = config.command_line("")?;
+        let source = config.boot()?;
+        let ram = vm_memory::GuestAddressSpace::memory(&ram);
+        let entry = boot::load(&ram, &source.kernel, source.initrd.as_ref(), &cmdline)?;
+        acpi::write(&ram, &machine.tables())?;
+        for (index, fd) in (0..).zip(&fds) {
+            fd.set_cpuid2(&cpuid.for_vcpu(index)?).map_err(StartError::Vcpu)?;
+            msr::set(fd, &cpu.msr_modifiers)?;
+        }
+        // The others wait for this one to wake them (INIT, SIPI).
+        if let Some(first) = fds.first() {
+            registers::set(first, &entry)?;
+        }
+
+        let exits = Arc::<ExitCounters>::default();
+        let vcpus = (0..)
+            .zip(fds)
+            .map(|(index, fd)| {
+                let name = around.identity.vcpu_thread(index);
+                Vcpu::spawn(name, fd, machine.buses.clone(), exits.clone(), around.endings.clone())
+            })
+            .collect::<io::Result<_>>()?;
+        Ok(Self { machine, exits, vcpus, _memory: memory, _vm: vm })
+    }
+
+    /// Lets devices and then vCPUs run.
+    pub fn resume(&self) {
+        self.machine.resume();
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+    }
+
+    /// Stops vCPUs and then devices. When this returns, nothing of the guest runs and no I/O is half done.
+    pub fn pause(&self) {
+        let stopping: Vec<_> = self.vcpus.iter().map(Vcpu::pause).collect();
+        for stopped in stopping {
+            // A thread that is gone does not run either.
+            let _ = stopped.recv();
+        }
+        self.machine.pause();
+    }
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd, StartError> {
+    loop {
+        match kvm.create_vm() {
+            // A signal may arrive while the kernel waits for its own threads.
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(StartError::CreateVm),
+        }
+    }
+}
+
+/// Gives the guest its RAM, one slot per region.
+fn map(vm: &VmFd, memory: &GuestMemory, track_dirty_pages: bool) -> Result<(), StartError> {
+    for (slot, region) in (0..).zip(memory.regions()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: region.guest,
+            memory_size: region.size,
+            userspace_addr: region.host,
+            flags: if track_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+        };
+        // SAFETY: the range is a mapping that `memory` owns, and `Guest` keeps `memory` as long as the VM's descriptor
+        // and drops its vCPUs first.
+        unsafe { vm.set_user_memory_region(region) }.map_err(StartError::Slot)?;
+    }
+    Ok(())
+}
+
+/// Why a guest could not be started. Nothing is left of it, and another attempt is possible.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("/dev/kvm: {0}; is KVM there, and may this user open it?")]
+    Kvm(kvm_ioctls::Error),
+    #[error("KVM_CREATE_VM: {0}")]
+    CreateVm(kvm_ioctls::Error),
+    #[error("KVM_SET_USER_MEMORY_REGION: {0}")]
+    Slot(kvm_ioctls::Error),
+    #[error("vcpu_count: a vCPU cannot be made: {0}")]
+    Vcpu(kvm_ioctls::Error),
+    #[error("cpu-config: {0}")]
+    Capability(#[from] MissingCapability),
+    #[error("mem_size_mib: {0}")]
+    Memory(#[from] MemoryError),
+    #[error("{0}")]
+    Boot(#[from] BootError),
+    #[error("ACPI tables: {0}")]
+    Acpi(#[from] AcpiError),
+    #[error("CPUID: {0}")]
+    Cpuid(#[from] CpuidError),
+    #[error("MSRs: {0}")]
+    Msr(#[from] MsrError),
+    #[error("{0}")]
+    Register(#[from] RegisterError),
+    #[error("{0}")]
+    Machine(#[from] MachineError),
+    #[error("{0}")]
+    Configuration(#[from] api_socket::Fault),
+    #[error("host: {0}")]
+    Host(#[from] io::Error),
+}

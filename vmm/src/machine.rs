@@ -1,0 +1,188 @@
+//! The whole machine on one page: everything a guest can touch, and where. The same function builds it for a boot, a
+//! restore and a migration.
+//!
+//! Below here nothing sees a path, JSON or a KVM descriptor; above here nothing knows an address.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use api_socket::RateLimiter;
+use devices::acpi_pm::{self, AcpiPm};
+use devices::bus::BusError;
+use devices::i8042::{self, I8042};
+use devices::memory::Memory;
+use devices::pvpanic::{self, PvPanic};
+use devices::rtc::{self, Rtc};
+use devices::serial::{self, Serial};
+use devices::state::StateError;
+use devices::vmgenid::{self, VmGenId};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot_timer::BootTimer;
+use crate::config::Config;
+use crate::host::KvmHost;
+use crate::memory::ByteSize;
+use crate::metrics::Metrics;
+use crate::slots::{Slots, SlotsError};
+use crate::vcpu::Buses;
+use crate::x86_64::acpi::Tables;
+use crate::x86_64::interrupts::Interrupts;
+use crate::x86_64::layout;
+
+/// What a machine is built on.
+pub struct Board {
+    pub host: Arc<KvmHost>,
+    pub interrupts: Arc<Interrupts>,
+    pub ram: Memory,
+    pub ram_size: ByteSize,
+    /// Address lines of the guest's CPUs.
+    pub physical_bits: u8,
+    /// Virtio devices are PCI functions; otherwise they are on virtio-mmio.
+    pub pci: bool,
+    /// A register at [`layout::BOOT_TIMER`].
+    pub boot_timer: bool,
+    /// Signalled when the serial port has room for input again.
+    pub serial_room: EventFd,
+    pub vcpus: u32,
+}
+
+/// The built machine; its buses are what vCPUs exit to.
+pub struct Machine {
+    pub buses: Arc<Buses>,
+    serial: Arc<Mutex<Serial>>,
+    /// Bytes of serial output beyond the limit that was set.
+    dropped_output: Arc<AtomicU64>,
+    keyboard: Arc<Mutex<I8042>>,
+    power: Arc<Mutex<AcpiPm>>,
+    virtio: Slots,
+    vcpus: u32,
+}
+
+/// Puts every device in its place.
+pub fn build(config: &Config, board: Board) -> Result<Machine, MachineError> {
+    let mut buses = Buses::default();
+    let line = |gsi| board.interrupts.line(gsi);
+
+    let serial = shared(Serial::new(
+        serial::Config {
+            output: config.serial_output()?,
+            interrupt: line(layout::SERIAL_GSI)?,
+            room: Some(board.serial_room.try_clone()?),
+        },
+        None,
+    )?);
+    let keyboard = shared(I8042::new(line(layout::I8042_GSI)?, None)?);
+    let power = shared(AcpiPm::new(line(layout::GED_GSI)?, None));
+    let clock = shared(Rtc::new(Box::new(seconds_since_1970), None)?);
+    VmGenId::new(vmgenid::Config { memory: board.ram.clone(), address: layout::VMGENID.start }, None)?;
+
+    let ports = &mut buses.ports;
+    ports.insert(layout::SERIAL.start, serial::LEN, serial.clone())?;
+    ports.insert(layout::I8042.start, i8042::LEN, keyboard.clone())?;
+    ports.insert(layout::RTC.start, rtc::LEN, clock)?;
+    ports.insert(layout::ACPI_PM.start, acpi_pm::LEN, power.clone())?;
+    ports.insert(layout::PVPANIC.start, pvpanic::LEN, shared(PvPanic))?;
+    if board.boot_timer {
+        let size = layout::BOOT_TIMER.end - layout::BOOT_TIMER.start;
+        buses.mmio.insert(layout::BOOT_TIMER.start, size, shared(BootTimer::new()))?;
+    }
+
+    let mut virtio = Slots::new(&board, &mut buses.mmio)?;
+    for drive in config.drives()? {
+        virtio.add_drive(drive, &board, &mut buses.mmio)?;
+    }
+    if let Some(entropy) = &config.entropy {
+        virtio.add_entropy(entropy, &board, &mut buses.mmio)?;
+    }
+    Ok(Machine {
+        buses: Arc::new(buses),
+        serial,
+        dropped_output: config.serial_dropped(),
+        keyboard,
+        power,
+        virtio,
+        vcpus: board.vcpus,
+    })
+}
+
+impl Machine {
+    /// Gives the serial port what was typed; says how much of it was taken.
+    pub fn serial_input(&self, bytes: &[u8]) -> usize {
+        lock(&self.serial).input(bytes)
+    }
+
+    /// Ctrl-Alt-Del for a guest that listens to the keyboard; the power button for all others. Both reach its init.
+    pub fn ctrl_alt_del(&self) {
+        if !lock(&self.keyboard).ctrl_alt_del() {
+            self.press_power_button();
+        }
+    }
+
+    /// See [`AcpiPm::press_power_button`].
+    pub fn press_power_button(&self) {
+        lock(&self.power).press_power_button();
+    }
+
+    /// Gives a drive another file or other limits while the guest runs.
+    pub fn update_drive(&self, id: &str, file: Option<File>, limits: Option<RateLimiter>) -> io::Result<()> {
+        self.virtio.update_drive(id, file, limits)
+    }
+
+    /// Stops every device; see [`devices::virtio::transport::Transport::pause`]. Only while no vCPU runs.
+    pub fn pause(&self) {
+        self.virtio.pause();
+    }
+
+    /// Lets every device go on. Before the vCPUs do.
+    pub fn resume(&self) {
+        self.virtio.resume();
+    }
+
+    /// What ACPI tells the guest of this machine.
+    pub fn tables(&self) -> Tables {
+        Tables {
+            vcpus: self.vcpus,
+            pci: self.virtio.pci_windows(),
+            virtio_mmio: self.virtio.mmio_devices().to_vec(),
+            serial: true,
+            rtc: true,
+            vmgenid: true,
+            pvpanic: true,
+        }
+    }
+
+    /// Adds the devices' counters to what is written to the metrics file.
+    pub fn count(&self, metrics: &mut Metrics) {
+        metrics.add_uart(lock(&self.serial).counters(), self.dropped_output.clone());
+        self.virtio.count(metrics);
+    }
+}
+
+fn seconds_since_1970() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_secs().try_into().unwrap_or(i64::MAX)
+}
+
+fn shared<T>(device: T) -> Arc<Mutex<T>> {
+    Arc::new(Mutex::new(device))
+}
+
+fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error("{0}")]
+    Slots(#[from] SlotsError),
+    #[error("two devices want one address: {0}")]
+    Bus(#[from] BusError),
+    #[error("{0}")]
+    State(#[from] StateError),
+    #[error("host: {0}")]
+    Host(#[from] io::Error),
+}

@@ -1,0 +1,220 @@
+//! The guest from the outside: one owner of configuration and guest, one function per request.
+//!
+//! Whether a request is legal now is `admit.rs`, whether its values fit is `config.rs`, how a guest is built is
+//! `guest.rs`; here they meet.
+
+use std::time::Instant;
+
+use api_socket::{
+    ActionType, DriveUpdate, Fault, InstanceInfo, InstanceState, RateLimiter, Reply, Request, Version,
+    VmState,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::admit::{Verdict, admit};
+use crate::args::{Args, COMPATIBLE_VERSION, Identity};
+use crate::config::{self, Config};
+use crate::guest::{Guest, Surroundings};
+use crate::logger::LOGGER;
+use crate::metrics::Metrics;
+use crate::vcpu::{Ending, EndingSender};
+
+/// Configuration, guest and counters; lives on the control thread.
+pub struct Vm {
+    identity: Identity,
+    id: String,
+    pci: bool,
+    boot_timer: bool,
+    endings: EndingSender,
+    serial_room: EventFd,
+
+    config: Config,
+    metrics: Metrics,
+    guest: Option<Guest>,
+    paused: bool,
+    /// SIGTERM has pressed the power button once; the next one does not wait.
+    asked_to_power_off: bool,
+}
+
+impl Vm {
+    /// A VM without a guest, as the command line wants it.
+    pub fn new(args: &Args, endings: EndingSender, serial_room: EventFd) -> Result<Self, Fault> {
+        let mut metrics = Metrics::new(args.identity, &args.id);
+        if let Some(path) = &args.metrics_path {
+            metrics.open(&api_socket::Metrics { metrics_path: path.clone(), ..Default::default() })?;
+        }
+        Ok(Self {
+            identity: args.identity,
+            id: args.id.clone(),
+            pci: args.pci,
+            boot_timer: args.boot_timer,
+            endings,
+            serial_room,
+            config: Config::new(args.identity, args.pci)?,
+            metrics,
+            guest: None,
+            paused: false,
+            asked_to_power_off: false,
+        })
+    }
+
+    /// Counters that are written with this VM's own.
+    pub fn metrics(&mut self) -> &mut Metrics {
+        &mut self.metrics
+    }
+
+    /// Does what a client asks, if it may.
+    pub fn handle(&mut self, request: Request) -> Reply {
+        match admit(self.state(), &request) {
+            Verdict::AlreadyDone => Reply::Empty,
+            Verdict::Denied(why) => Fault::bad_request(why).into(),
+            Verdict::Accept => self.obey(request).unwrap_or_else(Reply::Fault),
+        }
+    }
+
+    /// The guest's vCPUs run.
+    pub fn is_running(&self) -> bool {
+        self.state() == InstanceState::Running
+    }
+
+    /// Gives the serial port what was typed; says how much of it was taken.
+    pub fn serial_input(&mut self, bytes: &[u8]) -> usize {
+        self.guest.as_ref().map_or(0, |guest| guest.machine.serial_input(bytes))
+    }
+
+    /// SIGTERM or SIGINT: the first asks a running guest to switch itself off; without a guest that could, and the
+    /// second time, it is the end.
+    pub fn asked_to_end(&mut self) -> Option<Ending> {
+        match &self.guest {
+            // Firecracker does not ask, and its callers rely on the process being gone.
+            Some(guest)
+                if self.is_running() && !self.asked_to_power_off && self.identity == Identity::Berth =>
+            {
+                self.asked_to_power_off = true;
+                guest.machine.press_power_button();
+                log::info!("Asked to end: the power button was pressed. Ask again to end at once.");
+                None
+            }
+            _ => Some(Ending::Stopped),
+        }
+    }
+
+    /// Writes the counters, where a file for them is set.
+    pub fn flush_metrics(&mut self) {
+        if let Err(fault) = self.metrics.flush() {
+            log::warn!("metrics: {}", fault.message);
+        }
+    }
+
+    /// The guest is over: stops what still runs of it and writes the last counters.
+    pub fn finish(&mut self) {
+        if let Some(guest) = &self.guest {
+            guest.pause();
+        }
+        self.flush_metrics();
+    }
+
+    fn state(&self) -> InstanceState {
+        match (&self.guest, self.paused) {
+            (None, _) => InstanceState::NotStarted,
+            (Some(_), false) => InstanceState::Running,
+            (Some(_), true) => InstanceState::Paused,
+        }
+    }
+
+    fn obey(&mut self, request: Request) -> Result<Reply, Fault> {
+        let request = match self.config.apply(request) {
+            Ok(reply) => return Ok(reply),
+            Err(request) => request,
+        };
+        match request {
+            Request::GetInstanceInfo => return Ok(Reply::InstanceInfo(self.info())),
+            Request::GetVersion => {
+                return Ok(Reply::Version(Version { firecracker_version: COMPATIBLE_VERSION.into() }));
+            }
+            Request::PutLogger(logger) => LOGGER.configure(&logger)?,
+            Request::PutMetrics(metrics) => self.metrics.open(&metrics)?,
+            Request::Action(ActionType::InstanceStart) => self.start()?,
+            Request::Action(ActionType::FlushMetrics) => drop(self.metrics.flush()?),
+            Request::Action(ActionType::SendCtrlAltDel) => self.guest()?.machine.ctrl_alt_del(),
+            Request::PatchVm(VmState::Paused) => self.pause()?,
+            Request::PatchVm(VmState::Resumed) => self.resume()?,
+            Request::PatchDrive(update) => self.update_drive(update)?,
+            other => return Err(Fault::bad_request(format!("{other:?} is not supported by this version"))),
+        }
+        Ok(Reply::Empty)
+    }
+
+    fn start(&mut self) -> Result<(), Fault> {
+        let around = Surroundings {
+            identity: self.identity,
+            pci: self.pci,
+            boot_timer: self.boot_timer,
+            endings: self.endings.clone(),
+            serial_room: &self.serial_room,
+        };
+        let guest = Guest::new(&self.config, around)
+            .map_err(|error| Fault::bad_request(format!("The guest cannot start: {error}")))?;
+        self.metrics.add_vcpus(guest.exits.clone());
+        guest.machine.count(&mut self.metrics);
+        guest.resume();
+        self.guest = Some(guest);
+        log::info!("Successfully started microvm that was configured from one single json or the API.");
+        self.flush_metrics();
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), Fault> {
+        let since = Instant::now();
+        self.guest()?.pause();
+        self.paused = true;
+        self.metrics.latencies.vmm_pause_vm = microseconds(since);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Fault> {
+        let since = Instant::now();
+        self.guest()?.resume();
+        self.paused = false;
+        self.metrics.latencies.vmm_resume_vm = microseconds(since);
+        Ok(())
+    }
+
+    fn update_drive(&mut self, update: DriveUpdate) -> Result<(), Fault> {
+        let drive = self.config.drive(&update.drive_id)?;
+        // Limits that the update leaves out stay as they are.
+        let limits = update.rate_limiter.map(|change| {
+            let before = drive.rate_limiter.unwrap_or_default();
+            RateLimiter { bandwidth: change.bandwidth.or(before.bandwidth), ops: change.ops.or(before.ops) }
+        });
+        let read_only = drive.is_read_only.unwrap_or(false);
+        let file =
+            update.path_on_host.as_deref().map(|path| config::open_drive(path, read_only)).transpose()?;
+        self.guest()?.machine.update_drive(&update.drive_id, file, limits).map_err(|error| {
+            Fault::bad_request(format!("The drive {:?} cannot be changed: {error}", update.drive_id))
+        })?;
+        self.config.drive_updated(update);
+        Ok(())
+    }
+
+    fn guest(&self) -> Result<&Guest, Fault> {
+        self.guest.as_ref().ok_or_else(not_started)
+    }
+
+    fn info(&self) -> InstanceInfo {
+        InstanceInfo {
+            id: self.id.clone(),
+            state: self.state(),
+            vmm_version: self.identity.version().into(),
+            app_name: self.identity.app_name().into(),
+        }
+    }
+}
+
+fn not_started() -> Fault {
+    Fault::bad_request(crate::admit::BEFORE_START)
+}
+
+fn microseconds(since: Instant) -> u64 {
+    since.elapsed().as_micros().try_into().unwrap_or(u64::MAX)
+}
