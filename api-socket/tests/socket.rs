@@ -414,6 +414,29 @@ fn a_request_that_is_never_completed_ends_its_connection() {
 }
 
 #[test]
+fn a_request_that_comes_byte_by_byte_for_ever_ends_its_connection() {
+    let fixture = Fixture::with(Limits { stall: Duration::from_millis(50), ..Limits::default() });
+    let mut trickling = fixture.raw();
+    trickling.write_all(b"PUT /metrics HTTP/1.1\r\nContent-Length: 50000\r\n\r\n").unwrap();
+    let mut sent = 0;
+    while trickling.write_all(b" ").is_ok() {
+        sent += 1;
+        assert!(sent < 50_000, "the whole request was read");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn after_the_last_reply_the_client_sees_the_end_without_closing_first() {
+    let fixture = Fixture::with(Limits { stall: PATIENCE * 10, ..Limits::default() });
+    let mut stream = fixture.raw();
+    stream.write_all(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n").unwrap();
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).unwrap();
+    assert!(reply.starts_with("HTTP/1.1 200 OK\r\nConnection: close\r\n"), "{reply}");
+}
+
+#[test]
 fn a_connection_that_rests_too_long_is_closed() {
     let fixture = Fixture::with(Limits { idle: Duration::from_millis(20), ..Limits::default() });
     let mut stream = fixture.raw();
@@ -465,21 +488,36 @@ fn a_client_waits_for_a_server_that_is_starting() {
     waiting.join().unwrap().unwrap();
 }
 
+/// What a client makes of a server that reads 30 bytes and says `reply` to them.
+fn told(reply: &'static str) -> Result<InstanceInfo, ClientError> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; 30]).unwrap();
+        stream.write_all(reply.as_bytes()).unwrap();
+    });
+    let outcome = Client::connect(&path).unwrap().instance_info();
+    server.join().unwrap();
+    outcome
+}
+
 #[test]
 fn a_client_takes_no_nonsense_for_a_reply() {
     for reply in
         ["nonsense\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "HTTP/1.1 200 OK\r\n\r\n[]"]
     {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("api.socket");
-        let listener = UnixListener::bind(&path).unwrap();
-        let server = std::thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            stream.read_exact(&mut [0; 30]).unwrap();
-            stream.write_all(reply.as_bytes()).unwrap();
-        });
-        let outcome = Client::connect(&path).unwrap().instance_info();
+        let outcome = told(reply);
         assert!(matches!(outcome, Err(ClientError::Protocol(_))), "{reply:?}: {outcome:?}");
-        server.join().unwrap();
     }
+    let cut = told("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{}");
+    assert!(matches!(cut, Err(ClientError::Io { .. })), "{cut:?}");
+}
+
+#[test]
+fn a_client_passes_over_interim_replies() {
+    let reply = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 Bad Request\r\n\r\n";
+    let outcome = told(reply);
+    assert!(matches!(outcome, Err(ClientError::Refused(Fault { status: 400, .. }))), "{outcome:?}");
 }

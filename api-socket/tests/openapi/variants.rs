@@ -55,6 +55,13 @@ pub fn of(description: &Description, schema: &Value) -> Vec<Variant> {
     for named in schema["enum"].as_array().unwrap_or(&Vec::new()) {
         variants.push(Variant { what: format!("is {named}"), value: named.clone(), accepted: true });
     }
+    let largest = match schema["format"].as_str() {
+        Some("uint64") => json!(u64::MAX),
+        _ => schema["maximum"].clone(),
+    };
+    if !largest.is_null() {
+        variants.push(Variant { what: format!("is {largest}"), value: largest, accepted: true });
+    }
     for alternative in schema["oneOf"].as_array().unwrap_or(&Vec::new()) {
         let value = full(description, alternative);
         variants.push(Variant { what: format!("is {value}"), value, accepted: true });
