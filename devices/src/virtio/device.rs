@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::host::Source;
 use crate::memory::Memory;
 use crate::virtio::queue::Queue;
-use crate::virtio::{blk, rng};
+use crate::virtio::{blk, console, rng};
 
 /// A device model behind any transport. The transport holds its lock for every call; none may block.
 pub trait VirtioDevice: Send {
@@ -89,6 +89,7 @@ pub trait Interrupt: Send + Sync {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum DeviceState {
     Block(blk::State),
+    Console(console::State),
     Entropy(rng::State),
 }
 

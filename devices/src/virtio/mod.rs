@@ -1,11 +1,14 @@
 //! Virtual I/O devices (VIRTIO 1.3).
 
 pub mod blk;
+pub mod console;
 pub mod device;
 pub mod mmio;
 pub mod pci;
 pub mod queue;
 pub mod rng;
+#[cfg(test)]
+mod round_trip;
 pub mod running;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -1,0 +1,176 @@
+//! One property of every virtio device: stopped, saved, built again and started, at any moment and as often as one likes,
+//! it gives each request back exactly once.
+
+use std::collections::HashSet;
+use std::fs::File;
+
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::backend::rate_limiter::{Bucket, Limits};
+use crate::virtio::blk::{self, Blk};
+use crate::virtio::console::{self, Console, Size};
+use crate::virtio::device::{DeviceState, VirtioDevice};
+use crate::virtio::queue::{Queue, QueueState};
+use crate::virtio::rng::{self, Rng};
+use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
+
+/// Keeps the queue with this index full of `request` while the device comes and goes.
+fn nothing_is_lost<D: VirtioDevice>(
+    new: impl Fn(Option<DeviceState>) -> D,
+    index: usize,
+    request: impl Fn(&mut Driver) -> Vec<Buffer>,
+) {
+    for features in [0, EVENT_IDX] {
+        let memory = testing::ram(16 << 20);
+        let mut slot = Slot::new(new(None), &memory);
+        let identity = slot.device.identity();
+        let bases = (1..).map(|queue| queue << 20);
+        let sizes = identity.queue_sizes.iter().zip(bases);
+        let mut drivers: Vec<Driver> =
+            sizes.map(|(&size, base)| Driver::new(&memory, base, size, features)).collect();
+        let buffers = request(&mut drivers[index]);
+        slot.start((0..).zip(&drivers).map(|(index, driver)| driver.queue(index)).collect(), features);
+
+        let mut outstanding = HashSet::new();
+        for _ in 0..6 {
+            fill(&mut drivers[index], &buffers, &mut outstanding);
+            slot.run(1);
+            reap(&mut drivers[index], &mut outstanding);
+            fill(&mut drivers[index], &buffers, &mut outstanding);
+            slot = move_on(slot, &new, &mut drivers, features);
+            assert_eq!(slot.device.identity(), identity);
+        }
+        slot.run_until(|_| {
+            reap(&mut drivers[index], &mut outstanding);
+            outstanding.is_empty()
+        });
+        assert!(!slot.calls.broken());
+    }
+}
+
+/// Ends this device and carries on with another one made from its state alone.
+fn move_on<D: VirtioDevice>(
+    mut slot: Slot<D>,
+    new: &impl Fn(Option<DeviceState>) -> D,
+    drivers: &mut [Driver],
+    features: u64,
+) -> Slot<D> {
+    let queues: Vec<QueueState> = slot.stop().iter().map(Queue::save).collect();
+    assert!(slot.stop().is_empty(), "a second stop has nothing to give");
+    let saved = slot.device.save();
+    let bytes = postcard::to_stdvec(&(&saved, &queues)).unwrap();
+    let memory = slot.memory.clone();
+    drop(slot);
+
+    let (state, queues): (DeviceState, Vec<QueueState>) = postcard::from_bytes(&bytes).unwrap();
+    assert_eq!(state, saved);
+    let mut slot = Slot::new(new(Some(state)), &memory);
+    assert_eq!(slot.device.save(), saved);
+    let restore = |((index, driver), state): ((u16, &mut Driver), &QueueState)| {
+        driver.kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        Queue::restore(index, state, driver.kick.try_clone().unwrap()).unwrap()
+    };
+    slot.start((0..).zip(drivers).zip(&queues).map(restore).collect(), features);
+    slot
+}
+
+fn fill(driver: &mut Driver, buffers: &[Buffer], outstanding: &mut HashSet<u16>) {
+    while driver.free_descriptors() >= buffers.len() {
+        assert!(outstanding.insert(driver.add(buffers)));
+    }
+}
+
+fn reap(driver: &mut Driver, outstanding: &mut HashSet<u16>) {
+    for used in driver.reap_all() {
+        assert!(outstanding.remove(&used.head), "chain {} was given back twice", used.head);
+    }
+}
+
+fn a_few_at_a_time() -> Limits {
+    Limits { bandwidth: None, ops: Some(Bucket { size: 50, one_time_burst: 20, refill_ms: 5 }) }
+}
+
+fn blk_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    move |state| {
+        let config = blk::Config {
+            file: file.try_clone().unwrap(),
+            read_only: false,
+            cache: blk::Cache::Writeback,
+            serial: "disk".into(),
+            limits,
+        };
+        let state = state.map(|state| match state {
+            DeviceState::Block(state) => state,
+            other => panic!("{other:?}"),
+        });
+        Blk::new(config, state).unwrap()
+    }
+}
+
+fn blk_request(kind: u32) -> impl Fn(&mut Driver) -> Vec<Buffer> {
+    move |driver| {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        let data = (kind == VIRTIO_BLK_T_IN).then(|| driver.room(512));
+        let mut buffers = vec![driver.data(&header)];
+        buffers.extend(data);
+        buffers.push(driver.room(1));
+        buffers
+    }
+}
+
+#[test]
+fn blk() {
+    nothing_is_lost(blk_of(Limits::default()), 0, blk_request(VIRTIO_BLK_T_IN));
+}
+
+#[test]
+fn blk_that_is_held_back() {
+    nothing_is_lost(blk_of(a_few_at_a_time()), 0, blk_request(VIRTIO_BLK_T_FLUSH));
+}
+
+fn rng_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Rng {
+    move |state| {
+        let state = state.map(|state| match state {
+            DeviceState::Entropy(state) => state,
+            other => panic!("{other:?}"),
+        });
+        Rng::new(rng::Config { limits }, state).unwrap()
+    }
+}
+
+#[test]
+fn rng() {
+    nothing_is_lost(rng_of(Limits::default()), 0, |driver| vec![driver.room(64)]);
+}
+
+#[test]
+fn rng_that_is_held_back() {
+    nothing_is_lost(rng_of(a_few_at_a_time()), 0, |driver| vec![driver.room(64)]);
+}
+
+fn console(state: Option<DeviceState>) -> Console {
+    let config = console::Config {
+        input: Some(File::open("/dev/zero").unwrap().into()),
+        output: Box::new(std::io::sink()),
+        size: Size { columns: 80, rows: 25 },
+    };
+    let state = state.map(|state| match state {
+        DeviceState::Console(state) => state,
+        other => panic!("{other:?}"),
+    });
+    Console::new(config, state).unwrap()
+}
+
+#[test]
+fn console_input() {
+    nothing_is_lost(console, 0, |driver| vec![driver.room(100)]);
+}
+
+#[test]
+fn console_output() {
+    nothing_is_lost(console, 1, |driver| vec![driver.data(b"a line\n")]);
+}
