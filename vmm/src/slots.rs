@@ -9,8 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api_socket::RateLimiter;
 use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::bus::{Bus, BusError};
+use devices::pci::root::{AddError, Root, Windows};
 use devices::virtio::blk::{Blk, Cache, Config as BlkConfig};
 use devices::virtio::mmio::{self, Mmio};
+use devices::virtio::pci::{Pci, PciError};
 use devices::virtio::rng::{Config as RngConfig, Rng};
 use devices::virtio::transport::{NewError, SharedDevice};
 
@@ -25,19 +27,26 @@ pub struct Slots {
     places: Vec<Place>,
     drives: Vec<(String, Arc<Mutex<Blk>>)>,
     entropy: Option<Arc<Mutex<Rng>>>,
-    pci: Option<PciWindows>,
-    mmio: Vec<VirtioMmio>,
+    way: Way,
+}
+
+/// How the guest reaches virtio devices.
+enum Way {
+    Pci { root: Arc<Root>, windows: PciWindows },
+    Mmio(Vec<VirtioMmio>),
 }
 
 /// Where one device is.
 enum Place {
+    Pci(Arc<Mutex<Pci>>),
     Mmio(Arc<Mutex<Mmio>>),
 }
 
 impl Slots {
-    /// Empty slots on `board`.
-    pub fn new(_board: &Board, _bus: &mut Bus) -> Result<Self, SlotsError> {
-        Ok(Self { places: Vec::new(), drives: Vec::new(), entropy: None, pci: None, mmio: Vec::new() })
+    /// Empty slots on `board`, whose guest reaches them through `bus`.
+    pub fn new(board: &Board, bus: &mut Bus) -> Result<Self, SlotsError> {
+        let way = if board.pci { pci(board, bus)? } else { Way::Mmio(Vec::new()) };
+        Ok(Self { places: Vec::new(), drives: Vec::new(), entropy: None, way })
     }
 
     /// A block device for `drive`.
@@ -77,12 +86,18 @@ impl Slots {
 
     /// What ACPI must tell the guest of PCI, if there is PCI.
     pub fn pci_windows(&self) -> Option<PciWindows> {
-        self.pci.clone()
+        match &self.way {
+            Way::Pci { windows, .. } => Some(windows.clone()),
+            Way::Mmio(_) => None,
+        }
     }
 
     /// What ACPI must tell the guest of virtio-mmio.
     pub fn mmio_devices(&self) -> &[VirtioMmio] {
-        &self.mmio
+        match &self.way {
+            Way::Pci { .. } => &[],
+            Way::Mmio(devices) => devices,
+        }
     }
 
     /// Gives a drive another file or other limits.
@@ -102,6 +117,7 @@ impl Slots {
     pub fn pause(&self) {
         for place in &self.places {
             match place {
+                Place::Pci(device) => lock(device).pause(),
                 Place::Mmio(device) => lock(device).pause(),
             }
         }
@@ -111,6 +127,7 @@ impl Slots {
     pub fn resume(&self) {
         for place in &self.places {
             match place {
+                Place::Pci(device) => lock(device).resume(),
                 Place::Mmio(device) => lock(device).resume(),
             }
         }
@@ -127,20 +144,49 @@ impl Slots {
     }
 
     fn plug(&mut self, device: SharedDevice, board: &Board, bus: &mut Bus) -> Result<(), SlotsError> {
-        let index = self.mmio.len() as u64;
-        let gsi = layout::VIRTIO_MMIO_GSI + self.mmio.len() as u32;
-        let base = layout::VIRTIO_MMIO.start + index * layout::VIRTIO_MMIO_SIZE;
-        if gsi >= layout::IOAPIC_PINS || base >= layout::VIRTIO_MMIO.end {
-            return Err(SlotsError::Full { devices: self.mmio.len() });
-        }
-        let line = board.interrupts.line(gsi)?;
-        let device = Mmio::new(base, device, board.host.clone(), board.ram.clone(), line, None)?;
-        let device = Arc::new(Mutex::new(device));
-        bus.insert(base, mmio::SIZE, device.clone())?;
-        self.places.push(Place::Mmio(device));
-        self.mmio.push(VirtioMmio { base, gsi });
+        let (host, ram) = (board.host.clone(), board.ram.clone());
+        let place = match &mut self.way {
+            Way::Pci { root, .. } => {
+                let function = Arc::new(Mutex::new(Pci::new(device, host, ram, None)?));
+                root.add(None, function.clone())?;
+                Place::Pci(function)
+            }
+            Way::Mmio(taken) => {
+                let at = next_mmio(taken)?;
+                let line = board.interrupts.line(at.gsi)?;
+                let registers = Arc::new(Mutex::new(Mmio::new(at.base, device, host, ram, line, None)?));
+                bus.insert(at.base, mmio::SIZE, registers.clone())?;
+                taken.push(at);
+                Place::Mmio(registers)
+            }
+        };
+        self.places.push(place);
         Ok(())
     }
+}
+
+/// A PCI bus with nothing on it, wide enough for the guest's CPUs.
+fn pci(board: &Board, bus: &mut Bus) -> Result<Way, SlotsError> {
+    let ram = board.ram_size;
+    let above_4g = layout::pci_window_64(ram.bytes(), board.physical_bits)
+        .ok_or(SlotsError::NoWindow { mib: ram.mib(), bits: board.physical_bits })?;
+    let below_4g = layout::PCI_WINDOW_32;
+    let root = Arc::new(Root::new(Windows { below_4g: below_4g.clone(), above_4g: Some(above_4g.clone()) }));
+    root.connect(bus, layout::ECAM.start)?;
+    Ok(Way::Pci { root, windows: PciWindows { below_4g, above_4g } })
+}
+
+/// The page and the interrupt pin after those taken.
+fn next_mmio(taken: &[VirtioMmio]) -> Result<VirtioMmio, SlotsError> {
+    let next = taken
+        .last()
+        .map_or(VirtioMmio { base: layout::VIRTIO_MMIO.start, gsi: layout::VIRTIO_MMIO_GSI }, |last| {
+            VirtioMmio { base: last.base + layout::VIRTIO_MMIO_SIZE, gsi: last.gsi + 1 }
+        });
+    if next.gsi >= layout::IOAPIC_PINS || next.base >= layout::VIRTIO_MMIO.end {
+        return Err(SlotsError::Full { devices: taken.len() });
+    }
+    Ok(next)
 }
 
 fn limits(limiter: Option<&RateLimiter>) -> Limits {
@@ -164,6 +210,15 @@ fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
 pub enum SlotsError {
     #[error("there is no room for another virtio device beside {devices}; give the guest fewer drives")]
     Full { devices: usize },
+    #[error(
+        "mem_size_mib is {mib}: the guest's CPUs address {bits} bits, which leaves nothing for PCI above it; give the \
+         guest less memory"
+    )]
+    NoWindow { mib: u64, bits: u8 },
+    #[error("{0}")]
+    Add(#[from] AddError),
+    #[error("{0}")]
+    Pci(#[from] PciError),
     #[error("two devices want one address: {0}")]
     Bus(#[from] BusError),
     #[error("{0}")]
