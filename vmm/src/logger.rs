@@ -464,7 +464,8 @@ mod tests {
 
     #[test]
     fn days_follow_each_other_through_eight_hundred_years() {
-        let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+        let divides = |number: u64, year: u64| year.is_multiple_of(number);
+        let leap = |year| divides(4, year) && (!divides(100, year) || divides(400, year));
         let mut expected = (1970, 1, 1);
         for days in 0..292_194 {
             assert_eq!(date(days), expected);

@@ -484,6 +484,8 @@ mod tests {
         metrics.add_api(&Arc::default());
         metrics.add_vcpus(Arc::default());
         metrics.add_uart(Arc::default(), Arc::default());
+        metrics.add_block("vda", Arc::default());
+        metrics.add_entropy(Arc::default());
     }
 
     #[test]
@@ -494,7 +496,7 @@ mod tests {
         fixture.counter("block", Some("rootfs"), "read_bytes");
         fixture.counter("block", Some("rootfs"), "read_agg.sum_us");
         fixture.counter("block", Some("data"), "a_key_of_our_own");
-        assert_eq!(names(&fixture.line()), expected_names(&["block_rootfs", "block_data"]));
+        assert_eq!(names(&fixture.line()), expected_names(&["block_rootfs", "block_data", "block_vda"]));
     }
 
     #[test]
@@ -511,13 +513,18 @@ mod tests {
         let mut fixture = fixture(Identity::Berth);
         everything(&mut fixture.metrics);
         let names = names(&fixture.line());
-        assert!(expected_names(&[]).iter().all(|name| names.contains(name)));
-        let own: Vec<_> = names.iter().filter(|name| !expected_names(&[]).contains(name)).collect();
+        let expected = expected_names(&["block_vda"]);
+        assert!(expected.iter().all(|name| names.contains(name)));
+        let own: Vec<_> = names.iter().filter(|name| !expected.contains(name)).collect();
         assert_eq!(
             own,
             [
                 "api_connections.refused_connections",
                 "api_connections.unknown_requests",
+                "block.discard_count",
+                "block.write_zeroes_count",
+                "block_vda.discard_count",
+                "block_vda.write_zeroes_count",
                 "delete_api_requests.drive_count",
                 "delete_api_requests.drive_fails",
                 "get_api_requests.vm_config_count",
@@ -616,6 +623,22 @@ mod tests {
         let told =
             ["read_count", "write_count", "missed_write_count", "error_count", "rate_limiter_dropped_bytes"];
         assert_eq!(told.map(|key| &line["uart"][key]), [1, 2, 3, 3, 4]);
+    }
+
+    #[test]
+    fn drives_and_the_entropy_device_are_counted() {
+        let mut fixture = fixture(Identity::Firecracker);
+        let (disk, random) = (Arc::new(blk::Counters::default()), Arc::new(rng::Counters::default()));
+        disk.write_bytes.store(512, Ordering::Relaxed);
+        disk.write_time.sum_us.store(9, Ordering::Relaxed);
+        random.entropy_bytes.store(64, Ordering::Relaxed);
+        fixture.metrics.add_block("data", disk);
+        fixture.metrics.add_entropy(random);
+        let line = fixture.line();
+        assert_eq!(line["block_data"]["write_bytes"], 512);
+        assert_eq!(line["block_data"]["write_agg"]["sum_us"], 9);
+        assert_eq!(line["block"]["write_bytes"], 512);
+        assert_eq!(line["entropy"]["entropy_bytes"], 64);
     }
 
     #[test]

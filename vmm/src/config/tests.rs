@@ -351,7 +351,7 @@ fn every_field_of_a_drive_arrives_and_is_told_back() {
         ..fixture.drive("a", true)
     };
     fixture.accept(Request::PutDrive(drive.clone()));
-    assert_eq!(fixture.config.wire().drives, [drive.clone()]);
+    assert_eq!(fixture.config.wire().drives, std::slice::from_ref(&drive));
     let drives = fixture.config.drives().unwrap();
     assert_eq!(drives[0].settings, drive);
     assert_eq!(content(&drives[0].file), "a");
@@ -496,7 +496,7 @@ fn a_change_of_a_running_guests_drive_is_told() {
 
     fixture.config.drive_updated(update(Some("/new".into()), None));
     let moved = api_socket::Drive { path_on_host: Some("/new".into()), ..drive };
-    assert_eq!(fixture.config.wire().drives, [moved.clone()]);
+    assert_eq!(fixture.config.wire().drives, std::slice::from_ref(&moved));
 
     fixture.config.drive_updated(update(None, Some(RateLimiter { bandwidth: None, ops: limit(3) })));
     let rate_limiter = Some(RateLimiter { bandwidth: limit(1), ops: limit(3) });
