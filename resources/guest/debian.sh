@@ -83,29 +83,40 @@ EOF
 }
 
 apt_sources() {
-    local debian security options=
-    debian=${BERTH_DEBIAN_MIRROR:-$(mirror_of Debian)}
+    local debian=${BERTH_DEBIAN_MIRROR:-} security='' options=''
     if [ -z "$debian" ]; then
-        # A machine that never ran `apt-get update` tells no mirror.
-        apt-get update >&2
+        learn_archives
         debian=$(mirror_of Debian)
+        security=$(mirror_of Debian-Security)
     fi
     if [ -z "$debian" ]; then
         echo "apt on this machine names no Debian mirror: set BERTH_DEBIAN_MIRROR to one" >&2
         return 1
     fi
     debian=${debian%/}
-    security=$(mirror_of Debian-Security)
-    [ -z "${BERTH_DEBIAN_MIRROR:-}" ] && [ -n "$security" ] || security=$debian-security
     if [ -e $KEYRING ]; then options="[signed-by=$KEYRING]"; fi
     echo "deb $options $debian $SUITE main"
     echo "deb $options $debian $SUITE-updates main"
     echo "deb $options $debian $SUITE-backports main"
-    echo "deb $options $security $SUITE-security main"
+    echo "deb $options ${security:-$debian-security} $SUITE-security main"
 }
 
 # The address of the archive with this label in the machine's own apt configuration, or nothing.
-mirror_of() {
-    apt-get indextargets --format '$(REPO_URI) $(LABEL)' 'Identifier: Packages' \
-        | sed -n "s/ $1\$//p" | sort -u | sed -n 1p
+mirror_of() { machine_archives | sed -n "/^cdrom:/d; s/ $1\$//p" | sort -u | sed -n 1p; }
+
+machine_archives() {
+    apt-get ${machine_lists:+-o Dir::State::Lists="$machine_lists"} \
+        indextargets --format '$(REPO_URI) $(LABEL)' 'Identifier: Packages'
+}
+
+# Labels are in the lists, and a fresh machine has none: then they are fetched to a place where any user may.
+learn_archives() {
+    if [ -n "$(machine_archives)" ]; then
+        return
+    fi
+    machine_lists=$BERTH_APT/machine-lists
+    mkdir -p "$machine_lists/partial"
+    # An archive that does not answer need not be the one that is wanted.
+    apt-get -o Dir::State::Lists="$machine_lists" -o Dir::Cache="$BERTH_APT/cache" -o APT::Sandbox::User=root \
+        update >&2 || true
 }

@@ -18,3 +18,4 @@ fi
 if [ ${#backports[@]} -gt 0 ]; then
     apt_machine install --no-install-recommends -t $SUITE-backports "${backports[@]}"
 fi
+apt_machine clean

@@ -223,7 +223,8 @@ fn run(
     command.arg(format!("PATH={}:{SYSTEM_PATH}", std::env::var("PATH").unwrap_or_default()));
     command.arg("LC_ALL=C.UTF-8");
     command.arg(format!("OUT={}", partial.join("out").display()));
-    let apt = cache.join("apt");
+    // Root's files would be in the way of a user's.
+    let apt = cache.join(if recipe.as_root { "apt-of-root" } else { "apt" });
     fs::create_dir_all(&apt).map_err(|e| io_error(&apt, e))?;
     command.arg(format!("BERTH_APT={}", apt.display()));
     if let Ok(mirror) = std::env::var("BERTH_DEBIAN_MIRROR") {

@@ -46,6 +46,17 @@ pub struct Kernel {
 ///
 /// Worth calling before the functions below when more than one asset is wanted and the cache may be cold.
 pub fn ensure(wanted: &[Asset]) -> Result<(), Error> {
+    let mut inputs = Vec::new();
+    for input in wanted.iter().flat_map(|asset| asset.recipe().inputs) {
+        if !inputs.contains(input) {
+            inputs.push(*input);
+        }
+    }
+    if inputs.is_empty() {
+        tools()?;
+    } else {
+        ensure(&inputs)?;
+    }
     std::thread::scope(|scope| {
         let builds: Vec<_> = wanted.iter().map(|asset| scope.spawn(|| built(*asset))).collect();
         builds.into_iter().try_for_each(|build| match build.join() {
