@@ -37,9 +37,11 @@ pub struct Config {
     pub machine: Machine,
     pub cpu: CpuConfig,
     pub entropy: Option<Entropy>,
+    boot_source: Option<BootSource>,
+    /// What `boot_source` names, until the guest has started.
     boot: Option<Boot>,
-    /// The root device first, if there is one.
-    drives: Vec<Drive>,
+    /// The root device first, if there is one. The files are there until the guest has started.
+    drives: Vec<(api_socket::Drive, Option<File>)>,
     serial: Serial,
 }
 
@@ -59,7 +61,6 @@ pub struct Machine {
 pub struct Boot {
     pub kernel: File,
     pub initrd: Option<File>,
-    settings: BootSource,
 }
 
 /// A disk. Its settings have a path, and no `socket`.
@@ -89,6 +90,7 @@ impl Config {
             machine: Machine::new(&MachineConfig::default())?,
             cpu: CpuConfig::default(),
             entropy: None,
+            boot_source: None,
             boot: None,
             drives: Vec::new(),
             serial: Serial::default(),
@@ -138,11 +140,10 @@ impl Config {
     /// # Errors
     /// It is longer than a kernel takes.
     pub fn command_line(&self, more: &str) -> Result<String, Fault> {
-        let given = self.boot.as_ref().and_then(|boot| boot.settings.boot_args.as_deref());
-        let root = self.drives.first().map(|drive| &drive.settings).filter(|drive| drive.is_root_device);
+        let given = self.boot_source.as_ref().and_then(|source| source.boot_args.as_deref());
         let additions = [
             if self.pci { String::new() } else { "pci=off".to_string() },
-            root.map_or_else(String::new, root_argument),
+            self.root().map_or_else(String::new, root_argument),
             more.to_string(),
         ];
         cmdline::compose(given.unwrap_or(cmdline::default_args(self.identity)), &additions)
@@ -151,11 +152,22 @@ impl Config {
     /// The drives, the root device first, each with a descriptor of its own: a start that fails can be tried again.
     ///
     /// # Errors
-    /// Those of `dup`.
+    /// Those of `dup`; and after [`Config::started`].
     pub fn drives(&self) -> io::Result<Vec<Drive>> {
-        let again =
-            |drive: &Drive| Ok(Drive { settings: drive.settings.clone(), file: drive.file.try_clone()? });
-        self.drives.iter().map(again).collect()
+        let open = |(settings, file): &(api_socket::Drive, Option<File>)| {
+            let file = file.as_ref().ok_or_else(|| io::Error::other("the guest has its drives already"))?;
+            Ok(Drive { settings: settings.clone(), file: file.try_clone()? })
+        };
+        self.drives.iter().map(open).collect()
+    }
+
+    /// Closes the files: the guest has its own, and a disk that is taken away from it must not stay open here.
+    pub fn started(&mut self) {
+        self.boot = None;
+        self.serial.output = None;
+        for (_, file) in &mut self.drives {
+            *file = None;
+        }
     }
 
     /// Where the guest's console output goes. Never waits for a reader: what cannot be written is an error.
@@ -182,8 +194,7 @@ impl Config {
     /// # Errors
     /// There is none.
     pub fn drive(&self, id: &str) -> Result<&api_socket::Drive, Fault> {
-        let drives = self.drives.iter().map(|drive| &drive.settings);
-        drives.into_iter().find(|drive| drive.drive_id == id).ok_or_else(|| {
+        self.drives.iter().map(|(drive, _)| drive).find(|drive| drive.drive_id == id).ok_or_else(|| {
             Fault::bad_request(format!(
                 "`drive_id` is {id:?}, and this guest has no such drive; GET /vm/config lists them."
             ))
@@ -192,11 +203,8 @@ impl Config {
 
     /// Takes down that a running guest's drive has been changed. For one that does not exist it does nothing.
     pub fn drive_updated(&mut self, update: DriveUpdate) {
-        let Some(drive) = self.drives.iter_mut().find(|drive| drive.settings.drive_id == update.drive_id)
-        else {
-            return;
-        };
-        let settings = &mut drive.settings;
+        let mut drives = self.drives.iter_mut().map(|(drive, _)| drive);
+        let Some(settings) = drives.find(|drive| drive.drive_id == update.drive_id) else { return };
         settings.path_on_host = update.path_on_host.or(settings.path_on_host.take());
         if let Some(update) = update.rate_limiter {
             let before = settings.rate_limiter.unwrap_or_default();
@@ -208,8 +216,8 @@ impl Config {
     /// The reply of `GET /vm/config`.
     pub fn wire(&self) -> VmConfig {
         VmConfig {
-            drives: self.drives.iter().map(|drive| drive.settings.clone()).collect(),
-            boot_source: self.boot.as_ref().map(|boot| boot.settings.clone()).unwrap_or_default(),
+            drives: self.drives.iter().map(|(drive, _)| drive.clone()).collect(),
+            boot_source: self.boot_source.clone().unwrap_or_default(),
             machine_config: Some(self.machine.wire()),
             entropy: self.entropy,
             ..VmConfig::default()
@@ -240,40 +248,42 @@ impl Config {
         let kernel = open_regular("kernel_image_path", &settings.kernel_image_path)?;
         let initrd =
             settings.initrd_path.as_deref().map(|path| open_regular("initrd_path", path)).transpose()?;
-        self.boot = Some(Boot { kernel, initrd, settings });
+        self.boot = Some(Boot { kernel, initrd });
+        self.boot_source = Some(settings);
         Ok(())
     }
 
     fn put_drive(&mut self, settings: api_socket::Drive) -> Result<(), Fault> {
-        let place = self.drives.iter().position(|drive| drive.settings.drive_id == settings.drive_id);
+        let place = self.drives.iter().position(|(drive, _)| drive.drive_id == settings.drive_id);
         self.check_place(place, &settings)?;
-        let drive = Drive::open(settings)?;
-        match place {
-            // It keeps its place, unless it becomes the root device: the guest's names go by it.
-            Some(place) => {
-                self.drives.remove(place);
-                self.drives.insert(if drive.settings.is_root_device { 0 } else { place }, drive);
-            }
-            None if drive.settings.is_root_device => self.drives.insert(0, drive),
-            None => self.drives.push(drive),
+        let file = open_file_of(&settings)?;
+        let first = settings.is_root_device.then_some(0);
+        // One that was there keeps its place, unless it becomes the root device: the guest's names go by it.
+        if let Some(place) = place {
+            self.drives.remove(place);
         }
+        let place = first.or(place).unwrap_or(self.drives.len());
+        self.drives.insert(place, (settings, Some(file)));
         Ok(())
     }
 
+    fn root(&self) -> Option<&api_socket::Drive> {
+        self.drives.first().map(|(drive, _)| drive).filter(|drive| drive.is_root_device)
+    }
+
     fn check_place(&self, place: Option<usize>, settings: &api_socket::Drive) -> Result<(), Fault> {
-        let root = self.drives.first().map(|drive| &drive.settings).filter(|drive| drive.is_root_device);
-        if let Some(root) = root
+        if let Some(root) = self.root()
             && settings.is_root_device
             && root.drive_id != settings.drive_id
         {
-            return Err(fault(format!(
+            return Err(Fault::bad_request(format!(
                 "`is_root_device` is true for drive {:?}, and drive {:?} is the root device already; a guest has one. \
                  Set it to false for one of them.",
                 settings.drive_id, root.drive_id
             )));
         }
         if place.is_none() && self.drives.len() >= MAX_DRIVES {
-            return Err(fault(format!(
+            return Err(Fault::bad_request(format!(
                 "`drive_id` is {:?}, which would be one drive too many; a guest has at most {MAX_DRIVES}.",
                 settings.drive_id
             )));
@@ -284,7 +294,7 @@ impl Config {
     fn put_serial(&mut self, settings: &api_socket::Serial) -> Result<(), Fault> {
         let output = settings.serial_out_path.as_deref().map(|path| {
             Sink::open(path).map_err(|error| {
-                fault(format!(
+                Fault::bad_request(format!(
                     "`serial_out_path` is {}, which cannot be written: {error}. Give a file in a directory that exists, \
                      or a named pipe.",
                     path.display()
@@ -306,22 +316,25 @@ impl Machine {
         let vcpus = config.vcpu_count;
         if !VCPU_COUNT.contains(&vcpus) {
             let (least, most) = (VCPU_COUNT.start(), VCPU_COUNT.end());
-            return Err(fault(format!("`vcpu_count` is {vcpus}; it must be from {least} to {most}.")));
+            return Err(Fault::bad_request(format!(
+                "`vcpu_count` is {vcpus}; it must be from {least} to {most}."
+            )));
         }
         if config.smt && vcpus > 1 && vcpus % 2 == 1 {
-            return Err(fault(format!(
+            return Err(Fault::bad_request(format!(
                 "`vcpu_count` is {vcpus} and `smt` is true: with two threads to a core it must be 1 or even."
             )));
         }
         if let Some(template) = config.cpu_template.filter(|template| *template != CpuTemplate::None) {
-            return Err(fault(format!(
+            return Err(Fault::bad_request(format!(
                 "`cpu_template` is {template:?}, which this version does not have; leave it out and say with PUT \
                  /cpu-config what the guest's CPUs are to be."
             )));
         }
-        let memory = ByteSize::ram_of_mib(config.mem_size_mib).map_err(|error| fault(format!("{error}.")))?;
+        let memory = ByteSize::ram_of_mib(config.mem_size_mib)
+            .map_err(|error| Fault::bad_request(format!("{error}.")))?;
         if config.huge_pages != HugePages::None && !memory.mib().is_multiple_of(2) {
-            return Err(fault(format!(
+            return Err(Fault::bad_request(format!(
                 "`mem_size_mib` is {} and `huge_pages` is not None: pages of 2 MiB need a multiple of 2.",
                 memory.mib()
             )));
@@ -351,32 +364,27 @@ impl Machine {
     }
 }
 
-impl Drive {
-    fn open(settings: api_socket::Drive) -> Result<Drive, Fault> {
-        if settings.socket.is_some() {
-            return Err(fault(
-                "`socket` is set, and this version has no vhost-user-blk; give the disk as `path_on_host`."
-                    .to_string(),
-            ));
-        }
-        if settings.io_engine == Some(IoEngine::Async) {
-            return Err(fault(
-                "`io_engine` is Async, which this version does not have; leave it out, or give Sync."
-                    .to_string(),
-            ));
-        }
-        if let Some(partuuid) = &settings.partuuid {
-            check_partuuid(partuuid, settings.is_root_device)?;
-        }
-        let path = settings.path_on_host.as_deref().ok_or_else(|| {
-            fault(
-                "`path_on_host` is not set; give the path of a raw disk image or of a block device."
-                    .to_string(),
-            )
-        })?;
-        let file = open_drive(path, settings.is_read_only.unwrap_or(false))?;
-        Ok(Drive { settings, file })
+/// Checks a drive, and opens what it names.
+fn open_file_of(drive: &api_socket::Drive) -> Result<File, Fault> {
+    if drive.socket.is_some() {
+        return Err(Fault::bad_request(
+            "`socket` is set, and this version has no vhost-user-blk; give the disk as `path_on_host`.",
+        ));
     }
+    if drive.io_engine == Some(IoEngine::Async) {
+        return Err(Fault::bad_request(
+            "`io_engine` is Async, which this version does not have; leave it out, or give Sync.",
+        ));
+    }
+    if let Some(partuuid) = &drive.partuuid {
+        check_partuuid(partuuid, drive.is_root_device)?;
+    }
+    let path = drive.path_on_host.as_deref().ok_or_else(|| {
+        Fault::bad_request(
+            "`path_on_host` is not set; give the path of a raw disk image or of a block device.",
+        )
+    })?;
+    open_drive(path, drive.is_read_only.unwrap_or(false))
 }
 
 /// Opens a disk: a raw image or a block device.
@@ -390,7 +398,10 @@ pub fn open_drive(path: &Path, read_only: bool) -> Result<File, Fault> {
     let kind = file.metadata().map_err(|error| cannot_open("path_on_host", path, &error, ""))?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         let rule = "it must be a raw disk image or a block device";
-        return Err(fault(format!("`path_on_host` is {}, which is no file; {rule}.", path.display())));
+        return Err(Fault::bad_request(format!(
+            "`path_on_host` is {}, which is no file; {rule}.",
+            path.display()
+        )));
     }
     Ok(file)
 }
@@ -400,7 +411,7 @@ fn open_regular(field: &str, path: &Path) -> Result<File, Fault> {
     let file = open(field, path, OpenOptions::new().read(true))?;
     let kind = file.metadata().map_err(|error| cannot_open(field, path, &error, ""))?.file_type();
     if !kind.is_file() {
-        return Err(fault(format!(
+        return Err(Fault::bad_request(format!(
             "`{field}` is {}, which is no file; give the path of one.",
             path.display()
         )));
@@ -425,20 +436,20 @@ fn open(field: &str, path: &Path, options: &OpenOptions) -> Result<File, Fault> 
 }
 
 fn cannot_open(field: &str, path: &Path, error: &io::Error, advice: &str) -> Fault {
-    fault(format!("`{field}` is {}, which cannot be opened: {error}.{advice}", path.display()))
+    Fault::bad_request(format!("`{field}` is {}, which cannot be opened: {error}.{advice}", path.display()))
 }
 
 /// It goes into the command line, so it must be one word of it.
 fn check_partuuid(partuuid: &str, is_root_device: bool) -> Result<(), Fault> {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-/=".contains(&byte);
     if partuuid.is_empty() || partuuid.len() > MAX_PARTUUID || !partuuid.bytes().all(legal) {
-        return Err(fault(format!(
+        return Err(Fault::bad_request(format!(
             "`partuuid` is {partuuid:?}; it must be the id of a partition, as `blkid` tells it: at most {MAX_PARTUUID} \
              letters, digits and hyphens."
         )));
     }
     if !is_root_device {
-        return Err(fault(format!(
+        return Err(Fault::bad_request(format!(
             "`partuuid` is {partuuid:?} and `is_root_device` is false: it names the partition to boot from. Leave it \
              out, or make this the root device."
         )));
@@ -459,10 +470,6 @@ fn root_argument(drive: &api_socket::Drive) -> String {
 fn bucket(limit: TokenBucket) -> Bucket {
     let one_time_burst = limit.one_time_burst.unwrap_or(0);
     Bucket { size: limit.size, one_time_burst, refill_ms: limit.refill_time }
-}
-
-fn fault(text: String) -> Fault {
-    Fault::bad_request(text)
 }
 
 /// Console output that drops what is more than its limit, as the UART it comes from cannot wait.

@@ -379,6 +379,29 @@ fn drives_are_taken_as_often_as_a_start_is_tried() {
 }
 
 #[test]
+fn after_the_start_no_file_stays_open_and_the_configuration_is_still_told() {
+    let mut fixture = fixture();
+    let (source, drive) = (fixture.boot_source(), fixture.drive("a", true));
+    let console = Some(fixture.path("console"));
+    fixture.accept(Request::PutBootSource(source));
+    fixture.accept(Request::PutDrive(drive));
+    fixture.accept(Request::PutSerial(api_socket::Serial { serial_out_path: console, rate_limiter: None }));
+    let open = |fixture: &Fixture| {
+        let names = std::fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().path().read_link().ok());
+        names.filter(|name| name.starts_with(fixture.dir.path())).count()
+    };
+    let told = fixture.config.wire();
+    assert_eq!(open(&fixture), 3);
+    fixture.config.started();
+    assert_eq!(open(&fixture), 0);
+    assert_eq!(fixture.config.wire(), told);
+    assert!(fixture.config.boot().is_err());
+    assert!(fixture.config.drives().is_err());
+}
+
+#[test]
 fn the_root_device_is_the_first_whenever_it_comes() {
     let mut fixture = fixture();
     for (id, root) in [("a", false), ("b", true), ("c", false)] {
