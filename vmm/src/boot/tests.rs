@@ -163,8 +163,8 @@ fn a_bzimage_begins_at_its_64_bit_entry_with_its_own_header_in_the_zero_page() {
 fn the_memory_map_leaves_out_the_hole_and_reserves_what_the_machine_needs() {
     let expected = [
         (0, 0xa_0000, 1),
-        (0xe_0000, 0xf_f000, 3),
-        (0xf_f000, 0x10_0000, 2),
+        (0xe_0000, 0xe_f000, 3),
+        (0xe_f000, 0xf_0000, 2),
         (0x10_0000, 0xc000_0000, 1),
         (0xe000_0000, 0xe010_0000, 2),
         (0xfffb_c000, 0x1_0000_0000, 2),

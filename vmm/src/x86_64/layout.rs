@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!          0  GDT, boot structures, page tables, command line          (RAM)
-//!    0xe0000  RSDP and the other ACPI tables, VMGenID                   (RAM, reserved)
+//!    0xe0000  RSDP and the other ACPI tables, VMGenID                   (RAM, but no memory to the guest)
 //!   0x100000  RAM, kernel, initrd at its end
 //! 0xc0000000  the hole: boot timer, virtio-mmio, PCI window, ECAM, IOAPIC, LAPIC, KVM's own pages
 //!      4 GiB  RAM above the hole
@@ -38,12 +38,12 @@ pub const CMDLINE_CAPACITY: u64 = 2 * KIB;
 pub const LOW_RAM_END: u64 = 0xa_0000;
 
 /// The ACPI tables, RSDP first: from 0xe0000 a kernel searches for it, should the boot protocol not have named it
-/// (ACPI 6.5, 5.2.5.1).
-pub const ACPI: Range<u64> = 0xe_0000..0xf_f000;
+/// (ACPI 6.5, 5.2.5.1). They end before 0xf0000, from where on Linux insists on a system ROM.
+pub const ACPI: Range<u64> = 0xe_0000..0xe_f000;
 /// Where the RSDP is.
 pub const RSDP: u64 = ACPI.start;
 /// The generation ID has a page of its own that is neither RAM nor ACPI memory to the guest, as its specification wants.
-pub const VMGENID: Range<u64> = 0xf_f000..0x10_0000;
+pub const VMGENID: Range<u64> = 0xe_f000..0xf_0000;
 /// 1 MiB: from here RAM is for the kernel.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
