@@ -587,3 +587,6 @@ impl Interrupt for Vectors {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
