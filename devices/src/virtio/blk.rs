@@ -736,6 +736,20 @@ mod tests {
     }
 
     #[test]
+    fn for_a_driver_that_knows_no_flush_every_write_is_one() {
+        for (cache, features, expected) in
+            [(Cache::Writeback, 0, IOERR), (Cache::Writeback, FLUSH, OK), (Cache::Unsafe, 0, OK)]
+        {
+            // An empty disk that takes a write of nothing and refuses to be flushed.
+            let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+            let mut rig = rig_with(|config| (config.file, config.cache) = (null, cache));
+            let queues = rig.slot.stop();
+            rig.slot.start(queues, features);
+            assert_eq!(rig.status(spec::VIRTIO_BLK_T_OUT, 0, &[]), expected);
+        }
+    }
+
+    #[test]
     fn discarded_sectors_and_zeroes_change_what_was_named_and_nothing_else() {
         let mut rig = rig();
         assert_eq!(rig.ranges(spec::VIRTIO_BLK_T_DISCARD, &[range(8, 8, 0), range(24, 8, 0)]), OK);
@@ -799,6 +813,7 @@ mod tests {
         rig.slot.run(10);
         assert!(rig.slot.calls.broken());
         rig.submit(spec::VIRTIO_BLK_T_FLUSH, 0, &[]);
+        rig.driver.kick.write(1).unwrap();
         assert!(rig.slot.run(10) < 10, "a broken device comes to rest");
         assert_eq!(rig.driver.reap(), None);
 

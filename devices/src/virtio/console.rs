@@ -468,6 +468,20 @@ mod tests {
     }
 
     #[test]
+    fn more_room_than_input_makes_nobody_wait() {
+        // The pipe blocks: a second read would never return.
+        let (mut rig, mut keyboard) = with_pipe();
+        for _ in 0..4 {
+            let room = rig.receive.room(8);
+            rig.receive.add(&[room]);
+        }
+        rig.settle();
+        keyboard.write_all(b"abc").unwrap();
+        rig.settle();
+        assert_eq!(rig.receive.reap_all().len(), 1);
+    }
+
+    #[test]
     fn the_end_of_input_is_quiet() {
         let (mut rig, keyboard) = with_pipe();
         let room = rig.receive.room(8);

@@ -214,6 +214,29 @@ mod tests {
     }
 
     #[test]
+    fn a_turn_is_also_over_when_many_bytes_were_asked_for() {
+        let (mut slot, mut driver) = rig(Limits::default());
+        let room = driver.room(1 << 20);
+        for _ in 0..6 {
+            driver.add(&[room]);
+        }
+        slot.run(1);
+        assert_eq!(driver.reap_all().len() as u64, crate::virtio::running::BYTES_PER_TURN >> 20);
+        slot.run(10);
+        assert_eq!(driver.reap_all().len(), 2);
+    }
+
+    #[test]
+    fn a_kick_for_nothing_is_answered_with_nothing() {
+        let memory = testing::ram(1 << 20);
+        let driver = Driver::new(&memory, 0x1000, 256, 0);
+        let mut slot = Slot::new(Rng::new(Config { limits: Limits::default() }, None).unwrap(), &memory);
+        slot.start(vec![driver.queue(0)], 0);
+        slot.run(10);
+        assert_eq!(slot.calls.take_queue(), 0);
+    }
+
+    #[test]
     fn a_limited_device_gets_done_in_its_time() {
         let bucket = Bucket { size: 64, one_time_burst: 0, refill_ms: 2 };
         let (mut slot, mut driver) = rig(Limits { bandwidth: Some(bucket), ops: None });
