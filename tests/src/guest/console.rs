@@ -1,6 +1,8 @@
 //! A guest's serial console: everything it says is kept, what is awaited is looked for, commands are typed into its shell.
 
+use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::process::{ChildStdin, ChildStdout};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -59,6 +61,11 @@ impl Console {
     pub fn send(&mut self, bytes: &[u8]) {
         // A VMM that has ended takes no input; the next wait says so.
         let _ = self.input.write_all(bytes).and_then(|()| self.input.flush());
+    }
+
+    /// Another way in, for a thread of its own.
+    pub fn input(&self) -> File {
+        self.input.as_fd().try_clone_to_owned().expect("a descriptor for the console's input").into()
     }
 
     /// Waits for these words and gives what was said since the last wait up to them.

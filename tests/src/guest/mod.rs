@@ -15,30 +15,34 @@ pub mod console;
 pub mod setup;
 pub mod vmm;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use api_socket::{ActionType, Client, InstanceState, Request, VmState};
+use api_socket::{ActionType, Client, Drive, InstanceState, Request, VmState};
 pub use console::{Console, Output};
+use serde_json::Value;
 pub use setup::{Kernel, Setup};
 pub use vmm::{Ended, Name, Vmm};
 
-/// How long things may take. A nested host runs a guest some twenty times slower than the machine it is on, and several
-/// guests share one processor there: these are limits to find a hang, not measures.
+use crate::host::provide;
+
+/// How long things may take. A nested host runs a guest some twenty times slower than the machine it is on, which may be
+/// busy with others: these are limits to find a hang, not measures. Each is below the runner's for a whole test, so that
+/// what hangs is shown by the fixture, which knows most.
 pub mod limits {
     use std::time::Duration;
 
     /// The VMM's start until its API answers, and any answer of it.
     pub const API: Duration = Duration::from_secs(60);
     /// A start to the busybox shell; alone it takes about four seconds.
-    pub const BOOT: Duration = Duration::from_secs(240);
-    /// A start to Debian's login, and its way down; alone they take about 25 seconds.
-    pub const DEBIAN: Duration = Duration::from_secs(600);
+    pub const BOOT: Duration = Duration::from_secs(150);
+    /// A start to Debian's login, or its way down; alone they take about 25 seconds.
+    pub const DEBIAN: Duration = Duration::from_secs(200);
     /// One command in the guest.
-    pub const COMMAND: Duration = Duration::from_secs(180);
+    pub const COMMAND: Duration = Duration::from_secs(120);
     /// From the guest's last act to the end of the VMM.
-    pub const EXIT: Duration = Duration::from_secs(120);
+    pub const EXIT: Duration = Duration::from_secs(90);
 }
 
 /// What is shown of the console and of each log when a test fails, in lines.
@@ -117,6 +121,13 @@ impl Guest {
         text.trim().parse().unwrap_or_else(|_| panic!("`{command}` in the guest gave no number: {text:?}"))
     }
 
+    /// Mounts the drive of [`debian_drive`], which is the first, at /debian: `chroot /debian` runs its programs.
+    #[track_caller]
+    pub fn mount_debian(&mut self) {
+        self.run("mkdir /debian; mount -t ext4 -o ro /dev/vda /debian");
+        self.run("for tree in dev proc sys; do mount -o bind /$tree /debian/$tree; done");
+    }
+
     /// Says something to the guest's shell that has no answer, such as a command that ends it.
     pub fn say(&mut self, command: &str) {
         self.console.send(format!("{command}\n").as_bytes());
@@ -142,6 +153,19 @@ impl Guest {
     #[track_caller]
     pub fn state(&mut self) -> InstanceState {
         self.api.instance_info().unwrap().state
+    }
+
+    /// How much a counter has grown since the VMM's start; the VMM writes its metrics to the file `metrics`.
+    #[track_caller]
+    pub fn metric(&mut self, group: &str, key: &str) -> u64 {
+        self.apply(Request::Action(ActionType::FlushMetrics));
+        let text =
+            fs::read_to_string(self.path("metrics")).expect("the metrics file: give --metrics-path metrics");
+        // Each line has what came since the line before.
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).expect("a line of metrics"));
+        lines
+            .map(|line| line[group][key].as_u64().unwrap_or_else(|| panic!("no {group}.{key} in {line}")))
+            .sum()
     }
 
     /// Powers the guest off from inside and waits for the VMM's end.
@@ -184,6 +208,16 @@ pub fn program(name: &str) -> PathBuf {
 /// The asset of this name; `host::provide` lists them.
 pub fn asset(name: &str) -> PathBuf {
     directory("BERTH_ASSETS").join(name)
+}
+
+/// A read-only drive with the Debian asset, for its programs and its kernel modules.
+pub fn debian_drive() -> Drive {
+    Drive {
+        drive_id: "debian".into(),
+        is_read_only: Some(true),
+        path_on_host: Some(asset(provide::DEBIAN)),
+        ..Drive::default()
+    }
 }
 
 /// A new sparse file of so many bytes in a guest's or a test's directory.

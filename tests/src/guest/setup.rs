@@ -8,7 +8,7 @@ use super::{Name, asset};
 use crate::host::provide;
 
 /// The console's kernel arguments: what goes wrong shows, and a panic ends the guest instead of hanging it.
-pub const CONSOLE: &str = "console=ttyS0 panic=1";
+pub const CONSOLE: &str = "console=ttyS0 panic=1 berth.plain";
 
 /// Set to anything, the guests' kernels say on the console what they do, from their first moment.
 pub const VERBOSE: &str = "BERTH_VERBOSE";

@@ -134,6 +134,33 @@ impl Vmm {
         number.unwrap_or_else(|| panic!("no {name} in KiB in the VMM's status"))
     }
 
+    /// Memory that no other process has part in, guest memory aside, in KiB: that is shared with its file.
+    pub fn private_kib(&self) -> u64 {
+        let smaps = fs::read_to_string(self.proc("smaps")).expect("the VMM's mappings");
+        let mut guest_memory = false;
+        let mut sum = 0;
+        for line in smaps.lines() {
+            match line.split_once(": ") {
+                Some(("Private_Dirty" | "Private_Clean", value)) if !guest_memory => {
+                    sum += value.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or_default();
+                }
+                Some(_) => {}
+                // The first line of a mapping ends with its file.
+                None => guest_memory = line.contains("memfd:"),
+            }
+        }
+        sum
+    }
+
+    /// Processor time it used, guest included, in clock ticks (hundredths of a second).
+    pub fn cpu_ticks(&self) -> u64 {
+        let stat = fs::read_to_string(self.proc("stat")).expect("the VMM's stat");
+        // Fields 14 and 15 of proc_pid_stat(5); the second, in parentheses, may hold anything.
+        let fields: Vec<_> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3).and_then(|field| field.parse::<u64>().ok());
+        field(14).zip(field(15)).map(|(user, system)| user + system).expect("processor times")
+    }
+
     /// What it logged so far.
     pub fn log(&self) -> String {
         self.read(LOG)

@@ -1,0 +1,224 @@
+//! A disk is what a disk must be: what was written is there after a reboot, what was flushed is there after a crash, a
+//! read-only one is not written, and every sector of an odd file is in its place.
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+
+use api_socket::{CacheType, Drive};
+use berth_tests::guest::setup::disk_drive;
+use berth_tests::guest::{Ended, Guest, Name, Setup, blank_disk, debian_drive, limits};
+use tempfile::TempDir;
+
+const MIB: u64 = 1 << 20;
+
+/// A disk that outlives its guests.
+struct Disk {
+    _directory: TempDir,
+    path: PathBuf,
+}
+
+impl Disk {
+    fn blank(bytes: u64) -> Disk {
+        let directory = tempfile::tempdir().unwrap();
+        let path = blank_disk(directory.path().join("disk"), bytes);
+        Disk { _directory: directory, path }
+    }
+
+    fn setup(&self) -> Setup {
+        Setup { drives: vec![disk_drive("disk", self.path.clone())], ..Setup::default() }
+    }
+
+    fn file(&self) -> File {
+        File::options().read(true).write(true).open(&self.path).unwrap()
+    }
+
+    /// Bytes that the host's file system keeps for it.
+    fn allocated(&self) -> u64 {
+        // In the file system's books only when written.
+        self.file().sync_all().unwrap();
+        fs::metadata(&self.path).unwrap().blocks() * 512
+    }
+}
+
+#[test]
+fn a_file_system_survives_the_guest_s_reboot() {
+    survives_reboot(Name::Berth);
+}
+
+#[test]
+fn a_file_system_survives_the_guest_s_reboot_without_pci() {
+    survives_reboot(Name::Firecracker);
+}
+
+fn survives_reboot(name: Name) {
+    let disk = Disk::blank(64 * MIB);
+    let mut guest = Guest::booted(Setup { name, command_line: "reboot=k".into(), ..disk.setup() });
+    guest.run("mke2fs /dev/vda > /dev/null; mkdir /mnt; mount -t ext4 /dev/vda /mnt");
+    let sum = guest.run("head -c 8M /dev/urandom > /mnt/file; md5sum /mnt/file");
+    guest.run("umount /mnt");
+    guest.say("reboot -f");
+    let code = if name == Name::Berth { 3 } else { 0 };
+    assert_eq!(guest.ended(), Ended::Code(code));
+
+    let mut guest = Guest::booted(Setup { name, ..disk.setup() });
+    guest.run("mkdir /mnt; mount -t ext4 /dev/vda /mnt");
+    assert_eq!(guest.run("md5sum /mnt/file"), sum);
+    guest.power_off();
+}
+
+#[test]
+fn a_vmm_that_is_killed_loses_nothing_that_was_flushed() {
+    let disk = Disk::blank(64 * MIB);
+    let mut guest = Guest::booted(disk.setup());
+    assert_eq!(guest.run("cat /sys/block/vda/queue/write_cache"), "write back\n");
+    guest.run("mke2fs /dev/vda > /dev/null; mkdir /mnt; mount -t ext4 /dev/vda /mnt");
+    let sum = guest.run("dd if=/dev/urandom of=/mnt/kept bs=1M count=4 conv=fsync; sync; md5sum /mnt/kept");
+    // More is on its way when the end comes.
+    guest.say("while :; do cat /dev/urandom | head -c 1M > /mnt/lost; done");
+    guest.vmm.kill();
+
+    let mut guest = Guest::booted(disk.setup());
+    guest.run("mkdir /mnt; mount -t ext4 /dev/vda /mnt");
+    let kept = guest.run("md5sum /mnt/kept");
+    assert_eq!(kept.lines().last(), sum.lines().last());
+    guest.power_off();
+}
+
+#[test]
+fn a_flush_of_the_guest_is_a_flush_on_the_host_unless_the_drive_is_unsafe() {
+    let disk = Disk::blank(8 * MIB);
+    let flushed = |cache_type| {
+        let drive = Drive { cache_type, ..disk_drive("disk", disk.path.clone()) };
+        let arguments = ["--metrics-path", "metrics"].map(String::from).into();
+        let mut guest = Guest::booted(Setup { drives: vec![drive], arguments, ..Setup::default() });
+        let before = guest.metric("block", "flush_count");
+        guest.run("dd if=/dev/zero of=/dev/vda bs=4k count=1 conv=fsync");
+        let count = guest.metric("block", "flush_count") - before;
+        let cache = guest.run("cat /sys/block/vda/queue/write_cache");
+        guest.power_off();
+        (cache, count > 0)
+    };
+    assert_eq!(flushed(CacheType::Writeback), ("write back\n".into(), true));
+    assert_eq!(flushed(CacheType::Unsafe), ("write through\n".into(), false));
+}
+
+#[test]
+fn a_read_only_disk_is_not_written() {
+    let disk = Disk::blank(MIB);
+    disk.file().write_all_at(b"untouched", 0).unwrap();
+    let before = fs::read(&disk.path).unwrap();
+    let drive = Drive { is_read_only: Some(true), ..disk_drive("disk", disk.path.clone()) };
+    let mut guest = Guest::booted(Setup { drives: vec![drive], ..Setup::default() });
+    assert_eq!(guest.run("cat /sys/block/vda/ro"), "1\n");
+    assert_eq!(guest.run("head -c 9 /dev/vda"), "untouched");
+    assert_ne!(guest.shell("echo overwritten > /dev/vda").code, 0);
+    assert_ne!(guest.shell("blkdiscard /dev/vda").code, 0);
+    guest.power_off();
+    assert!(fs::read(&disk.path).unwrap() == before);
+}
+
+#[test]
+fn a_discard_gives_space_back_to_the_host_and_reads_as_zeros() {
+    let disk = Disk::blank(32 * MIB);
+    let mut guest = Guest::booted(disk.setup());
+    guest.run("yes full | dd of=/dev/vda bs=1M count=32 iflag=fullblock conv=fsync");
+    let full = disk.allocated();
+    guest.run("blkdiscard -o 8388608 -l 16777216 /dev/vda; sync");
+    let left = disk.allocated();
+    assert!(full >= 32 * MIB && left <= full - 15 * MIB, "{full} bytes before, {left} after");
+    guest.power_off();
+    let bytes = fs::read(&disk.path).unwrap();
+    let is_zero =
+        |from: u64, to: u64| bytes[(from * MIB) as usize..(to * MIB) as usize].iter().all(|byte| *byte == 0);
+    assert!(is_zero(8, 24));
+    let full = |at: u64| &bytes[(at * MIB) as usize..][..5] != b"\0\0\0\0\0";
+    assert!(full(0) && full(7) && full(24) && full(31));
+}
+
+#[test]
+fn a_file_system_is_trimmed() {
+    let disk = Disk::blank(64 * MIB);
+    let mut guest = Guest::booted(disk.setup());
+    guest.run("mke2fs /dev/vda > /dev/null; mkdir /mnt; mount -t ext4 /dev/vda /mnt");
+    guest.run("head -c 32M /dev/urandom > /mnt/file; sync");
+    let full = disk.allocated();
+    guest.run("rm /mnt/file; sync; fstrim /mnt; sync");
+    let left = disk.allocated();
+    assert!(full >= 32 * MIB && left <= full - 28 * MIB, "{full} bytes before, {left} after");
+    guest.power_off();
+}
+
+#[test]
+fn zeroes_are_written_without_being_sent() {
+    let disk = Disk::blank(16 * MIB);
+    let drives = vec![debian_drive(), disk_drive("disk", disk.path.clone())];
+    let mut guest = Guest::booted(Setup { drives, memory_mib: 256, ..Setup::default() });
+    guest.mount_debian();
+    assert!(guest.number("cat /sys/block/vdb/queue/write_zeroes_max_bytes") > 0);
+    guest.run("yes full | dd of=/dev/vdb bs=1M count=16 iflag=fullblock conv=fsync");
+    let sectors = |guest: &mut Guest| guest.number("awk '{ print $7 }' /sys/block/vdb/stat");
+    let before = sectors(&mut guest);
+    guest.run("chroot /debian blkdiscard --zeroout --offset 4096 --length 8388608 /dev/vdb");
+    assert_eq!(sectors(&mut guest) - before, 8 * MIB / 512);
+    guest.power_off();
+    let bytes = fs::read(&disk.path).unwrap();
+    assert_eq!(&bytes[4090..4096], b"ll\nful".as_slice().get(..6).unwrap());
+    assert!(bytes[4096..4096 + (8 * MIB) as usize].iter().all(|byte| *byte == 0));
+    assert!(bytes[4096 + (8 * MIB) as usize..].iter().all(|byte| *byte != 0));
+}
+
+#[test]
+fn the_last_sector_of_an_odd_file_is_there_and_what_is_less_than_a_sector_is_not() {
+    let disk = Disk::blank(MIB + 512 + 188);
+    disk.file().write_all_at(b"last sector", MIB).unwrap();
+    disk.file().write_all_at(b"beyond", MIB + 512).unwrap();
+    let mut guest = Guest::booted(disk.setup());
+    assert_eq!(guest.number("blockdev --getsize64 /dev/vda"), MIB + 512);
+    assert_eq!(guest.run("dd if=/dev/vda bs=512 skip=2048 2> /dev/null | head -c 11"), "last sector");
+    guest.run("printf 'new sector!' | dd of=/dev/vda bs=512 seek=2048 conv=sync,fsync");
+    assert_ne!(guest.shell("printf x | dd of=/dev/vda bs=512 seek=2049 conv=sync,fsync").code, 0);
+    guest.power_off();
+    let bytes = fs::read(&disk.path).unwrap();
+    assert_eq!(bytes.len() as u64, MIB + 512 + 188, "the file changed its size");
+    assert_eq!(&bytes[MIB as usize..][..11], b"new sector!");
+    assert_eq!(&bytes[(MIB + 512) as usize..][..6], b"beyond");
+}
+
+#[test]
+fn a_disk_of_terabytes_is_written_at_its_end() {
+    const SIZE: u64 = 3 << 40;
+    let disk = Disk::blank(SIZE);
+    let mut guest = Guest::booted(disk.setup());
+    assert_eq!(guest.number("blockdev --getsize64 /dev/vda"), SIZE);
+    guest.run(&format!("printf end | dd of=/dev/vda bs=4096 seek={} conv=sync,fsync", SIZE / 4096 - 1));
+    guest.power_off();
+    let mut bytes = [0; 3];
+    disk.file().read_exact_at(&mut bytes, SIZE - 4096).unwrap();
+    assert_eq!(&bytes, b"end");
+}
+
+#[test]
+fn a_disk_verifies_under_random_writes_of_all_sizes() {
+    let disk = Disk::blank(48 * MIB);
+    let drives = vec![debian_drive(), disk_drive("disk", disk.path.clone())];
+    let mut guest = Guest::booted(Setup { drives, memory_mib: 256, vcpus: 2, ..Setup::default() });
+    guest.mount_debian();
+    guest.run(
+        "chroot /debian fio --name=disk --filename=/dev/vdb --direct=1 --rw=randrw --bsrange=512-256k --fsync=50 \
+         --ioengine=libaio --iodepth=16 --size=48m --io_size=24m --verify=crc32c --verify_fatal=1 --randrepeat=0",
+    );
+    guest.power_off();
+}
+
+#[test]
+fn a_drive_is_named_by_its_id_and_the_root_device_comes_first() {
+    let (one, two) = (Disk::blank(MIB), Disk::blank(2 * MIB));
+    let root = Drive { is_root_device: true, ..disk_drive("the_root", two.path.clone()) };
+    let drives = vec![disk_drive("disk_1", one.path.clone()), root];
+    // `root=/dev/vda` comes with a root device, and this disk has nothing to boot.
+    let setup = Setup { drives, command_line: "root=".into(), ..Setup::default() };
+    let mut guest = Guest::started(setup);
+    guest.console.wait_for("berth-guest:", limits::BOOT);
+}
