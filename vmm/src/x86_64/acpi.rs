@@ -31,7 +31,8 @@ use super::layout;
 pub struct Tables {
     /// From 1 to [`layout::MAX_VCPUS`].
     pub vcpus: u32,
-    /// The PCI host bridge, with its ECAM at [`layout::ECAM`].
+    /// The PCI host bridge. A machine without one has the configuration space at [`layout::ECAM`] nevertheless, with
+    /// nobody in it: a Linux that finds none at all says so on the console, at two exits for each of the 65 characters.
     pub pci: Option<PciWindows>,
     pub virtio_mmio: Vec<VirtioMmio>,
     /// COM1 at [`layout::SERIAL`].
@@ -98,9 +99,7 @@ fn build(tables: &Tables) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(place(&fadt(tables, dsdt)));
     xsdt.add_entry(place(&madt(tables)));
-    if tables.pci.is_some() {
-        xsdt.add_entry(place(&mcfg()));
-    }
+    xsdt.add_entry(place(&mcfg()));
     let rsdp = Rsdp::new(OEM_ID, place(&xsdt));
     let mut head = Vec::new();
     rsdp.to_aml_bytes(&mut head);
@@ -195,6 +194,7 @@ fn dsdt(tables: &Tables) -> Sdt {
     for (index, device) in (0..).zip(&tables.virtio_mmio) {
         virtio_mmio(index, device, &mut aml);
     }
+    configuration_space(&mut aml);
     if let Some(windows) = &tables.pci {
         host_bridge(windows, &mut aml);
     }
@@ -296,7 +296,15 @@ fn virtio_mmio(index: u32, virtio: &VirtioMmio, sink: &mut Vec<u8>) {
     device(&path, &"LNRO0005", &index, &[&resources], sink);
 }
 
-/// The PCI Express host bridge with its one bus, and the motherboard resource that its ECAM must be part of.
+/// The motherboard resource that the ECAM must be part of, or kernels do not believe in it.
+fn configuration_space(sink: &mut Vec<u8>) {
+    let ecam =
+        Memory32Fixed::new(true, layout::ECAM.start as u32, (layout::ECAM.end - layout::ECAM.start) as u32);
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam]));
+    device("\\_SB_.MBRD", &EISAName::new("PNP0C02"), &ZERO, &[&resources], sink);
+}
+
+/// The PCI Express host bridge with its one bus.
 fn host_bridge(windows: &PciWindows, sink: &mut Vec<u8>) {
     let (low, high) = (&windows.below_4g, &windows.above_4g);
     let bus = AddressSpace::new_bus_number(0u16, 0u16);
@@ -318,11 +326,6 @@ fn host_bridge(windows: &PciWindows, sink: &mut Vec<u8>) {
     let control = Raw(&control);
     let members: [&dyn Aml; 5] = [&compatible, &segment, &first_bus, &resources, &control];
     device("\\_SB_.PCI0", &EISAName::new("PNP0A08"), &ZERO, &members, sink);
-
-    let ecam =
-        Memory32Fixed::new(true, layout::ECAM.start as u32, (layout::ECAM.end - layout::ECAM.start) as u32);
-    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam]));
-    device("\\_SB_.MBRD", &EISAName::new("PNP0C02"), &ZERO, &[&resources], sink);
 }
 
 /// _OSC of the host bridge (PCI Firmware Specification 3.3, 4.5.1): the guest may have control of what it asks for, but
