@@ -234,6 +234,7 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         Request::PutDrive(drive) => with_body(Method::Put, &drive_path(&drive.drive_id), drive),
         Request::PatchDrive(update) => with_body(Method::Patch, &drive_path(&update.drive_id), update),
         Request::DeleteDrive(id) => Ok((Method::Delete, drive_path(id), None)),
+        Request::PutConsole(console) => with_body(Method::Put, "/console", console),
         Request::PutEntropy(entropy) => with_body(Method::Put, "/entropy", entropy),
         Request::PutSerial(serial) => with_body(Method::Put, "/serial", serial),
         Request::PutLogger(logger) => with_body(Method::Put, "/logger", logger),

@@ -41,6 +41,7 @@ pub fn requests(config: VmConfig) -> Result<Vec<Request>, Fault> {
         check_id("drive_id", &drive.drive_id)?;
         requests.push(Request::PutDrive(drive));
     }
+    requests.extend(config.console.map(Request::PutConsole));
     requests.extend(config.entropy.map(Request::PutEntropy));
     Ok(requests)
 }

@@ -6,8 +6,8 @@ use serde::de::DeserializeOwned;
 
 use crate::json;
 use crate::types::{
-    BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Fault, InstanceAction, Logger, MachineConfig,
-    MachineConfigUpdate, Metrics, Request, Serial, Vm,
+    BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Fault, InstanceAction, Logger,
+    MachineConfig, MachineConfigUpdate, Metrics, Request, Serial, Vm,
 };
 
 /// A request, and what its client should be told about how it was made.
@@ -62,6 +62,7 @@ pub enum Endpoint {
     BootSource,
     CpuConfig,
     Drive,
+    Console,
     Entropy,
     Serial,
     Logger,
@@ -79,6 +80,7 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::BootSource, "/boot-source", &[Method::Put]),
     (Endpoint::CpuConfig, "/cpu-config", &[Method::Put]),
     (Endpoint::Drive, "/drives/{drive_id}", &[Method::Put, Method::Patch, Method::Delete]),
+    (Endpoint::Console, "/console", &[Method::Put]),
     (Endpoint::Entropy, "/entropy", &[Method::Put]),
     (Endpoint::Serial, "/serial", &[Method::Put]),
     (Endpoint::Logger, "/logger", &[Method::Put]),
@@ -120,6 +122,7 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
             Request::PatchDrive(update)
         }
         (Method::Delete, Endpoint::Drive) => Request::DeleteDrive(check_id("drive_id", id)?.to_string()),
+        (Method::Put, Endpoint::Console) => Request::PutConsole(at.parse::<Console>(body)?),
         (Method::Put, Endpoint::Entropy) => Request::PutEntropy(at.parse::<Entropy>(body)?),
         (Method::Put, Endpoint::Serial) => Request::PutSerial(at.parse::<Serial>(body)?),
         (Method::Put, Endpoint::Logger) => Request::PutLogger(at.parse::<Logger>(body)?),

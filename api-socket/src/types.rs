@@ -27,6 +27,11 @@ pub const DEFAULT_VCPU_COUNT: u8 = 1;
 /// The machine of a guest for which nothing was set: `mem_size_mib`.
 pub const DEFAULT_MEM_SIZE_MIB: u64 = 128;
 
+/// `columns` of a console where nothing is said.
+pub const DEFAULT_CONSOLE_COLUMNS: u16 = 80;
+/// `rows` of a console where nothing is said.
+pub const DEFAULT_CONSOLE_ROWS: u16 = 25;
+
 /// One request to the guest API, parsed. What arrives on the socket and what a configuration file says are both a
 /// list of these.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,6 +58,8 @@ pub enum Request {
     PatchDrive(DriveUpdate),
     /// `DELETE /drives/{drive_id}`: the id.
     DeleteDrive(String),
+    /// `PUT /console`
+    PutConsole(Console),
     /// `PUT /entropy`
     PutEntropy(Entropy),
     /// `PUT /serial`
@@ -306,6 +313,30 @@ pub struct Entropy {
     pub rate_limiter: Option<RateLimiter>,
 }
 
+/// Body of `PUT /console`: a virtio console, the guest's `hvc0`. Ours; Firecracker has none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Console {
+    /// A terminal, named pipe or file for what the guest writes.
+    pub output_path: PathBuf,
+    /// A terminal or named pipe whose bytes the guest reads; may be the terminal of `output_path`.
+    pub input_path: Option<PathBuf>,
+    /// Characters in a line, as the guest is told.
+    #[serde(default = "default_columns")]
+    pub columns: u16,
+    /// Lines, as the guest is told.
+    #[serde(default = "default_rows")]
+    pub rows: u16,
+}
+
+fn default_columns() -> u16 {
+    DEFAULT_CONSOLE_COLUMNS
+}
+
+fn default_rows() -> u16 {
+    DEFAULT_CONSOLE_ROWS
+}
+
 /// Body of `PUT /serial`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -434,6 +465,9 @@ pub struct VmConfig {
     pub machine_config: Option<MachineConfig>,
     pub metrics: Option<Metrics>,
     pub entropy: Option<Entropy>,
+    /// Left out of a reply where there is none: Firecracker's clients know no such section.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<Console>,
     // Sections of devices that this VMM does not have. They are in the reply because clients expect every section,
     // and may be in a configuration file as they are in the reply.
     #[serde(default)]

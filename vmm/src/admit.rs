@@ -38,6 +38,7 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         | Request::PutBootSource(_)
         | Request::PutCpuConfig(_)
         | Request::PutDrive(_)
+        | Request::PutConsole(_)
         | Request::PutEntropy(_)
         | Request::PutSerial(_)
         | Request::PutLogger(_)
@@ -75,8 +76,8 @@ fn after_start(state: InstanceState, then: Verdict) -> Verdict {
 mod tests {
     use super::*;
     use api_socket::{
-        BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate,
-        Metrics, Serial,
+        BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig,
+        MachineConfigUpdate, Metrics, Serial,
     };
 
     /// Each request with its verdict when not started, running and paused.
@@ -108,6 +109,7 @@ mod tests {
             (Request::Action(ActionType::SendCtrlAltDel), post),
             (Request::PatchVm(VmState::Paused), [Denied(BEFORE_START), Accept, AlreadyDone]),
             (Request::PatchVm(VmState::Resumed), [Denied(BEFORE_START), AlreadyDone, Accept]),
+            (Request::PutConsole(Console::default()), pre),
         ]
     }
 
@@ -148,9 +150,10 @@ mod tests {
             Request::Action(ActionType::SendCtrlAltDel) => 17,
             Request::PatchVm(VmState::Paused) => 18,
             Request::PatchVm(VmState::Resumed) => 19,
+            Request::PutConsole(_) => 20,
         };
         let places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
-        assert_eq!(places, (0..20).collect::<Vec<_>>());
+        assert_eq!(places, (0..21).collect::<Vec<_>>());
     }
 
     #[test]

@@ -37,6 +37,7 @@ pub struct Config {
     pub machine: Machine,
     pub cpu: CpuConfig,
     pub entropy: Option<Entropy>,
+    pub console: Option<Console>,
     boot_source: Option<BootSource>,
     /// What `boot_source` names, until the guest has started.
     boot: Option<Boot>,
@@ -71,6 +72,13 @@ pub struct Drive {
     pub file: File,
 }
 
+/// A virtio console and what it is connected to.
+pub struct Console {
+    pub settings: api_socket::Console,
+    pub input: Option<File>,
+    pub output: Sink,
+}
+
 #[derive(Default)]
 struct Serial {
     output: Option<Sink>,
@@ -90,6 +98,7 @@ impl Config {
             machine: Machine::new(&MachineConfig::default())?,
             cpu: CpuConfig::default(),
             entropy: None,
+            console: None,
             boot_source: None,
             boot: None,
             drives: Vec::new(),
@@ -112,6 +121,7 @@ impl Config {
                 Ok(())
             }
             Request::PutDrive(drive) => self.put_drive(drive),
+            Request::PutConsole(console) => self.put_console(console),
             Request::PutEntropy(entropy) => {
                 self.entropy = Some(entropy);
                 Ok(())
@@ -220,6 +230,7 @@ impl Config {
             boot_source: self.boot_source.clone().unwrap_or_default(),
             machine_config: Some(self.machine.wire()),
             entropy: self.entropy,
+            console: self.console.as_ref().map(|console| console.settings.clone()),
             ..VmConfig::default()
         }
     }
@@ -288,6 +299,32 @@ impl Config {
                 settings.drive_id
             )));
         }
+        Ok(())
+    }
+
+    fn put_console(&mut self, settings: api_socket::Console) -> Result<(), Fault> {
+        let output = Sink::open(&settings.output_path).map_err(|error| {
+            Fault::bad_request(format!(
+                "`output_path` is {}, which cannot be written: {error}. Give a terminal, a named pipe or a file in a \
+                 directory that exists.",
+                settings.output_path.display()
+            ))
+        })?;
+        let input = settings.input_path.as_deref().map(|path| {
+            // Writable too, so that a named pipe does not end with its first writer.
+            let opened = File::options()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+                .open(path);
+            opened.map_err(|error| {
+                Fault::bad_request(format!(
+                    "`input_path` is {}, which cannot be read: {error}. Give a terminal or a named pipe.",
+                    path.display()
+                ))
+            })
+        });
+        self.console = Some(Console { input: input.transpose()?, output, settings });
         Ok(())
     }
 

@@ -97,6 +97,9 @@ pub fn build(config: &Config, board: Board) -> Result<Machine, MachineError> {
     if let Some(entropy) = &config.entropy {
         virtio.add_entropy(entropy, &board, &mut buses.mmio)?;
     }
+    if let Some(console) = &config.console {
+        virtio.add_console(console, &board, &mut buses.mmio)?;
+    }
     Ok(Machine {
         buses: Arc::new(buses),
         serial,

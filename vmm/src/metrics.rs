@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use api_socket::{Endpoint, Fault, Method};
 use devices::serial;
-use devices::virtio::{blk, rng};
+use devices::virtio::{blk, console, rng};
 use serde::Serialize;
 
 use crate::args::{Identity, StartTimes};
@@ -153,6 +153,16 @@ impl Metrics {
             tell("write_zeroes_count", load(&c.write_zeroes_count));
         };
         self.add("block", Some(id), Box::new(source));
+    }
+
+    /// Adds the console. A group of our own.
+    pub fn add_console(&mut self, counters: Arc<console::Counters>) {
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            tell("input_bytes", load(&counters.input_bytes));
+            tell("output_bytes", load(&counters.output_bytes));
+            tell("lost_bytes", load(&counters.lost_bytes));
+        };
+        self.add("console", None, Box::new(source));
     }
 
     /// Adds the entropy device.
@@ -352,6 +362,8 @@ const REQUESTS: &[Row] = &[
     ("put_api_requests", Method::Put, Endpoint::BootSource, "boot_source_count", Some("boot_source_fails")),
     ("put_api_requests", Method::Put, Endpoint::CpuConfig, "cpu_cfg_count", Some("cpu_cfg_fails")),
     ("put_api_requests", Method::Put, Endpoint::Drive, "drive_count", Some("drive_fails")),
+    // A key of our own.
+    ("put_api_requests", Method::Put, Endpoint::Console, "console_count", Some("console_fails")),
     ("put_api_requests", Method::Put, Endpoint::Entropy, "entropy_count", Some("entropy_fails")),
     ("put_api_requests", Method::Put, Endpoint::Logger, "logger_count", Some("logger_fails")),
     (

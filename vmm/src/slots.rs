@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api_socket::RateLimiter;
@@ -11,12 +12,13 @@ use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::bus::{Bus, BusError};
 use devices::pci::root::{AddError, Root, Windows};
 use devices::virtio::blk::{Blk, Cache, Config as BlkConfig};
+use devices::virtio::console::{self, Console};
 use devices::virtio::mmio::{self, Mmio};
 use devices::virtio::pci::{Pci, PciError};
 use devices::virtio::rng::{Config as RngConfig, Rng};
 use devices::virtio::transport::{NewError, SharedDevice};
 
-use crate::config::Drive;
+use crate::config::{self, Drive};
 use crate::machine::Board;
 use crate::metrics::Metrics;
 use crate::x86_64::acpi::{PciWindows, VirtioMmio};
@@ -27,6 +29,7 @@ pub struct Slots {
     places: Vec<Place>,
     drives: Vec<(String, Arc<Mutex<Blk>>)>,
     entropy: Option<Arc<Mutex<Rng>>>,
+    console: Option<Arc<Mutex<Console>>>,
     way: Way,
 }
 
@@ -46,7 +49,7 @@ impl Slots {
     /// Empty slots on `board`, whose guest reaches them through `bus`.
     pub fn new(board: &Board, bus: &mut Bus) -> Result<Self, SlotsError> {
         let way = if board.pci { pci(board, bus)? } else { Way::Mmio(Vec::new()) };
-        Ok(Self { places: Vec::new(), drives: Vec::new(), entropy: None, way })
+        Ok(Self { places: Vec::new(), drives: Vec::new(), entropy: None, console: None, way })
     }
 
     /// A block device for `drive`.
@@ -81,6 +84,24 @@ impl Slots {
         let rng = Arc::new(Mutex::new(Rng::new(config, None)?));
         self.plug(rng.clone(), board, bus)?;
         self.entropy = Some(rng);
+        Ok(())
+    }
+
+    /// A console.
+    pub fn add_console(
+        &mut self,
+        console: &config::Console,
+        board: &Board,
+        bus: &mut Bus,
+    ) -> Result<(), SlotsError> {
+        let config = console::Config {
+            input: console.input.as_ref().map(File::try_clone).transpose()?.map(OwnedFd::from),
+            output: Box::new(console.output.try_clone()?),
+            size: console::Size { columns: console.settings.columns, rows: console.settings.rows },
+        };
+        let device = Arc::new(Mutex::new(Console::new(config, None)?));
+        self.plug(device.clone(), board, bus)?;
+        self.console = Some(device);
         Ok(())
     }
 
@@ -140,6 +161,9 @@ impl Slots {
         }
         if let Some(rng) = &self.entropy {
             metrics.add_entropy(lock(rng).counters());
+        }
+        if let Some(console) = &self.console {
+            metrics.add_console(lock(console).counters());
         }
     }
 
