@@ -542,6 +542,8 @@ mod tests {
                 "get_api_requests.vm_config_count",
                 "patch_api_requests.vm_count",
                 "patch_api_requests.vm_fails",
+                "put_api_requests.console_count",
+                "put_api_requests.console_fails",
                 "put_api_requests.entropy_count",
                 "put_api_requests.entropy_fails",
             ]
