@@ -18,8 +18,8 @@ initramfs_tree() {
     local module file
     for module in "$@"; do
         modprobe -d all -S "$release" --show-depends "$module"
-    done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | sort -u > modules.list
-    while read -r file; do cp "$file" "$tree/$modules/"; done < modules.list
+    done | sed -n "s|^insmod .*/$modules/\(.*\.ko\).*|\1|p" | sort -u > modules.list
+    while read -r file; do cp "$KERNEL/modules/$file" "$tree/$modules/"; done < modules.list
     cp "$KERNEL"/modules/modules.{order,builtin,builtin.modinfo} "$tree/$modules/"
     depmod -b "$tree" "$release"
     # Indexes that only kmod reads.
