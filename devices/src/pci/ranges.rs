@@ -28,7 +28,7 @@ impl Ranges {
             if taken.checked_sub(start).is_some_and(|gap| gap >= size) {
                 break;
             }
-            start = start.max(taken.checked_add(len)?.checked_next_multiple_of(size)?);
+            start = taken.checked_add(len)?.checked_next_multiple_of(size)?;
         }
         self.reserve(start, size).then_some(start)
     }

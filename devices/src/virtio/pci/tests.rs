@@ -14,7 +14,7 @@ use crate::virtio::queue::Queue;
 use crate::virtio::rng::{self, Rng};
 use crate::virtio::running::{Running, Step};
 use crate::virtio::testing::{Driver, EVENT_IDX, ram};
-use crate::virtio::transport::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET};
+use crate::virtio::transport::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET};
 
 const ECAM: u64 = 0xe000_0000;
 const LOW: u64 = 0xd000_0000;
@@ -595,9 +595,13 @@ fn a_function_that_may_not_master_the_bus_does_not_run() {
     guest.assert_works(0);
 
     machine.write(machine.config(4), 2, 2);
-    Guest { machine: &machine, at: guest.at, queues: Vec::new() }.add_status(FAILED);
     machine.pci.lock().unwrap().resume();
     assert_eq!(machine.host.watches(), 0, "not even when the machine goes on");
+    guest.agree(VERSION_1 | EVENT_IDX);
+    guest.add_status(DRIVER_OK);
+    assert_eq!(machine.host.watches(), 0, "not even when its driver starts it");
+    machine.write(machine.config(4), 2, 6);
+    assert_eq!(machine.host.watches(), 1);
 }
 
 #[test]
@@ -689,8 +693,8 @@ fn registers_can_be_reached_through_the_configuration_space() {
     assert_eq!(guest.get(common::QUEUE_SELECT, 2), 1);
     for (offset, len) in [(0x7fff, 2), (0xffff_ffff, 4), (0, 3), (0, 0), (0x8000, 1)] {
         select(offset, len);
-        machine.write(access + 16, 4, 0);
-        machine.read(access + 16, 4);
+        machine.write(access + 16, 4, 0x5555_5555);
+        assert_eq!(machine.read(access + 16, 4), 0x5555_5555, "{offset:#x}+{len} is no register");
     }
     select(common::DEVICE_STATUS as u64, 1);
     machine.write(access + 4, 1, 3);
