@@ -258,8 +258,8 @@ mod tests {
         msix.set_control(CONTROL_ENABLE);
         assert_eq!(host.connections(), 1);
         msix.triggers().unwrap()[1].write(1).unwrap();
+        assert_eq!(msix.save().pending, [false, false], "what is sent is not pending");
         assert_eq!(host.take_messages(), [(ADDRESS, 0x41)]);
-        assert_eq!(msix.save().pending, [false, false]);
     }
 
     #[test]
