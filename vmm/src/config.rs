@@ -37,7 +37,9 @@ pub struct Config {
     pub machine: Machine,
     pub cpu: CpuConfig,
     pub entropy: Option<Entropy>,
+    /// Until the guest has started; the settings are in `console_settings`.
     pub console: Option<Console>,
+    console_settings: Option<api_socket::Console>,
     boot_source: Option<BootSource>,
     /// What `boot_source` names, until the guest has started.
     boot: Option<Boot>,
@@ -99,6 +101,7 @@ impl Config {
             cpu: CpuConfig::default(),
             entropy: None,
             console: None,
+            console_settings: None,
             boot_source: None,
             boot: None,
             drives: Vec::new(),
@@ -175,6 +178,7 @@ impl Config {
     pub fn started(&mut self) {
         self.boot = None;
         self.serial.output = None;
+        self.console = None;
         for (_, file) in &mut self.drives {
             *file = None;
         }
@@ -230,7 +234,7 @@ impl Config {
             boot_source: self.boot_source.clone().unwrap_or_default(),
             machine_config: Some(self.machine.wire()),
             entropy: self.entropy,
-            console: self.console.as_ref().map(|console| console.settings.clone()),
+            console: self.console_settings.clone(),
             ..VmConfig::default()
         }
     }
@@ -310,21 +314,9 @@ impl Config {
                 settings.output_path.display()
             ))
         })?;
-        let input = settings.input_path.as_deref().map(|path| {
-            // Writable too, so that a named pipe does not end with its first writer.
-            let opened = File::options()
-                .read(true)
-                .write(true)
-                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-                .open(path);
-            opened.map_err(|error| {
-                Fault::bad_request(format!(
-                    "`input_path` is {}, which cannot be read: {error}. Give a terminal or a named pipe.",
-                    path.display()
-                ))
-            })
-        });
-        self.console = Some(Console { input: input.transpose()?, output, settings });
+        let input = settings.input_path.as_deref().map(open_input).transpose()?;
+        self.console = Some(Console { input, output, settings: settings.clone() });
+        self.console_settings = Some(settings);
         Ok(())
     }
 
@@ -441,6 +433,21 @@ pub fn open_drive(path: &Path, read_only: bool) -> Result<File, Fault> {
         )));
     }
     Ok(file)
+}
+
+/// Opens what a console reads from: bytes that come when somebody types them, which an ordinary file has not.
+fn open_input(path: &Path) -> Result<File, Fault> {
+    let mut options = OpenOptions::new();
+    // Writable too, so that a named pipe does not end with its first writer.
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    let opened = options.open(path).and_then(|file| Ok((file.metadata()?.file_type(), file)));
+    let problem = match opened {
+        Ok((kind, file)) if kind.is_fifo() || kind.is_char_device() => return Ok(file),
+        Ok(_) => "which nobody can type at".to_string(),
+        Err(error) => format!("which cannot be opened: {error}"),
+    };
+    let path = path.display();
+    Err(Fault::bad_request(format!("`input_path` is {path}, {problem}. Give a terminal or a named pipe.")))
 }
 
 /// Opens for reading what must be an ordinary file.

@@ -584,6 +584,54 @@ fn a_serial_output_that_cannot_be_opened_is_named_and_the_one_before_stays() {
 }
 
 #[test]
+fn every_field_of_the_console_arrives_and_is_told_back() {
+    let mut fixture = fixture();
+    assert_eq!(fixture.config.wire().console, None);
+    let (input, output) = (fixture.path("in"), fixture.path("out"));
+    make_fifo(&input);
+    let console = api_socket::Console {
+        output_path: output.clone(),
+        input_path: Some(input.clone()),
+        columns: 132,
+        rows: 43,
+    };
+    fixture.accept(Request::PutConsole(console.clone()));
+    assert_eq!(fixture.config.wire().console, Some(console.clone()));
+
+    let open = fixture.config.console.as_ref().unwrap();
+    assert_eq!(open.settings, console);
+    open.output.try_clone().unwrap().write_all(b"said").unwrap();
+    assert_eq!(std::fs::read_to_string(output).unwrap(), "said");
+    // The pipe is open for reading: a writer finds its reader and does not wait.
+    File::options().write(true).open(input).unwrap().write_all(b"typed").unwrap();
+    let mut typed = [0; 5];
+    open.input.as_ref().unwrap().read_exact(&mut typed).unwrap();
+    assert_eq!(&typed, b"typed");
+
+    fixture.config.started();
+    assert_eq!(fixture.config.wire().console, Some(console));
+}
+
+#[test]
+fn a_console_that_cannot_be_opened_is_named_and_the_one_before_stays() {
+    let mut fixture = fixture();
+    let output = fixture.path("out");
+    let console = |output_path, input_path| {
+        Request::PutConsole(api_socket::Console { output_path, input_path, columns: 80, rows: 25 })
+    };
+    fixture.accept(console(output.clone(), None));
+    let wrong = fixture.path("no/out");
+    fixture.refuse(console(wrong, None), &["`output_path`", "no/out", "cannot be written"]);
+    let (file, gone, directory) =
+        (fixture.file("file"), fixture.path("gone"), fixture.dir.path().to_path_buf());
+    for (input, word) in [(file, "nobody can type"), (gone, "No such file"), (directory, "cannot be opened")]
+    {
+        fixture.refuse(console(output.clone(), Some(input)), &["`input_path`", word, "named pipe"]);
+    }
+    assert_eq!(fixture.config.console.unwrap().settings.output_path, output);
+}
+
+#[test]
 fn the_cpu_configuration_is_taken_as_it_is() {
     let mut fixture = fixture();
     let text = r#"{"kvm_capabilities":["!56"],"msr_modifiers":[{"addr":"0x10a","bitmap":"0b1x"}]}"#;
