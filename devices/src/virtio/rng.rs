@@ -153,6 +153,7 @@ mod tests {
 
     use super::*;
     use crate::backend::rate_limiter::Bucket;
+    use crate::virtio::queue::QueueState;
     use crate::virtio::testing::{self, Driver, EVENT_IDX, Slot, Used};
 
     fn rig(limits: Limits) -> (Slot<Rng>, Driver) {
@@ -234,6 +235,19 @@ mod tests {
         slot.start(vec![driver.queue(0)], 0);
         slot.run(10);
         assert_eq!(slot.calls.take_queue(), 0);
+    }
+
+    #[test]
+    fn rings_laid_over_one_another_do_not_keep_the_device_from_giving_way() {
+        let memory = testing::ram(1 << 20);
+        let mut queue = Driver::new(&memory, 0x1000, 256, 0).queue(0);
+        // The used ring's flags are the available ring's index: asking for kicks makes a chain come, taking that back
+        // makes it go.
+        let state = QueueState { avail_ring: 0x2002, used_ring: 0x2004, next_avail: 1, ..queue.save() };
+        queue.ring = state.ring().unwrap();
+        let mut slot = Slot::new(Rng::new(Config { limits: Limits::default() }, None).unwrap(), &memory);
+        slot.start(vec![queue], 0);
+        assert_eq!(slot.run(10), 10);
     }
 
     #[test]

@@ -98,7 +98,12 @@ impl Turn<'_> {
         let (mut requests, mut bytes) = (0, 0);
         loop {
             self.queue.disable_kicks(self.memory)?;
-            while let Some(mut chain) = self.queue.pop(self.memory)? {
+            loop {
+                if requests >= REQUESTS_PER_TURN || bytes >= BYTES_PER_TURN {
+                    self.queue.rearm();
+                    return Ok(());
+                }
+                let Some(mut chain) = self.queue.pop(self.memory)? else { break };
                 requests += 1;
                 bytes += u64::from(chain.readable.bytes()) + u64::from(chain.writable.bytes());
                 match request(self.memory, &mut chain)? {
@@ -109,11 +114,10 @@ impl Turn<'_> {
                     }
                 }
                 self.pushed = true;
-                if requests == REQUESTS_PER_TURN || bytes >= BYTES_PER_TURN {
-                    self.queue.rearm();
-                    return Ok(());
-                }
             }
+            // Looking once more counts too: a driver that lays its rings over one another makes asking for kicks change
+            // the available index, and would keep us here for ever.
+            requests += 1;
             if !self.queue.enable_kicks(self.memory)? {
                 return Ok(());
             }
