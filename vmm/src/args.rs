@@ -686,6 +686,17 @@ mod tests {
     }
 
     #[test]
+    fn the_documentation_has_every_flag_and_every_exit_code() {
+        let text = include_str!("../../docs/vmm.md");
+        for flag in flags() {
+            assert!(text.contains(&format!("`--{}`", flag.name)), "{}", flag.name);
+        }
+        for code in (0..=5).chain(148..=157) {
+            assert!(text.contains(&format!("\n| {code} | ")), "{code}");
+        }
+    }
+
+    #[test]
     fn the_version_comes_under_the_name_we_were_started_under() {
         let Ok(Command::Print(own)) = parse_as("berth-vmm", "--version") else { panic!() };
         assert!(own.starts_with(&format!("berth-vmm {VERSION}\n")));
