@@ -8,15 +8,13 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use devices::memory::{GuestRam, Memory};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryError, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use crate::x86_64::layout;
 
@@ -213,6 +211,7 @@ fn advise(mapping: &MmapRegion<()>, advice: libc::c_int) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::{Bytes, GuestAddressSpace};
 
     fn mib(mib: u64) -> ByteSize {
         ByteSize::ram_of_mib(mib).unwrap()

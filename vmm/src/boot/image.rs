@@ -77,6 +77,10 @@ impl<'a> Source<'a> {
 
     /// `len` bytes at `offset`, which must be in the file: at most a few KiB.
     fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, BootError> {
+        let range = offset as usize..(offset + len) as usize;
+        if let Some(bytes) = self.head.get(range) {
+            return Ok(bytes.to_vec());
+        }
         let mut bytes = vec![0; len as usize];
         self.file.read_exact_at(&mut bytes, offset).map_err(BootError::ReadKernel)?;
         Ok(bytes)
