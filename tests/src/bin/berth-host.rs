@@ -1,10 +1,11 @@
 //! A Linux host with KVM, anywhere: runs commands, a shell, or the tests that need real guests. `--help` tells how.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use berth_tests::host::choose;
+use berth_tests::host::disk::WritableDisk;
 use berth_tests::host::error::{Error, Result};
 use berth_tests::host::image::Item;
 use berth_tests::host::provide::{self, Wishes};
@@ -21,6 +22,8 @@ A Linux host with KVM: this machine if it can run guests, otherwise a nested hos
   berth-host shell [OPTIONS]               a shell there
   berth-host test [OPTIONS] [FILTER]       builds the tests in tests/tests/ and runs each in a host, or only those
                                            with FILTER in their file::name
+  berth-host writable DISK                 called in a host: makes a disk to write on with the content of this one, at
+                                           once, and prints its path; it goes away with the host
   berth-host probe                         says where guests can run, and why
 
 Options:
@@ -62,6 +65,11 @@ fn command_line() -> Result<i32> {
             run(Options { argv, on_terminal: true, ..options })
         }
         Some(Value(command)) if command == "test" => test(Options::parse(&mut arguments).map_err(usage)?),
+        Some(Value(command)) if command == "writable" => {
+            let original = PathBuf::from(arguments.value().map_err(usage)?);
+            println!("{}", writable(&original)?.display());
+            Ok(0)
+        }
         Some(Value(command)) if command == "probe" => {
             println!("{}", choose::choose()?);
             if let Err(error) = probe::run() {
@@ -165,4 +173,12 @@ fn test(options: Options) -> Result<i32> {
     let config = provide::config(Wishes { place: choice.place, memory_mib, forwards, with, programs })?;
     let logs = provide::own_directory()?.join("guest-tests");
     runner::run(&config, plan, &choice, jobs, &logs)
+}
+
+/// Makes a disk that stays when this process ends.
+fn writable(original: &Path) -> Result<PathBuf> {
+    let directory = std::env::var_os("BERTH_SCRATCH").unwrap_or_else(|| ".".into());
+    let name = format!("disk-{}", std::process::id());
+    let disk = std::mem::ManuallyDrop::new(WritableDisk::new(original, Path::new(&directory), &name)?);
+    Ok(disk.path().to_owned())
 }

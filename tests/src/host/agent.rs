@@ -11,7 +11,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +20,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, WaitStatus};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 
+use super::process::in_session;
 use super::wire::{self, Frame, FromAgent, Prepare, Size, ToAgent};
 
 /// The port's name on the virtio-serial device of a nested host.
@@ -45,13 +45,12 @@ const KILL_ROUNDS: usize = 100;
 /// Bytes read from a command at a time.
 const CHUNK: usize = 32 << 10;
 
+/// Where the commands of a nested host are.
+pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// What process 1 passes on to its commands; an agent elsewhere passes on its own environment.
-const INIT_ENVIRONMENT: [(&str, &str); 4] = [
-    ("PATH", "/build:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
-    ("HOME", "/root"),
-    ("TERM", "xterm"),
-    ("LANG", "C.UTF-8"),
-];
+const INIT_ENVIRONMENT: [(&str, &str); 4] =
+    [("PATH", PATH), ("HOME", "/root"), ("TERM", "xterm"), ("LANG", "C.UTF-8")];
 
 /// Finds the port of a nested host and opens it. Call in the nested host only.
 pub fn open_port() -> io::Result<fs::File> {
@@ -451,20 +450,6 @@ fn builder(command: &wire::Command, is_init: bool) -> io::Result<Command> {
         builder.current_dir(directory);
     }
     Ok(builder)
-}
-
-/// Makes the command the leader of a session of its own, so that signals reach it and all its children.
-fn in_session(builder: &mut Command, controls_terminal: bool) -> &mut Command {
-    let enter = move || {
-        rustix::process::setsid()?;
-        if controls_terminal {
-            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed: `enter` makes two bare system calls and
-    // neither allocates nor locks.
-    unsafe { builder.pre_exec(enter) }
 }
 
 fn prepare(request: &Prepare) -> Result<(), String> {

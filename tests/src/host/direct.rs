@@ -37,7 +37,7 @@ impl Direct {
         let mut command = Command::new(&config.agent);
         command.arg("--socket").stdin(Stdio::from(OwnedFd::from(theirs)));
         // Not bound to this thread: the agent sees its owner's end by the socket, and has children to kill first.
-        let agent = process::in_session(&mut command).spawn().doing(starting)?;
+        let agent = process::in_session(&mut command, false).spawn().doing(starting)?;
         drop(command);
         let link = Link::new(ours).doing(starting)?;
         link.ping(START_LIMIT).doing(starting)?;

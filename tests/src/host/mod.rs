@@ -6,11 +6,13 @@
 //!
 //! It makes no assets (`crate::assets` does) and builds nothing. The order of the parts: `choose` and `probe` decide,
 //! `provide` collects what a host is made of, `nested` (with `qemu`, `state`, `image`) or `direct` starts it, `agent` runs
-//! in it and `link` talks to the agent by `wire`; `session` and `runner` are what a person calls.
+//! in it and `link` talks to the agent by `wire`; `session` and `runner` are what a person calls;
+//! `disk` is for use inside a host.
 
 pub mod agent;
 pub mod choose;
 pub mod direct;
+pub mod disk;
 pub mod error;
 pub mod image;
 pub mod link;
@@ -143,7 +145,12 @@ impl Host {
 
     fn environment(&self) -> Vec<(String, String)> {
         let variable = |name: &str, value| (name.to_owned(), value);
+        let path = match self {
+            Self::Direct(_) => std::env::var("PATH").unwrap_or_default(),
+            Self::Nested(_) => agent::PATH.to_owned(),
+        };
         vec![
+            variable("PATH", format!("{}:{path}", self.location("build", BUILD))),
             variable("BERTH_BUILD", self.location("build", BUILD)),
             variable("BERTH_ASSETS", self.location("assets", ASSETS)),
             variable("BERTH_SCRATCH", self.location("scratch", SCRATCH)),

@@ -37,10 +37,19 @@ pub fn spawn_bound(command: &mut Command, passed: Vec<OwnedFd>) -> io::Result<Ch
     unsafe { command.pre_exec(enter) }.spawn()
 }
 
-/// Lets a process start in a session of its own, where a key pressed on our terminal does not reach it.
-pub fn in_session(command: &mut Command) -> &mut Command {
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed: setsid is a bare system call.
-    unsafe { command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?)) }
+/// Lets a process start as the leader of a session of its own: signals can be sent to it and all its children, and a key
+/// pressed on our terminal does not reach it. With `controls_terminal` its standard input is the session's terminal.
+pub fn in_session(command: &mut Command, controls_terminal: bool) -> &mut Command {
+    let enter = move || {
+        rustix::process::setsid()?;
+        if controls_terminal {
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed: `enter` makes two bare system calls and
+    // neither allocates nor locks.
+    unsafe { command.pre_exec(enter) }
 }
 
 /// Waits for a child to end, but no longer than `limit`. False when it still runs.

@@ -25,10 +25,10 @@ use super::link::Event;
 use super::{Config, DEFAULT_MEMORY_MIB, Host, process, rundir};
 
 /// Time for one test, about five times what the slowest needs on an idle machine.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// Time for a test of a file named `long_*`.
-const LONG_LIMIT: Duration = Duration::from_secs(1200);
+const LONG_LIMIT: Duration = Duration::from_secs(1500);
 
 /// Memory of the nested hosts for files named `big_*`. One of them runs at a time.
 const BIG_MEMORY_MIB: u64 = 8 << 10;

@@ -1,0 +1,67 @@
+# `make help` lists what there is to make. Nothing here needs hardware virtualization: see tests/src/host/.
+
+TARGET  := $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-gnu
+HOST    := $(TARGET)/debug/berth-host
+# What runs in the host is what ships.
+PROGRAMS := --programs $(TARGET)/release
+CACHE   := $(or $(BERTH_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/berth)
+SHELL   := /bin/bash
+CARGO   := $(or $(shell command -v cargo),$(wildcard $(HOME)/.cargo/bin/cargo),cargo)
+export PATH := $(dir $(CARGO)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run check test bench soak host-shell lint fmt unit guests fuzz-smoke tools programs clean-cache
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: ## install what building and testing need (Debian 12; elsewhere it says what is missing)
+	@resources/setup.sh
+
+run: setup programs ## boot a Debian guest on this terminal; log in as root, leave with `poweroff`
+	$(HOST) run --tty $(PROGRAMS) --with run-debian=resources/run-debian.sh -- run-debian
+
+check: lint unit ## the inner loop: lint and unit tests
+
+# In one recipe, for the order. The guests' count comes last but for the fuzzers.
+test: setup ## everything: lint, unit tests, tests with guests, a short run of each fuzzer
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory unit
+	$(MAKE) --no-print-directory guests
+	$(MAKE) --no-print-directory fuzz-smoke
+
+bench: setup programs ## measure against the peers, in one run
+	tests/benches/run.sh $(HOST) $(PROGRAMS)
+
+soak: setup programs ## the tests with guests over and over, until one fails
+	@for ((round = 1;; round++)); do echo "soak: round $$round"; $(HOST) test $(PROGRAMS) $(FILTER) || exit; done
+
+host-shell: setup programs ## a shell in the host that guests run in
+	$(HOST) shell $(PROGRAMS)
+
+lint: ## formatting and clippy, no warning allowed
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+fmt: ## format the code
+	cargo fmt --all
+
+# Tests named here_* try the host itself, from outside. The other files of tests/tests/ run inside it: `guests`.
+unit: tools
+	cargo test --workspace --exclude berth-tests --quiet
+	cargo test --package berth-tests --lib --bins --test 'here_*' --quiet
+
+guests: programs ## the tests with guests; FILTER=part of a name runs a few
+	$(HOST) test $(PROGRAMS) $(FILTER)
+
+fuzz-smoke:
+	@if [ -x tests/fuzz/run.sh ]; then tests/fuzz/run.sh; fi
+
+tools:
+	cargo build --package berth-tests --bins --quiet
+
+programs: tools
+	cargo build --release --package vmm --package jailer --bins --quiet
+
+clean-cache: ## remove kernels, images and saved hosts; they are made anew when needed
+	rm -rf "$(CACHE)"
