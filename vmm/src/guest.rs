@@ -49,6 +49,8 @@ pub struct Guest {
 impl Guest {
     /// Builds the guest, every vCPU standing at its first instruction. [`Guest::resume`] sets it going.
     pub fn new(config: &Config, around: Surroundings) -> Result<Self, StartError> {
+        // First, since it is what a client forgets.
+        let source = config.boot()?;
         let kvm = Kvm::new().map_err(StartError::Kvm)?;
         let (settings, cpu) = (&config.machine, &config.cpu);
         capabilities::check(&kvm, &cpu.kvm_capabilities)?;
@@ -83,7 +85,6 @@ impl Guest {
         let machine = machine::build(config, board)?;
 
         let cmdline = config.command_line("")?;
-        let source = config.boot()?;
         let ram = vm_memory::GuestAddressSpace::memory(&ram);
         let entry = boot::load(&ram, &source.kernel, source.initrd.as_ref(), &cmdline)?;
         acpi::write(&ram, &machine.tables())?;

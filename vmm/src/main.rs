@@ -55,6 +55,13 @@ impl Death {
 
 fn live(args: Args) -> Result<Code, Death> {
     logger::start(&args).map_err(Death::configuration)?;
+    if args.no_seccomp {
+        log::warn!(
+            "--no-seccomp: no system call of this process is filtered. Never do this with a guest you do not trust."
+        );
+    } else {
+        log::warn!("This version has no seccomp filters: run it where its guest may do what its user may.");
+    }
     signals::install_fatal_handlers().map_err(Death::host("signal handlers"))?;
     vcpu::install_kick_signal().map_err(Death::host("signal handlers"))?;
     let signals = Requests::new().map_err(Death::host("signal descriptor"))?;

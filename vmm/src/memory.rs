@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use devices::memory::{GuestRam, Memory};
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use crate::x86_64::layout;
@@ -178,18 +178,11 @@ fn map(
     len: u64,
     pages: Pages,
 ) -> Result<GuestRegionMmap<()>, io::Error> {
-    let builder =
-        MmapRegionBuilder::<()>::new(len as usize).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-    let builder = match file {
-        // Huge pages are reserved, because running out of them is a SIGBUS that no OOM killer softens.
-        Some(file) => builder
-            .with_mmap_flags(libc::MAP_SHARED)
-            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
-            .with_hugetlbfs(true),
-        // Base pages are not: overcommitting guests is the operator's choice, as with any other process's memory.
-        None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
-    };
-    let mapping = builder.build().map_err(io::Error::other)?;
+    let mapping = match file {
+        Some(file) => shared(file.clone(), offset, len),
+        None => aligned(len),
+    }
+    .map_err(io::Error::other)?;
     // A core dump of this process must hold none of the guest's secrets. Both are advice: a kernel without them is fine.
     advise(&mapping, libc::MADV_DONTDUMP);
     if pages == Pages::Transparent {
@@ -197,6 +190,42 @@ fn map(
     }
     GuestRegionMmap::new(mapping, GuestAddress(guest))
         .ok_or_else(|| io::Error::other("guest addresses wrap around"))
+}
+
+/// Huge pages are reserved here, because running out of them is a SIGBUS that no OOM killer softens.
+fn shared(file: Arc<File>, offset: u64, len: u64) -> Result<MmapRegion<()>, MmapRegionError> {
+    MmapRegionBuilder::new(len as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED)
+        .with_file_offset(FileOffset::from_arc(file, offset))
+        .with_hugetlbfs(true)
+        .build()
+}
+
+/// Base pages are not reserved: overcommitting guests is the operator's choice, as with any other process's memory.
+fn anonymous(len: u64, prot: libc::c_int) -> Result<MmapRegion<()>, MmapRegionError> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    MmapRegionBuilder::new(len as usize).with_mmap_prot(prot).with_mmap_flags(flags).build()
+}
+
+/// Anonymous memory on a 2 MiB boundary, where KVM can use a huge page for it. Linux before 6.7 puts it anywhere, later
+/// ones do so when its size is odd. They hand out the highest free addresses: with as much kept above it as it lies too
+/// high, the next one lies right. Two or three attempts do, as what is kept may fill a hole elsewhere; should all
+/// fail, the guest has smaller pages.
+fn aligned(len: u64) -> Result<MmapRegion<()>, MmapRegionError> {
+    const ATTEMPTS: usize = 8;
+    const ACCESS: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+    let mut kept = Vec::new();
+    while kept.len() < ATTEMPTS {
+        let mapping = anonymous(len, ACCESS)?;
+        let too_high = mapping.as_ptr() as u64 % Pages::Huge2M.size();
+        if too_high == 0 {
+            return Ok(mapping);
+        }
+        drop(mapping);
+        kept.push(anonymous(too_high, libc::PROT_NONE)?);
+    }
+    anonymous(len, ACCESS)
 }
 
 fn advise(mapping: &MmapRegion<()>, advice: libc::c_int) {
@@ -239,6 +268,16 @@ mod tests {
         ram.write_obj(0u8, GuestAddress(low.size)).unwrap_err();
         assert_eq!(ram.read_obj::<u8>(GuestAddress(low.size - 1)).unwrap(), 0x11);
         assert_eq!(ram.read_obj::<u8>(GuestAddress(high.guest)).unwrap(), 0x22);
+    }
+
+    #[test]
+    fn odd_sizes_too_lie_where_huge_pages_can_back_them() {
+        for size in [1, 3, 128, 129, 4097] {
+            let memory = GuestMemory::new(mib(size), Pages::Base).unwrap();
+            for region in memory.regions() {
+                assert_eq!(region.host % (2 << 20), 0, "{size} MiB: {region:x?}");
+            }
+        }
     }
 
     #[test]

@@ -159,6 +159,7 @@ impl Vm {
         guest.machine.count(&mut self.metrics);
         guest.resume();
         self.guest = Some(guest);
+        self.config.started();
         log::info!("Successfully started microvm that was configured from one single json or the API.");
         self.flush_metrics();
         Ok(())
@@ -168,7 +169,8 @@ impl Vm {
         let since = Instant::now();
         self.guest()?.pause();
         self.paused = true;
-        self.metrics.latencies.vmm_pause_vm = microseconds(since);
+        let us = microseconds(since);
+        (self.metrics.latencies.pause_vm, self.metrics.latencies.vmm_pause_vm) = (us, us);
         Ok(())
     }
 
@@ -176,7 +178,8 @@ impl Vm {
         let since = Instant::now();
         self.guest()?.resume();
         self.paused = false;
-        self.metrics.latencies.vmm_resume_vm = microseconds(since);
+        let us = microseconds(since);
+        (self.metrics.latencies.resume_vm, self.metrics.latencies.vmm_resume_vm) = (us, us);
         Ok(())
     }
 
