@@ -242,3 +242,6 @@ impl Interrupt for Line {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

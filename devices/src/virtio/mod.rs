@@ -3,6 +3,8 @@
 pub mod blk;
 pub mod console;
 pub mod device;
+#[cfg(test)]
+mod echo;
 pub mod mmio;
 pub mod pci;
 pub mod queue;

@@ -6,13 +6,10 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use super::*;
 use crate::backend::rate_limiter::Limits;
 use crate::bus::{Bus, Effect};
-use crate::host::Source;
 use crate::pci::root::{Root, Windows};
 use crate::testing::FakeHost;
-use crate::virtio::device::{Active, DeviceState, Identity, StartError, VirtioDevice};
-use crate::virtio::queue::Queue;
+use crate::virtio::echo::{Echo, ODD_FEATURE};
 use crate::virtio::rng::{self, Rng};
-use crate::virtio::running::{Running, Step};
 use crate::virtio::testing::{Driver, EVENT_IDX, ram};
 use crate::virtio::transport::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET};
 
@@ -21,69 +18,10 @@ const LOW: u64 = 0xd000_0000;
 const HIGH: u64 = 0x1_0000_0000;
 const WINDOW: u64 = 0x10_0000;
 const VERSION_1: u64 = 1 << 32;
-const ODD_FEATURE: u64 = 1 << 5;
 /// Where LAPIC messages go.
 const MESSAGES: u64 = 0xfee0_0000;
 const RINGS: u64 = 0x1_0000;
 const FAR: u64 = 0x4000;
-
-/// A device with two queues that gives back what it gets.
-#[derive(Default)]
-struct Echo {
-    running: Option<Running>,
-    config: [u8; 8],
-    interrupt: Option<Arc<dyn Interrupt>>,
-    resets: usize,
-    refuse: bool,
-}
-
-impl VirtioDevice for Echo {
-    fn identity(&self) -> Identity {
-        let features = EVENT_IDX | ODD_FEATURE;
-        Identity { device_type: DeviceType::Block, features, queue_sizes: vec![8, 4] }
-    }
-
-    fn config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(self.config.iter().skip(offset as usize)) {
-            *byte = *value;
-        }
-    }
-
-    fn write_config(&mut self, offset: u64, data: &[u8]) {
-        for (byte, value) in self.config.iter_mut().skip(offset as usize).zip(data) {
-            *byte = *value;
-        }
-    }
-
-    fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError> {
-        if self.refuse {
-            return Err(StartError::Queues { got: 0, needed: 2 });
-        }
-        self.interrupt = Some(active.interrupt.clone());
-        let (running, sources) = Running::start(active, 2)?;
-        self.running = Some(running);
-        Ok(sources)
-    }
-
-    fn handle(&mut self, token: u32) {
-        self.running.as_mut().unwrap().serve(token as u16, |_, _| Ok(Step::Used(0)));
-    }
-
-    fn stop(&mut self) -> Vec<Queue> {
-        self.running.take().map(Running::stop).unwrap_or_default()
-    }
-
-    fn reset(&mut self) {
-        assert!(self.running.is_none());
-        self.resets += 1;
-    }
-
-    fn save(&self) -> DeviceState {
-        assert!(self.running.is_none());
-        Rng::new(rng::Config { limits: Limits::default() }, None).unwrap().save()
-    }
-}
 
 /// A machine with one echo device in slot 1.
 struct Machine {
@@ -503,7 +441,7 @@ fn reset_stops_the_device_before_the_status_reads_zero() {
     machine.write(guest.doorbell(0), 2, 0);
     guest.reset();
     assert_eq!(machine.host.watches(), 0);
-    assert!(machine.echo.lock().unwrap().running.is_none());
+    assert!(!machine.echo.lock().unwrap().runs());
     assert_eq!(machine.host.run(10), 0);
     assert_eq!(guest.queues[0].reap_all().len(), 0, "nothing is written to a reset driver's memory");
     assert_eq!(queue_registers(&guest, 0), [8, 0xffff, 0, 0, 0, 0]);
@@ -540,7 +478,7 @@ fn a_device_that_cannot_start_needs_a_reset() {
         guest.enable_queues();
         assert_ne!(guest.add_status(DRIVER_OK) & NEEDS_RESET, 0, "{fail}");
         assert_eq!(machine.host.take_messages(), [(MESSAGES, 0x40)]);
-        assert!(machine.echo.lock().unwrap().running.is_none());
+        assert!(!machine.echo.lock().unwrap().runs());
         machine.echo.lock().unwrap().refuse = false;
         machine.host.fail_watches(false);
         Guest::start(&machine).assert_works(0);
