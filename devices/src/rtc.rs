@@ -314,6 +314,10 @@ mod tests {
         assert_eq!(read(&mut chip, STATUS_D), VALID);
         write(&mut chip, STATUS_A, 0xff);
         assert_eq!(read(&mut chip, STATUS_A), 0x7f);
+        for (written, read_back) in [(BINARY, HOURS_24), (0, HOURS_24), (0x70 | BINARY, 0x70 | HOURS_24)] {
+            write(&mut chip, STATUS_B, written);
+            assert_eq!(read(&mut chip, STATUS_B), read_back, "always BCD and 24 hours");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::backend::log_limit::LogLimit;
 use crate::host::{Handler, Host, WatchId};
 use crate::memory::Memory;
 use crate::state::StateError;
@@ -44,6 +45,7 @@ pub struct Transport {
     shared: Arc<Shared>,
     registers: Registers,
     running: Option<WatchId>,
+    log: LogLimit,
 }
 
 /// What a transport shares with the [`Interrupt`] that its device holds.
@@ -107,7 +109,8 @@ impl Transport {
                 state.registers
             }
         };
-        Ok(Self { device, identity, host, memory, interrupt, kicks, shared, registers, running: None })
+        let log = LogLimit::default();
+        Ok(Self { device, identity, host, memory, interrupt, kicks, shared, registers, running: None, log })
     }
 
     /// What the device is.
@@ -266,7 +269,10 @@ impl Transport {
         match self.try_start() {
             Ok(watch) => self.running = Some(watch),
             Err(error) => {
-                log::warn!("virtio {:?}: cannot start: {error}", self.identity.device_type);
+                if let Some(left_out) = self.log.pass() {
+                    let device = self.identity.device_type;
+                    log::warn!("virtio {device:?}: cannot start: {error} ({left_out} such lines left out)");
+                }
                 lock(&self.device).stop();
                 self.interrupt.needs_reset();
             }

@@ -200,7 +200,7 @@ fn a_queue_that_does_not_exist_has_size_zero_and_takes_nothing() {
 fn a_ring_that_is_none_needs_a_reset_and_then_all_is_well() {
     let machine = machine();
     for (register, value) in
-        [(register::QUEUE_SIZE, 3), (register::QUEUE_SIZE, 0x1_0000), (register::QUEUE_DESC_LOW, 8)]
+        [(register::QUEUE_SIZE, 3), (register::QUEUE_SIZE, 0x1_0008), (register::QUEUE_DESC_LOW, 8)]
     {
         let _guest = Guest::agree(&machine, VERSION_1);
         machine.write(register::QUEUE_SEL, 0);
