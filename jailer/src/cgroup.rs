@@ -1,0 +1,348 @@
+//! The control group of a VMM: found among the mounted hierarchies, made, limited, and entered.
+//!
+//! With settings, the group is `<hierarchy>/<parent>/<id>`, in version 1 once for each controller. Without settings,
+//! version 2 means an existing parent to be entered, and version 1 nothing. No group is ever removed here: the VMM is in
+//! it when we are gone.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use crate::args::{Cgroups, Setting, Version};
+use crate::dir::Dir;
+use crate::error::{During, Error, Result};
+
+/// Mode of a group's directory.
+const GROUP: u32 = 0o755;
+
+/// A group to be made or entered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    hierarchy: PathBuf,
+    parent: PathBuf,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Version 2: the parent itself. Where it was not named, it need not be there.
+    Existing { is_needed: bool },
+    /// Version 2: a group in the parent, with these settings.
+    Unified(Vec<Setting>),
+    /// Version 1: a group in the parent, with the settings of one controller.
+    Single(Vec<Setting>),
+}
+
+/// What has to be done. Call while /proc is there.
+///
+/// # Errors
+/// A hierarchy or a controller that is needed is not there. Nothing was made.
+pub fn plan(cgroups: &Cgroups) -> Result<Vec<Plan>> {
+    if cgroups.version == Version::V1 && cgroups.settings.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mounts =
+        std::fs::read_to_string("/proc/self/mounts").during(|| "cannot read /proc/self/mounts".into())?;
+    match cgroups.version {
+        Version::V1 => plan_v1(cgroups, &mounts),
+        Version::V2 => plan_v2(cgroups, &mounts),
+    }
+}
+
+/// Moves this process into its group, or groups. What was made stays when a later step fails.
+///
+/// # Errors
+/// The kernel refuses a setting, or a parent that must be there is not.
+pub fn enter(plans: &[Plan], id: &str) -> Result<()> {
+    plans.iter().try_for_each(|plan| plan.enter(id))
+}
+
+fn plan_v1(cgroups: &Cgroups, mounts: &str) -> Result<Vec<Plan>> {
+    let controllers: BTreeSet<_> = cgroups.settings.iter().map(Setting::controller).collect();
+    let plan = |controller: &str| {
+        let hierarchy = find_v1(mounts, controller).ok_or_else(|| {
+            Error::Refused(format!(
+                "--cgroup {controller}.*: no version 1 hierarchy with this controller is mounted; mount it, or give \
+                 --cgroup-version 2"
+            ))
+        })?;
+        let of_this = |setting: &&Setting| setting.controller() == controller;
+        let settings = cgroups.settings.iter().filter(of_this).cloned().collect();
+        Ok(Plan { hierarchy, parent: cgroups.parent.clone(), kind: Kind::Single(settings) })
+    };
+    controllers.into_iter().map(plan).collect()
+}
+
+fn plan_v2(cgroups: &Cgroups, mounts: &str) -> Result<Vec<Plan>> {
+    let kind = match cgroups.settings.is_empty() {
+        true => Kind::Existing { is_needed: cgroups.is_parent_given },
+        false => Kind::Unified(cgroups.settings.clone()),
+    };
+    let Some(hierarchy) = find_v2(mounts) else {
+        let is_needed = kind != Kind::Existing { is_needed: false };
+        return match is_needed {
+            true => Err(Error::Refused(
+                "--cgroup-version 2: no version 2 hierarchy is mounted; mount cgroup2".into(),
+            )),
+            false => Ok(Vec::new()),
+        };
+    };
+    check_controllers(&Dir::open(&hierarchy)?, &controllers_of(&cgroups.settings))?;
+    Ok(vec![Plan { hierarchy, parent: cgroups.parent.clone(), kind }])
+}
+
+/// What the settings of a version 2 group need. The files named cgroup.* are the core's, in every group.
+fn controllers_of(settings: &[Setting]) -> BTreeSet<&str> {
+    settings.iter().map(Setting::controller).filter(|controller| *controller != "cgroup").collect()
+}
+
+impl Plan {
+    fn enter(&self, id: &str) -> Result<()> {
+        let group = match &self.kind {
+            Kind::Existing { is_needed } => match (self.open_parent(), is_needed) {
+                (Ok(parent), _) => parent,
+                (Err(_), false) => return Ok(()),
+                (Err(error), true) => {
+                    let parent = self.parent.display();
+                    return Err(Error::Refused(format!(
+                        "--parent-cgroup {parent}: {error}; make the group first, or give a --cgroup for one to be made"
+                    )));
+                }
+            },
+            Kind::Unified(settings) => self.make_unified(settings, id)?,
+            Kind::Single(settings) => self.make_single(settings, id)?,
+        };
+        group.control("cgroup.procs", &std::process::id().to_string())
+    }
+
+    fn open_parent(&self) -> Result<Dir> {
+        self.parent.iter().try_fold(Dir::open(&self.hierarchy)?, |group, name| group.enter(name))
+    }
+
+    fn make_unified(&self, settings: &[Setting], id: &str) -> Result<Dir> {
+        let controllers = controllers_of(settings);
+        let parent = self.parent.iter().try_fold(Dir::open(&self.hierarchy)?, |group, name| {
+            enable(&group, &controllers)?;
+            group.enter_or_make(name, GROUP)
+        })?;
+        enable(&parent, &controllers)?;
+        let group = parent.enter_or_make(id, GROUP)?;
+        apply(&group, settings)?;
+        Ok(group)
+    }
+
+    fn make_single(&self, settings: &[Setting], id: &str) -> Result<Dir> {
+        let is_cpuset = settings.iter().any(|setting| setting.controller() == "cpuset");
+        let names = self.parent.iter().chain([id.as_ref()]);
+        let group = names.fold(Dir::open(&self.hierarchy), |parent, name| {
+            let parent = parent?;
+            let group = parent.enter_or_make(name, GROUP)?;
+            if is_cpuset {
+                inherit_cpuset(&parent, &group)?;
+            }
+            Ok(group)
+        })?;
+        apply(&group, settings)?;
+        Ok(group)
+    }
+}
+
+fn check_controllers(root: &Dir, controllers: &BTreeSet<&str>) -> Result<()> {
+    if controllers.is_empty() {
+        return Ok(());
+    }
+    let there = root.read("cgroup.controllers")?;
+    match controllers.iter().find(|wanted| !there.split_whitespace().any(|name| name == **wanted)) {
+        None => Ok(()),
+        Some(missing) => Err(Error::Refused(format!(
+            "--cgroup {missing}.*: {} has no such controller (it has: {}); the host may use it in version 1",
+            root.path().display(),
+            there.trim()
+        ))),
+    }
+}
+
+/// Lets the groups below this one have these controllers.
+fn enable(group: &Dir, controllers: &BTreeSet<&str>) -> Result<()> {
+    controllers
+        .iter()
+        .try_for_each(|controller| group.control("cgroup.subtree_control", &format!("+{controller}")))
+}
+
+/// In version 1 a new cpuset has neither CPUs nor memory, and no process can enter it so.
+fn inherit_cpuset(parent: &Dir, group: &Dir) -> Result<()> {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        if group.read(file)?.trim().is_empty() {
+            group.control(file, parent.read(file)?.trim())?;
+        }
+    }
+    Ok(())
+}
+
+fn apply(group: &Dir, settings: &[Setting]) -> Result<()> {
+    settings.iter().try_for_each(|setting| group.control(&setting.file, &setting.value))
+}
+
+/// Where the one hierarchy of version 2 is mounted.
+fn find_v2(mounts: &str) -> Option<PathBuf> {
+    mount_points(mounts).find(|(kind, _, _)| *kind == "cgroup2").map(|(_, point, _)| unescaped(point))
+}
+
+/// Where the hierarchy of version 1 with this controller is mounted.
+fn find_v1(mounts: &str, controller: &str) -> Option<PathBuf> {
+    let has_it = |(kind, _, options): &(&str, &str, &str)| {
+        *kind == "cgroup" && options.split(',').any(|option| option == controller)
+    };
+    mount_points(mounts).find(has_it).map(|(_, point, _)| unescaped(point))
+}
+
+/// Type, mount point and options of each line of proc_pid_mounts(5).
+fn mount_points(mounts: &str) -> impl Iterator<Item = (&str, &str, &str)> {
+    mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ');
+        let point = fields.nth(1)?;
+        Some((fields.next()?, point, fields.next()?))
+    })
+}
+
+/// Blanks and the like are written as `\040` there.
+fn unescaped(point: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let mut bytes = Vec::new();
+    let mut rest = point.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let escaped = after
+            .get(..3)
+            .filter(|_| first == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(escaped.unwrap_or(first));
+        rest = if escaped.is_some() { after.get(3..).unwrap_or_default() } else { after };
+    }
+    PathBuf::from(std::ffi::OsString::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::path::Path;
+
+    const MOUNTS: &str = "\
+proc /proc proc rw 0 0
+tmpfs /sys/fs/cgroup tmpfs rw,mode=755 0 0
+cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,relatime,cpu,cpuacct 0 0
+cgroup /sys/fs/cgroup/cpuset cgroup rw,relatime,cpuset 0 0
+cgroup /sys/fs/cgroup/systemd cgroup rw,relatime,name=systemd 0 0
+cgroup2 /sys/fs/cgroup/uni\\040fied cgroup2 rw,relatime,nsdelegate 0 0
+broken
+";
+
+    fn wish(version: Version, settings: &[(&str, &str)]) -> Cgroups {
+        let setting = |(file, value): &(&str, &str)| Setting { file: (*file).into(), value: (*value).into() };
+        let settings = settings.iter().map(setting).collect();
+        Cgroups { version, parent: "a/b".into(), is_parent_given: true, settings }
+    }
+
+    #[test]
+    fn hierarchies_are_found_by_version_and_controller() {
+        assert_eq!(find_v2(MOUNTS), Some("/sys/fs/cgroup/uni fied".into()));
+        assert_eq!(find_v1(MOUNTS, "cpuacct"), Some("/sys/fs/cgroup/cpu,cpuacct".into()));
+        assert_eq!(find_v1(MOUNTS, "cpuset"), Some("/sys/fs/cgroup/cpuset".into()));
+        assert_eq!(find_v1(MOUNTS, "memory"), None);
+        assert_eq!(find_v2("tmpfs / tmpfs rw 0 0\n"), None);
+    }
+
+    #[test]
+    fn mount_points_lose_their_escapes_and_nothing_else() {
+        for (escaped, plain) in
+            [("/a\\040b", "/a b"), ("/a\\", "/a\\"), ("/\\134x", "/\\x"), ("/\\9zz", "/\\9zz")]
+        {
+            assert_eq!(unescaped(escaped), Path::new(plain));
+        }
+    }
+
+    #[test]
+    fn version_1_has_a_group_for_each_controller() {
+        let wish = wish(Version::V1, &[("cpuset.cpus", "0"), ("cpu.shares", "2"), ("cpuset.mems", "0")]);
+        let plans = plan_v1(&wish, MOUNTS).unwrap();
+        let hierarchies: Vec<_> = plans.iter().map(|plan| plan.hierarchy.to_str().unwrap()).collect();
+        assert_eq!(hierarchies, ["/sys/fs/cgroup/cpu,cpuacct", "/sys/fs/cgroup/cpuset"]);
+        assert!(matches!(&plans[1].kind, Kind::Single(settings) if settings.len() == 2));
+    }
+
+    #[test]
+    fn a_controller_that_is_not_there_is_named() {
+        let error =
+            plan_v1(&wish(Version::V1, &[("memory.limit_in_bytes", "1")]), MOUNTS).unwrap_err().to_string();
+        assert!(error.contains("--cgroup memory.*"), "{error}");
+        let error = plan_v2(&wish(Version::V2, &[("memory.max", "1")]), "").unwrap_err().to_string();
+        assert!(error.contains("no version 2 hierarchy"), "{error}");
+    }
+
+    #[test]
+    fn version_2_without_settings_is_the_parent_where_it_is_there() {
+        let mut wish = wish(Version::V2, &[]);
+        let place = tempfile::tempdir().unwrap();
+        let mounts = format!("cgroup2 {} cgroup2 rw 0 0\n", place.path().display());
+        let enter = |wish: &Cgroups| enter(&plan_v2(wish, &mounts).unwrap(), "vm");
+
+        let error = enter(&wish).unwrap_err().to_string();
+        assert!(error.contains("--parent-cgroup a/b"), "{error}");
+        wish.is_parent_given = false;
+        enter(&wish).unwrap();
+        assert_eq!(plan_v2(&wish, "").unwrap(), []);
+
+        fs::create_dir_all(place.path().join("a/b")).unwrap();
+        fs::write(place.path().join("a/b/cgroup.procs"), "").unwrap();
+        enter(&wish).unwrap();
+        assert_eq!(
+            fs::read_to_string(place.path().join("a/b/cgroup.procs")).unwrap(),
+            std::process::id().to_string()
+        );
+        assert!(!place.path().join("a/b/vm").exists());
+    }
+
+    /// Directories and files stand for a hierarchy.
+    #[test]
+    fn version_2_with_settings_is_a_new_group_whose_parents_pass_the_controllers_on() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |path: &str| place.path().join(path);
+        fs::create_dir_all(at("a/b/vm")).unwrap();
+        fs::write(at("cgroup.controllers"), "cpu memory\n").unwrap();
+        for file in ["cgroup.subtree_control", "a/cgroup.subtree_control", "a/b/cgroup.subtree_control"] {
+            fs::write(at(file), "").unwrap();
+        }
+        for file in ["a/b/vm/memory.max", "a/b/vm/cgroup.procs", "a/b/vm/cgroup.max.depth"] {
+            fs::write(at(file), "").unwrap();
+        }
+        let mounts = format!("cgroup2 {} cgroup2 rw 0 0\n", place.path().display());
+        let wished = wish(Version::V2, &[("memory.max", "1G"), ("cgroup.max.depth", "0")]);
+        enter(&plan_v2(&wished, &mounts).unwrap(), "vm").unwrap();
+        let text = |path: &str| fs::read_to_string(at(path)).unwrap();
+        for group in ["", "a/", "a/b/"] {
+            assert_eq!(text(&format!("{group}cgroup.subtree_control")), "+memory");
+        }
+        assert_eq!((text("a/b/vm/memory.max"), text("a/b/vm/cgroup.max.depth")), ("1G".into(), "0".into()));
+        assert_eq!(text("a/b/vm/cgroup.procs"), std::process::id().to_string());
+
+        let wished = wish(Version::V2, &[("io.max", "1")]);
+        let error = plan_v2(&wished, &mounts).unwrap_err().to_string();
+        assert!(error.contains("--cgroup io.*") && error.contains("cpu memory"), "{error}");
+    }
+
+    #[test]
+    fn a_cpuset_of_version_1_gets_what_its_parent_has() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |path: &str| place.path().join(path);
+        fs::create_dir_all(at("a/b/vm")).unwrap();
+        for (group, cpus) in [("", "0-1\n"), ("a/", "\n"), ("a/b/", ""), ("a/b/vm/", "")] {
+            fs::write(at(&format!("{group}cpuset.cpus")), cpus).unwrap();
+            fs::write(at(&format!("{group}cpuset.mems")), "0\n").unwrap();
+        }
+        fs::write(at("a/b/vm/cgroup.procs"), "").unwrap();
+        let mounts = format!("cgroup {} cgroup rw,cpuset 0 0\n", place.path().display());
+        enter(&plan_v1(&wish(Version::V1, &[("cpuset.cpus", "1")]), &mounts).unwrap(), "vm").unwrap();
+        assert_eq!(fs::read_to_string(at("a/b/cpuset.cpus")).unwrap(), "0-1");
+        // What was inherited was replaced; a plain file keeps its tail.
+        assert_eq!(fs::read_to_string(at("a/b/vm/cpuset.cpus")).unwrap(), "1-1");
+    }
+}
