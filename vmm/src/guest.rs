@@ -23,6 +23,7 @@ use crate::x86_64::cpuid::{Cpuid, CpuidError, Topology};
 use crate::x86_64::interrupts::Interrupts;
 use crate::x86_64::msr::{self, MsrError};
 use crate::x86_64::registers::{self, RegisterError};
+use crate::x86_64::reset_vector;
 
 /// What a guest takes beside its configuration.
 pub struct Surroundings<'a> {
@@ -88,6 +89,7 @@ impl Guest {
         let ram = vm_memory::GuestAddressSpace::memory(&ram);
         let entry = boot::load(&ram, &source.kernel, source.initrd.as_ref(), &cmdline)?;
         acpi::write(&ram, &machine.tables())?;
+        reset_vector::write(&ram).map_err(BootError::Memory)?;
         for (index, fd) in (0..).zip(&fds) {
             fd.set_cpuid2(&cpuid.for_vcpu(index)?).map_err(StartError::Vcpu)?;
             msr::set(fd, &cpu.msr_modifiers)?;

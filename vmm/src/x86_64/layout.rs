@@ -44,6 +44,8 @@ pub const ACPI: Range<u64> = 0xe_0000..0xe_f000;
 pub const RSDP: u64 = ACPI.start;
 /// The generation ID has a page of its own that is neither RAM nor ACPI memory to the guest, as its specification wants.
 pub const VMGENID: Range<u64> = 0xe_f000..0xf_0000;
+/// The first instruction of a PC after a reset, in real mode: F000:FFF0.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// 1 MiB: from here RAM is for the kernel.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
@@ -145,6 +147,7 @@ pub const MSI_GSI: u32 = IOAPIC_PINS;
 /// extension that KVM's I/O APIC does not have, before a device can reach them.
 pub const MAX_VCPUS: u32 = 255;
 
+const _: () = assert!(RESET_VECTOR >= VMGENID.end && RESET_VECTOR + 16 == HIGH_RAM);
 const _: () = assert!(BOOT_TIMER.start == HOLE.start);
 const _: () = assert!(VIRTIO_MMIO.end - VIRTIO_MMIO.start == 255 * PAGE);
 const _: () = assert!(KVM_IDENTITY_MAP + PAGE == KVM_TSS);

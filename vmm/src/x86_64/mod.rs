@@ -11,3 +11,4 @@ pub mod interrupts;
 pub mod layout;
 pub mod msr;
 pub mod registers;
+pub mod reset_vector;
