@@ -24,6 +24,9 @@ use super::image::Item;
 use super::link::Event;
 use super::{Config, DEFAULT_MEMORY_MIB, Host, process, rundir};
 
+/// Files whose names begin so try the host itself, from outside; plain `cargo test` runs them.
+const NOT_IN_HOST: &str = "here_";
+
 /// Time for one test, about five times what the slowest needs on an idle machine.
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -478,14 +481,15 @@ mod tests {
     }
 
     #[test]
-    fn only_integration_tests_among_cargos_messages_are_taken() {
-        let line = |kind: &str| {
+    fn only_tests_that_run_in_a_host_are_taken_from_cargos_messages() {
+        let line = |kind: &str, name: &str| {
             format!(
-                r#"{{"reason":"compiler-artifact","target":{{"kind":["{kind}"],"name":"boot"}},"executable":"/t/boot-1f"}}"#
+                r#"{{"reason":"compiler-artifact","target":{{"kind":["{kind}"],"name":"{name}"}},"executable":"/t/1f"}}"#
             )
         };
-        assert_eq!(executable(&line("test")), Some(Item::new("tests/boot", "/t/boot-1f")));
-        assert_eq!(executable(&line("lib")), None);
+        assert_eq!(executable(&line("test", "boot")), Some(Item::new("tests/boot", "/t/1f")));
+        assert_eq!(executable(&line("test", "here_host")), None);
+        assert_eq!(executable(&line("lib", "boot")), None);
         assert_eq!(executable(r#"{"reason":"build-finished","success":true}"#), None);
         assert_eq!(executable("warning: text"), None);
     }
