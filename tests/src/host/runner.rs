@@ -24,9 +24,6 @@ use super::image::Item;
 use super::link::Event;
 use super::{Config, DEFAULT_MEMORY_MIB, Host, process, rundir};
 
-/// Files whose names begin so try the host itself, from outside; plain `cargo test` runs them.
-const NOT_IN_HOST: &str = "here_";
-
 /// Time for one test, about five times what the slowest needs on an idle machine.
 const LIMIT: Duration = Duration::from_secs(600);
 
