@@ -42,7 +42,7 @@ fn what_is_written_at_either_side_of_the_hole_stays_there() {
     for (disk, _) in PLACES.iter().enumerate() {
         for seek in [0, PLACE_MIB - WRITTEN_MIB] {
             let first = 1_000_000 * (written.len() + 1);
-            let bytes = format!("seq {first} {} | head -c {WRITTEN_MIB}M", first + 500_000);
+            let bytes = format!("seq {first} {} | head -c {}", first + 500_000, WRITTEN_MIB << 20);
             guest.run(&format!(
                 "{bytes} | dd of=/dev/pmem{disk} bs=1M seek={seek} iflag=fullblock conv=fsync"
             ));

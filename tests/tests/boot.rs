@@ -56,24 +56,31 @@ fn every_vcpu_works(guest: &mut Guest, vcpus: u8) {
     }
 }
 
-/// Levels 0 to 4 are emergencies, errors and warnings.
+/// Warnings that are about the processor below and not about the machine.
+const KNOWN_WARNINGS: [&str; 1] = ["amd_pstate: the _CPC object is not present in SBIOS or ACPI disabled"];
+
+/// No error of any kind, and no warning about what the VMM is made of.
 fn has_no_complaint(guest: &mut Guest) {
     let log = guest.run("dmesg -r");
+    assert!(log.contains("ACPI: "), "not a kernel log: {log}");
+    let level = |line: &str| line.strip_prefix('<').and_then(|rest| rest[..1].parse::<u8>().ok());
     let subjects = ["acpi", "pci", "virtio", "mce", "tsc", "apic", "kvm"];
-    let complains = |line: &&str| {
-        let lower = line.to_lowercase();
-        let is_warning = ["<0>", "<1>", "<2>", "<3>", "<4>"].iter().any(|level| line.starts_with(level));
-        is_warning && subjects.iter().any(|subject| lower.contains(subject))
+    let complains = |line: &&str| match level(line) {
+        Some(0..=3) => true,
+        Some(4) => {
+            let is_known = KNOWN_WARNINGS.iter().any(|known| line.contains(known));
+            !is_known && subjects.iter().any(|subject| line.to_lowercase().contains(subject))
+        }
+        _ => false,
     };
     let complaints: Vec<_> = log.lines().filter(complains).collect();
-    assert!(log.contains("ACPI"), "not a kernel log: {log}");
     assert!(complaints.is_empty(), "{}", complaints.join("\n"));
 }
 
 fn has_memory_of_about(guest: &mut Guest, mib: u64) {
     // The kernel keeps its own image and the map of pages out of the total.
     let total = guest.number("awk '/MemTotal/ { print $2 }' /proc/meminfo") / 1024;
-    assert!(total > mib * 2 / 3 && total <= mib, "{total} MiB of {mib}");
+    assert!(total > mib / 2 && total <= mib, "{total} MiB of {mib}");
 }
 
 #[test]

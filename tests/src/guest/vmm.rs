@@ -188,7 +188,6 @@ impl Drop for Vmm {
             eprintln!("--- the VMM in {}: {ended:?}", self.directory.path().display());
             eprintln!("--- end of the VMM's log\n{}", tail(&self.log()));
             eprintln!("--- end of the VMM's standard error\n{}", tail(&self.errors()));
-            eprintln!("--- end of the host's kernel log\n{}", tail(&kernel_log()));
         }
     }
 }
@@ -196,9 +195,3 @@ impl Drop for Vmm {
 const API_SOCKET: &str = "api.sock";
 const LOG: &str = "vmm.log";
 const ERRORS: &str = "stderr";
-
-/// Empty where it may not be read.
-fn kernel_log() -> String {
-    let output = Command::new("dmesg").output();
-    output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
-}
