@@ -10,11 +10,14 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::ptr;
 use std::sync::Arc;
 
 use devices::memory::{GuestRam, Memory};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestRegionMmap, MmapRegion,
+};
 
 use crate::x86_64::layout;
 
@@ -180,7 +183,7 @@ fn map(
 ) -> Result<GuestRegionMmap<()>, io::Error> {
     let mapping = match file {
         Some(file) => shared(file.clone(), offset, len),
-        None => aligned(len),
+        None => anonymous(len),
     }
     .map_err(io::Error::other)?;
     // A core dump of this process must hold none of the guest's secrets. Both are advice: a kernel without them is fine.
@@ -202,35 +205,40 @@ fn shared(file: Arc<File>, offset: u64, len: u64) -> Result<MmapRegion<()>, Mmap
         .build()
 }
 
-/// Base pages are not reserved: overcommitting guests is the operator's choice, as with any other process's memory.
-fn anonymous(len: u64, prot: libc::c_int) -> Result<MmapRegion<()>, MmapRegionError> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    MmapRegionBuilder::new(len as usize).with_mmap_prot(prot).with_mmap_flags(flags).build()
+/// Anonymous memory on a 2 MiB boundary: elsewhere KVM cannot use huge pages for it, and Linux before 6.7, or with a size
+/// that is no multiple of 2 MiB, puts it anywhere. Not reserved: overcommitting guests is the operator's choice, as with
+/// any other process's memory.
+///
+/// Never unmapped, as nothing else makes sure that no [`Memory`] handle is left; [`GuestMemory`] gives back what is in it.
+fn anonymous(len: u64) -> Result<MmapRegion<()>, MmapRegionError> {
+    const ACCESS: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+    const FLAGS: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let boundary = Pages::Huge2M.size() as usize;
+    // SAFETY: without a wanted address and MAP_FIXED this makes a new mapping and touches no other.
+    let base = unsafe { libc::mmap(ptr::null_mut(), len as usize + boundary, ACCESS, FLAGS, -1, 0) };
+    if base == libc::MAP_FAILED {
+        return Err(MmapRegionError::Mmap(io::Error::last_os_error()));
+    }
+    let start = base.cast::<u8>().map_addr(|address| address.next_multiple_of(boundary));
+    let builder = MmapRegionBuilder::new(len as usize).with_mmap_prot(ACCESS).with_mmap_flags(FLAGS);
+    // SAFETY: `start` is less than `boundary` after `base`, so `len` bytes from it are inside the mapping made above, which
+    // stays for the life of the process.
+    unsafe { builder.with_raw_mmap_pointer(start) }.build()
 }
 
-/// Anonymous memory on a 2 MiB boundary, where KVM can use a huge page for it. Linux before 6.7 puts it anywhere, later
-/// ones do so when its size is odd. They hand out the highest free addresses: with as much kept above it as it lies too
-/// high, the next one lies right. Two or three attempts do, as what is kept may fill a hole elsewhere; should all
-/// fail, the guest has smaller pages.
-fn aligned(len: u64) -> Result<MmapRegion<()>, MmapRegionError> {
-    const ATTEMPTS: usize = 8;
-    const ACCESS: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
-    let mut kept = Vec::new();
-    while kept.len() < ATTEMPTS {
-        let mapping = anonymous(len, ACCESS)?;
-        let too_high = mapping.as_ptr() as u64 % Pages::Huge2M.size();
-        if too_high == 0 {
-            return Ok(mapping);
+/// A guest that could not be started leaves no pages behind, and no address that a handle could still use is invalid.
+impl Drop for GuestMemory {
+    fn drop(&mut self) {
+        let anonymous = self.pages != Pages::Huge2M;
+        for region in self.memory.memory().iter().filter(|_| anonymous) {
+            advise(region, libc::MADV_DONTNEED);
         }
-        drop(mapping);
-        kept.push(anonymous(too_high, libc::PROT_NONE)?);
     }
-    anonymous(len, ACCESS)
 }
 
 fn advise(mapping: &MmapRegion<()>, advice: libc::c_int) {
-    // SAFETY: the range is exactly `mapping`, alive during the call; MADV_DONTDUMP and MADV_HUGEPAGE, the only callers'
-    // values, change no byte of it.
+    // SAFETY: the range is exactly `mapping`, alive during the call. MADV_DONTDUMP and MADV_HUGEPAGE change no byte of it;
+    // MADV_DONTNEED makes it zeros, as a write through any handle could, and no reference into guest RAM exists.
     let result = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
     if result != 0 {
         log::debug!("madvise({advice}) on guest RAM: {}", io::Error::last_os_error());
@@ -240,7 +248,7 @@ fn advise(mapping: &MmapRegion<()>, advice: libc::c_int) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestAddressSpace};
+    use vm_memory::Bytes;
 
     fn mib(mib: u64) -> ByteSize {
         ByteSize::ram_of_mib(mib).unwrap()
@@ -278,6 +286,15 @@ mod tests {
                 assert_eq!(region.host % (2 << 20), 0, "{size} MiB: {region:x?}");
             }
         }
+    }
+
+    #[test]
+    fn a_handle_outlives_the_memory_but_nothing_of_what_was_in_it() {
+        let memory = GuestMemory::new(mib(1), Pages::Base).unwrap();
+        let ram = memory.handle();
+        ram.memory().write_obj(0x11u8, GuestAddress(5)).unwrap();
+        drop(memory);
+        assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(5)).unwrap(), 0);
     }
 
     #[test]
