@@ -10,5 +10,6 @@ pub mod cpuid;
 pub mod interrupts;
 pub mod layout;
 pub mod msr;
+pub mod ports;
 pub mod registers;
 pub mod reset_vector;
