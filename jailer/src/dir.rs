@@ -175,7 +175,7 @@ impl Dir {
         let path = self.shown(name);
         let why = match error {
             Errno::LOOP => "is a symbolic link, and none is followed; remove it",
-            Errno::NOTDIR => "is no directory; remove it",
+            Errno::NOTDIR => "is no directory, and the cell needs one there",
             Errno::EXIST => {
                 "is there already, and what is there is not touched; end the cell that has it, then remove it"
             }
