@@ -16,7 +16,6 @@ mod tools;
 use std::fs;
 use std::hash::Hasher;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 pub use cache::{Error, cache_dir};
 pub use recipe::Asset;
@@ -118,15 +117,11 @@ pub fn host_initramfs(agent: &Path) -> Result<PathBuf, Error> {
     Ok(image)
 }
 
-/// Size and time stand for the agent's content, as they do for make: a linker writes the file anew when it changes.
+/// By content, for a linker writes the agent anew when anything in its package changes, and mostly it is the same.
 fn fingerprint(base: &Built, agent: &Path) -> Result<u64, Error> {
-    let metadata = fs::metadata(agent).map_err(|e| io_error(agent, e))?;
-    let modified = metadata.modified().map_err(|e| io_error(agent, e))?;
-    let since_epoch = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut hash = Fnv::default();
     hash.write(base.id.as_bytes());
-    hash.write_u64(metadata.len());
-    hash.write_u128(since_epoch.as_nanos());
+    hash.write(&fs::read(agent).map_err(|e| io_error(agent, e))?);
     Ok(hash.finish())
 }
 
