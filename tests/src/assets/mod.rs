@@ -24,7 +24,7 @@ pub use tools::Tools;
 use cache::{Built, Fnv, io_error};
 
 /// How many combinations of a host initramfs and an agent stay cached.
-const KEPT_HOST_INITRAMFS: usize = 4;
+const KEPT_HOST_INITRAMFS: usize = 16;
 
 /// Debian's stock 6.12 cloud kernel.
 #[derive(Debug, Clone)]
