@@ -28,6 +28,9 @@ const FIRST_GUEST_DISK: usize = 4;
 /// Disks get one letter, and the first four are taken.
 const MAX_GUEST_DISKS: usize = 8;
 
+/// Images of the assets that are kept, 75 MB each.
+const MAX_ASSET_IMAGES: usize = 4;
+
 /// A boot takes about five seconds on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
@@ -125,11 +128,18 @@ fn assets_image(assets: &[Item], guest_disks: &[Item], cache: &Path, directory: 
     for item in assets {
         recipe += &format!("{} {}\n", item.name, qemu::file_identity(&item.path)?);
     }
-    let image = cache.join(format!("host-assets-{}.erofs", state::key(&recipe)));
+    let kept = cache.join("host-assets");
+    let image = kept.join(format!("{}.erofs", state::key(&recipe)));
     if !image.is_file() {
+        let making = || format!("cannot make {}", image.display());
+        std::fs::create_dir_all(&kept).doing(making)?;
         let new = directory.join("assets.erofs");
         image::pack(assets, &links, &directory.join("staging"), &new)?;
-        std::fs::rename(&new, &image).doing(|| format!("cannot make {}", image.display()))?;
+        std::fs::rename(&new, &image).doing(making)?;
+        let age = |path: &Path| std::fs::metadata(path).and_then(|m| m.modified()).ok();
+        for old in state::all_but_newest(&kept, MAX_ASSET_IMAGES, age) {
+            let _ = std::fs::remove_file(old);
+        }
     }
     Ok(image)
 }

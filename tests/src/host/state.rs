@@ -72,20 +72,27 @@ impl States {
     }
 
     fn prune(&self) {
-        let Ok(entries) = fs::read_dir(&self.directory) else { return };
-        let last_use = |path: &PathBuf| fs::metadata(path.join(RECIPE)).and_then(|m| m.modified()).ok();
-        let mut states: Vec<_> = entries
-            .flatten()
-            .map(|e| e.path())
-            .filter_map(|path| last_use(&path).map(|used| (used, path)))
-            .collect();
-        states.sort();
-        let surplus = states.len().saturating_sub(MAX_STATES);
-        for (_, path) in states.into_iter().take(surplus) {
+        let last_use = |path: &Path| fs::metadata(path.join(RECIPE)).and_then(|m| m.modified()).ok();
+        for path in all_but_newest(&self.directory, MAX_STATES, last_use) {
             let _ = fs::remove_dir_all(&path);
             let _ = fs::remove_file(path.with_extension("lock"));
         }
     }
+}
+
+/// The entries of a directory to remove so that the `kept` newest stay. Those without an age stay too.
+pub fn all_but_newest(
+    directory: &Path,
+    kept: usize,
+    age: impl Fn(&Path) -> Option<SystemTime>,
+) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+    let aged =
+        entries.flatten().map(|entry| entry.path()).filter_map(|path| age(&path).map(|age| (age, path)));
+    let mut aged: Vec<_> = aged.collect();
+    aged.sort();
+    let surplus = aged.len().saturating_sub(kept);
+    aged.into_iter().take(surplus).map(|(_, path)| path).collect()
 }
 
 /// A file name for a text: its 64-bit FNV-1a hash. Who needs to be sure compares the text.
