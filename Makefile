@@ -30,8 +30,8 @@ test: setup ## everything: lint, unit tests, tests with guests, a short run of e
 	$(MAKE) --no-print-directory guests
 	$(MAKE) --no-print-directory fuzz-smoke
 
-bench: setup programs ## measure against the peers, in one run
-	tests/benches/run.sh $(HOST) $(PROGRAMS)
+bench: setup programs ## measure boots beside QEMU's microvm; RUNS=20 for a surer median
+	$(HOST) run $(PROGRAMS) --with berth-bench=$(TARGET)/debug/berth-bench -- berth-bench --runs $(or $(RUNS),5)
 
 soak: setup programs ## the tests with guests over and over, until one fails
 	@for ((round = 1;; round++)); do echo "soak: round $$round"; $(HOST) test $(PROGRAMS) $(FILTER) || exit; done

@@ -2,9 +2,11 @@
 //! ([`guest`]).
 //!
 //! The tests themselves are in `tests/tests/`, one file for each promise, and run inside such a host, where
-//! `berth-host test` starts them. The map of the source tree is tested here, for it needs no guest.
+//! `berth-host test` starts them; the benchmark is `src/bin/berth-bench/`. The map of the source tree is tested here, for
+//! it needs no guest.
 
 pub mod assets;
+pub mod footprint;
 pub mod guest;
 pub mod host;
 #[cfg(test)]
