@@ -322,6 +322,7 @@ fn an_elf_kernel_that_cannot_boot_here_says_why() {
     assert!(with(|e| e.headers[0].p_paddr = u64::MAX).contains("at 0xffffffffffffffff"));
     assert!(with(|e| e.headers[0].p_memsz = 3 << 30).contains("mem_size_mib is 16"));
     assert!(with(|e| e.headers[0].p_filesz = MIB + 1).contains("a segment takes"));
+    assert!(with(|e| e.headers[0].p_memsz = 0x800).contains("for 2048 of memory"));
     assert!(with(|e| e.headers[0].p_offset = u64::MAX).contains("a segment takes"));
     assert!(with(|e| e.headers[1].p_filesz = 1 << 40).contains("its notes take"));
     assert!(with(|e| e.headers[1].p_offset = 1 << 40).contains("its notes take"));

@@ -292,6 +292,7 @@ mod tests {
         drop(first);
         trigger.write(1).unwrap();
         let mut second = interrupts.msi().unwrap();
+        assert_eq!(interrupts.messages().slots.len(), 1);
         second.connect(MESSAGE.address, 0x51).unwrap();
         second.trigger().write(1).unwrap();
         wait_for(&vcpu, 0x51);
