@@ -19,7 +19,7 @@ setup: ## install what building and testing need (Debian 12; elsewhere it says w
 	@resources/setup.sh
 
 run: setup programs ## boot a Debian guest on this terminal; log in as root, leave with `poweroff`
-	$(HOST) run --tty $(PROGRAMS) --with run-debian=resources/run-debian.sh -- run-debian
+	$(HOST) run --tty $(PROGRAMS) --with berth-host=$(HOST) --with run-debian=resources/run-debian.sh -- run-debian
 
 check: lint unit ## the inner loop: lint and unit tests
 
