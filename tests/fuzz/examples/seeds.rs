@@ -1,0 +1,329 @@
+//! Writes the inputs that the fuzz targets begin with into corpus/: `cargo run --example seeds`. They are committed; run
+//! this again when a target reads its bytes another way.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use berth_fuzz::saved_state::{blk, console, rng};
+use devices::testing::FakeHost;
+use devices::virtio::pci::Pci;
+use devices::virtio::testing;
+use devices::virtio::transport::SharedDevice;
+
+fn main() {
+    for (target, name, data) in seeds() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join(name), data).unwrap();
+    }
+}
+
+type Seed = (&'static str, &'static str, Vec<u8>);
+
+fn seeds() -> Vec<Seed> {
+    let mut seeds = vec![
+        ("queue", "chain", queue(false)),
+        ("queue", "indirect", queue(true)),
+        ("blk_request", "read-write-flush-id", blk_requests(0)),
+        ("blk_request", "read-only", blk_requests(1)),
+        ("blk_request", "broken", hostile(&[0])),
+        ("rng", "requests", chains(&[(0, &[(0x2000, 64, true)])], &[])),
+        ("rng", "broken", hostile(&[])),
+        ("console", "in-and-out", chains(&[(0, &[(0x2000, 64, true)]), (1, &[(0x3000, 500, false)])], &[])),
+        ("console", "broken", hostile(&[])),
+        ("pci_config", "scan", pci_scan()),
+        ("virtio_pci", "driver", pci_driver()),
+        ("virtio_mmio", "driver", mmio_driver()),
+        ("kernel_loader", "bzimage", bzimage()),
+        ("kernel_loader", "elf", elf(false)),
+        ("kernel_loader", "elf-pvh", elf(true)),
+    ];
+    seeds.extend(http());
+    seeds.extend(json());
+    seeds.extend(saved_states());
+    seeds
+}
+
+fn http() -> Vec<Seed> {
+    let get = "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let put = "PUT /machine-config HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 35\r\n\r\n\
+               {\"vcpu_count\":2,\"mem_size_mib\":256}\n";
+    let odd = "PATCH http://host/vm HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\
+               Content-Length: 2\r\n\r\n{}DELETE / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n";
+    [("get", get.to_string()), ("pipelined", format!("{get}{put}{get}")), ("odd", odd.to_string())]
+        .map(|(name, text)| ("http", name, [&[7], text.as_bytes()].concat()))
+        .into()
+}
+
+fn json() -> Vec<Seed> {
+    let limiter = r#""rate_limiter":{"bandwidth":{"size":1,"one_time_burst":2,"refill_time":3},"ops":null}"#;
+    let drive = format!(
+        r#"{{"drive_id":"d","is_root_device":true,"path_on_host":"/d","cache_type":"Writeback",{limiter}}}"#
+    );
+    let config = format!(
+        r#"{{"boot-source":{{"kernel_image_path":"/k"}},"machine-config":{{"vcpu_count":1,"mem_size_mib":128}},
+            "drives":[{drive}],"entropy":{{{limiter}}}}}"#
+    );
+    let cpu = r#"{"kvm_capabilities":["!56"],"cpuid_modifiers":[{"leaf":"0x1","subleaf":"0x0","flags":0,
+                  "modifiers":[{"register":"eax","bitmap":"0bx00100xx"}]}],"msr_modifiers":[{"addr":"0x10a","bitmap":"0b1"}]}"#;
+    let bodies = [
+        ("machine", 0, r#"{"vcpu_count":2,"mem_size_mib":256,"smt":true,"huge_pages":"2M"}"#),
+        ("machine-patch", 1, r#"{"mem_size_mib":512}"#),
+        ("boot", 2, r#"{"kernel_image_path":"/k","initrd_path":"/i","boot_args":"console=ttyS0"}"#),
+        ("cpu", 3, cpu),
+        ("drive", 4, &drive),
+        ("drive-patch", 5, r#"{"drive_id":"d","path_on_host":"/e"}"#),
+        ("console", 6, r#"{"columns":80}"#),
+        ("entropy", 7, "{}"),
+        ("serial", 8, r#"{"serial_out_path":"/s"}"#),
+        ("logger", 9, r#"{"level":"Debug","log_path":"/l","show_level":true}"#),
+        ("metrics", 10, r#"{"metrics_path":"/m"}"#),
+        ("action", 11, r#"{"action_type":"InstanceStart"}"#),
+        ("vm", 12, r#"{"state":"Paused"}"#),
+        ("config-file", 13, &config),
+    ];
+    bodies.map(|(name, choice, body)| ("json", name, [&[choice], body.as_bytes()].concat())).into()
+}
+
+/// A descriptor as it is in a table.
+fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> Vec<u8> {
+    [&address.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
+}
+
+fn queue(indirect: bool) -> Vec<u8> {
+    let (table, avail, used) = (0x000u32, 0x100u32, 0x140u32);
+    let mut data = vec![4, 1]; // size 16, event index
+    data.extend([table, avail, used].map(u32::to_le_bytes).concat());
+    data.extend([0u16, 0, 3].map(u16::to_le_bytes).concat()); // next_avail, next_used, cut
+    let chain =
+        [descriptor(0x1000, 16, 1, 1), descriptor(0x2000, 512, 3, 2), descriptor(0x3000, 1, 2, 0)].concat();
+    let mut ram = vec![0; 0x200];
+    if indirect {
+        ram[..16].copy_from_slice(&descriptor(0x1c0, 48, 4, 0));
+        ram[0x1c0..0x1f0].copy_from_slice(&chain);
+    } else {
+        ram[..48].copy_from_slice(&chain);
+    }
+    ram[0x102] = 1; // one chain is available, at descriptor 0
+    data.extend(ram);
+    data
+}
+
+type Buffer = (u16, u16, bool);
+
+/// Steps of a device machine: event index, the given bytes in memory, each chain added and served twice, the device
+/// carried on in between.
+fn chains(chains: &[(u8, &[Buffer])], memory: &[(u16, &[u8])]) -> Vec<u8> {
+    let mut data = vec![1];
+    for (address, bytes) in memory {
+        data.push(1);
+        data.extend(address.to_le_bytes());
+        data.push(bytes.len() as u8);
+        data.extend(*bytes);
+    }
+    for round in 0..2 {
+        for (queue, buffers) in chains {
+            data.extend([queue << 4 | 6, buffers.len() as u8]);
+            for (address, len, writable) in *buffers {
+                data.extend(address.to_le_bytes());
+                data.extend((len | u16::from(*writable) << 15).to_le_bytes());
+            }
+            data.extend([4, queue << 4 | 5]);
+        }
+        data.push(if round == 0 { 9 } else { 10 });
+    }
+    data
+}
+
+fn blk_requests(flags: u8) -> Vec<u8> {
+    let header = |kind: u32, sector: u64| [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+    let range =
+        |sector: u64, sectors: u32| [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &[0; 4]].concat();
+    let memory = [
+        (0x2000, header(0, 0)),  // read
+        (0x2010, header(1, 3)),  // write
+        (0x2020, header(4, 0)),  // flush
+        (0x2030, header(8, 0)),  // serial number
+        (0x2040, header(11, 0)), // discard
+        (0x2050, header(13, 0)), // write zeroes
+        (0x2060, range(8, 8)),
+    ];
+    let memory: Vec<(u16, &[u8])> = memory.iter().map(|(address, bytes)| (*address, &bytes[..])).collect();
+    let status = (0x2100, 1, true);
+    let data = chains(
+        &[
+            (0, &[(0x2000, 16, false), (0x3000, 512, true), status]),
+            (0, &[(0x2010, 16, false), (0x3000, 512, false), (0x4000, 512, false), status]),
+            (0, &[(0x2020, 16, false), status]),
+            (0, &[(0x2030, 16, false), (0x3000, 20, true), status]),
+            (0, &[(0x2040, 16, false), (0x2060, 16, false), status]),
+            (0, &[(0x2050, 16, false), (0x2060, 16, false), status]),
+        ],
+        &memory,
+    );
+    [vec![flags], data].concat()
+}
+
+/// A loop of descriptors, a head beyond the table, an index beyond the queue, each followed by a new beginning.
+fn hostile(prefix: &[u8]) -> Vec<u8> {
+    let mut data = [prefix, &[0]].concat();
+    let set = |index: u8, flags: u16, next: u16| {
+        let raw =
+            [&0x2000u32.to_le_bytes()[..], &64u32.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
+        [vec![0, index], raw.concat()].concat()
+    };
+    data.extend([set(0, 1, 1), set(1, 1, 0), vec![2, 0, 0, 4, 10]].concat());
+    data.extend([2, 16, 0, 4, 10]);
+    data.extend([3, 0x40, 0x01, 7, 4, 9, 4, 10]);
+    data
+}
+
+fn pci_scan() -> Vec<u8> {
+    let mut data = Vec::new();
+    for register in (0..0x80u32).step_by(4) {
+        data.push(2 << 6);
+        data.extend((1 << 15 | register).to_le_bytes());
+    }
+    for bar in 0..6u16 {
+        // All ones, read back, an address.
+        data.push(2 << 6 | 4);
+        data.extend((0x10 + 4 * bar).to_le_bytes());
+        data.extend(u64::MAX.to_le_bytes());
+        data.push(2 << 6);
+        data.extend((1 << 15 | 0x10 + u32::from(4 * bar)).to_le_bytes());
+        data.push(2 << 6 | 4);
+        data.extend((0x10 + 4 * bar).to_le_bytes());
+        data.extend(0xd000_0000u64.to_le_bytes());
+    }
+    data.extend([2, 4, 0, 6, 7, 2 << 6 | 6, 0xff, 0, 0, 0, 0]); // decode, carry on, write to the window
+    data
+}
+
+fn pci_driver() -> Vec<u8> {
+    let mut data = Vec::new();
+    let mut write = |width: u8, offset: u16, value: u64| {
+        data.push(width << 6 | 1);
+        data.extend(offset.to_le_bytes());
+        data.extend(value.to_le_bytes());
+    };
+    for status in [1, 3] {
+        write(0, 0x14, status);
+    }
+    for (select, features) in [(0, 0x3000_0000), (1, 1)] {
+        write(2, 0x08, select);
+        write(2, 0x0c, features);
+    }
+    write(0, 0x14, 11);
+    write(1, 0x16, 0);
+    write(1, 0x18, 16);
+    write(1, 0x1a, 1);
+    for (offset, ring) in [(0x20, 0x100), (0x28, 0x200), (0x30, 0x240)] {
+        write(2, offset, ring);
+        write(2, offset + 4, 0);
+    }
+    write(1, 0x1c, 1);
+    // The vector of the table's second entry.
+    for (offset, value) in [(0x10, 0xfee0_0000), (0x14, 0), (0x18, 0x41), (0x1c, 0)] {
+        write(2, 0x4000 + offset, value);
+    }
+    write(0, 0x14, 15);
+    data.extend(chain_in_memory());
+    data.push(2 << 6 | 1);
+    data.extend(0x3000u16.to_le_bytes());
+    data.extend(0u64.to_le_bytes());
+    data.extend([5, 7, 5]);
+    data
+}
+
+/// Steps that put one writable buffer into the rings at 0x100, 0x200 and 0x240.
+fn chain_in_memory() -> Vec<u8> {
+    let table = [vec![4, 0x00, 0x01, 16], descriptor(0x1000, 64, 2, 0)].concat();
+    [table, vec![4, 0x00, 0x02, 6, 0, 0, 1, 0, 0, 0]].concat()
+}
+
+fn mmio_driver() -> Vec<u8> {
+    let mut data = Vec::new();
+    let mut write = |offset: u16, value: u32| {
+        data.push(2 << 6 | 1);
+        data.extend(offset.to_le_bytes());
+        data.extend(value.to_le_bytes());
+    };
+    for (offset, value) in [
+        (0x70, 1),
+        (0x70, 3),
+        (0x24, 0),
+        (0x20, 0x3000_0000),
+        (0x24, 1),
+        (0x20, 1),
+        (0x70, 11),
+        (0x30, 0),
+        (0x38, 16),
+        (0x80, 0x100),
+        (0x90, 0x200),
+        (0xa0, 0x240),
+        (0x44, 1),
+        (0x70, 15),
+    ] {
+        write(offset, value);
+    }
+    data.extend(chain_in_memory());
+    data.extend([2 << 6 | 1, 0x50, 0, 0, 0, 0, 0, 5, 7, 5]);
+    data
+}
+
+/// The kernel's code: more than the 64-bit entry needs.
+const CODE_BYTES: usize = 0x300;
+
+fn bzimage() -> Vec<u8> {
+    let mut image = vec![0; 0x400 + CODE_BYTES];
+    let mut put = |offset: usize, bytes: &[u8]| image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]); // setup_sects
+    put(0x1f4, &(CODE_BYTES as u32 / 16).to_le_bytes()); // syssize
+    put(0x1fe, &[0x55, 0xaa]);
+    put(0x202, b"HdrS");
+    put(0x206, &0x20fu16.to_le_bytes()); // version
+    put(0x211, &[1]); // loadflags
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes()); // initrd_addr_max
+    put(0x236, &1u16.to_le_bytes()); // xloadflags
+    put(0x238, &2047u32.to_le_bytes()); // cmdline_size
+    put(0x258, &0x100_0000u64.to_le_bytes()); // pref_address
+    put(0x260, &0x10_0000u32.to_le_bytes()); // init_size
+    [vec![0], image].concat()
+}
+
+fn elf(pvh: bool) -> Vec<u8> {
+    let mut header = b"\x7fELF\x02\x01\x01".to_vec();
+    header.resize(16, 0);
+    header.extend([2u16, 62].map(u16::to_le_bytes).concat()); // ET_EXEC, EM_X86_64
+    header.extend(1u32.to_le_bytes());
+    header.extend([0x100_0000u64, 64, 0].map(u64::to_le_bytes).concat()); // entry, program headers
+    header.extend(0u32.to_le_bytes());
+    header.extend([64u16, 56, 2, 64, 0, 0].map(u16::to_le_bytes).concat());
+    let program = |kind: u32, offset: u64, address: u64, file: u64, memory: u64| {
+        let numbers = [offset, address, address, file, memory, 16].map(u64::to_le_bytes).concat();
+        [kind.to_le_bytes().to_vec(), 7u32.to_le_bytes().to_vec(), numbers].concat()
+    };
+    let note = [4u32, 4, 18].map(u32::to_le_bytes).concat(); // XEN_ELFNOTE_PHYS32_ENTRY
+    let note = [note, b"Xen\0".to_vec(), 0x100_0010u32.to_le_bytes().to_vec()].concat();
+    let kind = if pvh { 4 } else { 0 }; // PT_NOTE or PT_NULL
+    let load = program(1, 0x100, 0x100_0000, CODE_BYTES as u64, 0x1_0000);
+    let mut image =
+        [header, load, program(kind, 0xb0, 0, note.len() as u64, note.len() as u64), note].concat();
+    image.resize(0x100 + CODE_BYTES, 0xf4);
+    [vec![0], image].concat()
+}
+
+fn saved_states() -> Vec<Seed> {
+    let devices: [(&str, SharedDevice); 3] = [
+        ("blk", Arc::new(Mutex::new(blk(None)))),
+        ("console", Arc::new(Mutex::new(console(None)))),
+        ("rng", Arc::new(Mutex::new(rng(None)))),
+    ];
+    let save = |(name, device)| {
+        let host = Arc::new(FakeHost::new());
+        let pci = Pci::new(device, host, testing::ram(1 << 16), None).unwrap();
+        ("saved_state", name, postcard::to_stdvec(&pci.save()).unwrap())
+    };
+    devices.map(save).into()
+}

@@ -1,0 +1,201 @@
+//! A virtio device under a hostile driver: descriptors, rings and buffers of any kind in any order, in between stopped,
+//! saved and built again.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::FileExt;
+
+use devices::backend::rate_limiter::Limits;
+use devices::memory::Memory;
+use devices::virtio::blk::{self, Blk, Cache};
+use devices::virtio::console::{self, Console, Size};
+use devices::virtio::device::{DeviceState, VirtioDevice};
+use devices::virtio::queue::Queue;
+use devices::virtio::rng::{self, Rng};
+use devices::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::input::Input;
+
+/// Small, so that addresses meet; the rings are at its beginning.
+const RAM: usize = 1 << 16;
+const RINGS: u64 = 0x100;
+const RING_BYTES: u64 = 0x400;
+const QUEUE_SIZE: u16 = 16;
+/// Turns a device gets at a time; it may have more to do then.
+const TURNS: usize = 8;
+const DISK_BYTES: u64 = 1 << 15;
+
+pub fn blk_request(data: &[u8]) {
+    crate::log_to_nowhere();
+    thread_local! {
+        static DISK: RefCell<File> = RefCell::new(tempfile::tempfile().unwrap());
+    }
+    DISK.with_borrow_mut(|disk| {
+        disk.set_len(0).unwrap();
+        disk.set_len(DISK_BYTES).unwrap();
+        disk.write_all_at(b"the first sector", 0).unwrap();
+        let flags = data.first().copied().unwrap_or(0);
+        drive(data.get(1..).unwrap_or_default(), |state| new_blk(disk, flags, state));
+        assert_eq!(disk.metadata().unwrap().len(), DISK_BYTES, "no request changes the size of the disk");
+    });
+}
+
+fn new_blk(disk: &File, flags: u8, state: Option<DeviceState>) -> Blk {
+    let config = blk::Config {
+        file: disk.try_clone().unwrap(),
+        read_only: flags & 1 != 0,
+        cache: if flags & 2 != 0 { Cache::Unsafe } else { Cache::Writeback },
+        serial: "fuzz".into(),
+        limits: Limits::default(),
+    };
+    let state = state.map(|state| match state {
+        DeviceState::Block(state) => state,
+        other => panic!("{other:?}"),
+    });
+    Blk::new(config, state).unwrap()
+}
+
+pub fn rng(data: &[u8]) {
+    crate::log_to_nowhere();
+    drive(data, |state| {
+        let state = state.map(|state| match state {
+            DeviceState::Entropy(state) => state,
+            other => panic!("{other:?}"),
+        });
+        Rng::new(rng::Config { limits: Limits::default() }, state).unwrap()
+    });
+}
+
+pub fn console(data: &[u8]) {
+    crate::log_to_nowhere();
+    drive(data, |state| {
+        let config = console::Config {
+            input: Some(File::open("/dev/zero").unwrap().into()),
+            output: Box::new(Moody(0)),
+            size: Size { columns: 80, rows: 25 },
+        };
+        let state = state.map(|state| match state {
+            DeviceState::Console(state) => state,
+            other => panic!("{other:?}"),
+        });
+        Console::new(config, state).unwrap()
+    });
+}
+
+/// A writer that takes a little, or fails in one of its ways.
+struct Moody(usize);
+
+impl Write for Moody {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += 1;
+        match self.0 % 4 {
+            0 => Err(ErrorKind::WouldBlock.into()),
+            1 => Err(ErrorKind::BrokenPipe.into()),
+            mood => Ok(bytes.len().min(mood * 100)),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn drive<D: VirtioDevice>(data: &[u8], new: impl Fn(Option<DeviceState>) -> D) {
+    let mut input = Input::new(data);
+    let features = if input.u8().unwrap_or(0) & 1 != 0 { EVENT_IDX } else { 0 };
+    let memory = testing::ram(RAM);
+    let device = new(None);
+    let queues = device.identity().queue_sizes.len();
+    let mut machine = Machine { slot: Slot::new(device, &memory), drivers: Vec::new(), features, memory };
+    machine.plug_in(queues);
+    while machine.step(&mut input, &new).is_some() {}
+    machine.slot.stop();
+}
+
+struct Machine<D: VirtioDevice> {
+    slot: Slot<D>,
+    drivers: Vec<Driver>,
+    features: u64,
+    memory: Memory,
+}
+
+impl<D: VirtioDevice> Machine<D> {
+    /// New drivers and queues, from the beginning.
+    fn plug_in(&mut self, queues: usize) {
+        let base = |index: u64| RINGS + RING_BYTES * index;
+        self.drivers = (0..queues as u64)
+            .map(|index| Driver::new(&self.memory, base(index), QUEUE_SIZE, self.features))
+            .collect();
+        let queues = (0..).zip(&self.drivers).map(|(index, driver)| driver.queue(index)).collect();
+        self.slot.start(queues, self.features);
+    }
+
+    /// One thing that happens. `None` at the end of the input. `examples/seeds.rs` knows the numbers.
+    fn step(&mut self, input: &mut Input, new: &impl Fn(Option<DeviceState>) -> D) -> Option<()> {
+        let operation = input.u8()?;
+        let queue = usize::from(operation >> 4) % self.drivers.len();
+        let driver = &mut self.drivers[queue];
+        match operation & 0xf {
+            0 => {
+                let (index, address) = (input.u8()?, input.u32()?);
+                let (len, flags, next) = (input.u32()?, input.u16()?, input.u16()?);
+                let descriptor = Descriptor::new(address.into(), len, flags, next);
+                driver.set_descriptor(u16::from(index) % QUEUE_SIZE, descriptor);
+            }
+            1 => {
+                let address = GuestAddress(input.u16()?.into());
+                self.memory.memory().write(input.bytes(64)?, address).ok();
+            }
+            2 => driver.offer(input.u16()? % (QUEUE_SIZE + 1)),
+            3 => driver.set_avail_index(input.u16()?),
+            4 => _ = self.slot.run(TURNS),
+            5 => _ = driver.reap_all(),
+            // A chain of buffers that may lie anywhere, with or without an indirect table.
+            6 => {
+                let mut buffers = Vec::new();
+                for _ in 0..input.u8()? % 8 {
+                    let (address, len) = (input.u16()?.into(), input.u16()?);
+                    buffers.push(Buffer { address, len: (len & 0x7fff).into(), writable: len >> 15 != 0 });
+                }
+                if !buffers.is_empty() && driver.free_descriptors() >= buffers.len() {
+                    driver.add(&buffers);
+                }
+            }
+            7 => driver.kick.write(1).ok()?,
+            8 => {
+                let mut data = vec![0; usize::from(input.u8()? % 16)];
+                let offset = input.u64()?;
+                self.slot.device.config(offset, &mut data);
+                self.slot.device.write_config(offset, &data);
+            }
+            9 => self.carry_on(new),
+            10 => {
+                let queues = self.slot.stop().len();
+                self.slot.device.reset();
+                self.plug_in(queues);
+            }
+            _ => {}
+        }
+        Some(())
+    }
+
+    /// Stops, saves, builds again and starts.
+    fn carry_on(&mut self, new: &impl Fn(Option<DeviceState>) -> D) {
+        let queues: Vec<_> = self.slot.stop().iter().map(Queue::save).collect();
+        let saved = self.slot.device.save();
+        let bytes = postcard::to_stdvec(&saved).unwrap();
+        let state: DeviceState = postcard::from_bytes(&bytes).unwrap();
+        assert_eq!(state, saved);
+        self.slot = Slot::new(new(Some(state)), &self.memory);
+        let mut restored = Vec::new();
+        for ((index, driver), state) in (0..).zip(&mut self.drivers).zip(&queues) {
+            driver.kick = EventFd::new(EFD_NONBLOCK).unwrap();
+            restored.push(Queue::restore(index, state, driver.kick.try_clone().unwrap()).unwrap());
+        }
+        self.slot.start(restored, self.features);
+    }
+}

@@ -1,0 +1,57 @@
+//! Saved state from a damaged or hostile file: refused, or a device that runs.
+
+use std::sync::{Arc, Mutex};
+
+use devices::backend::rate_limiter::Limits;
+use devices::pci::Function;
+use devices::testing::FakeHost;
+use devices::virtio::blk::{self, Blk, Cache};
+use devices::virtio::console::{self, Console, Size};
+use devices::virtio::device::DeviceState;
+use devices::virtio::pci::{self, Pci};
+use devices::virtio::rng::{self, Rng};
+use devices::virtio::testing;
+use devices::virtio::transport::SharedDevice;
+
+const RAM: usize = 1 << 16;
+const TURNS: usize = 8;
+
+pub fn saved_state(data: &[u8]) {
+    crate::log_to_nowhere();
+    let Ok(state) = postcard::from_bytes::<pci::State>(data) else { return };
+    let device: SharedDevice = match state.transport.device.clone() {
+        DeviceState::Block(state) => Arc::new(Mutex::new(blk(Some(state)))),
+        DeviceState::Console(state) => Arc::new(Mutex::new(console(Some(state)))),
+        DeviceState::Entropy(state) => Arc::new(Mutex::new(rng(Some(state)))),
+    };
+    let host = FakeHost::new();
+    let memory = testing::ram(RAM);
+    let Ok(mut pci) = Pci::new(device, Arc::new(host.clone()), memory, Some(state)) else { return };
+    pci.resume();
+    host.run(TURNS);
+    let mut data = [0; 4];
+    for register in (0..4096).step_by(4) {
+        pci.read_config(register, &mut data);
+    }
+    pci.pause();
+    let _ = postcard::to_stdvec(&pci.save()).unwrap();
+}
+
+pub fn blk(state: Option<blk::State>) -> Blk {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 15).unwrap();
+    let limits = Limits::default();
+    let config =
+        blk::Config { file, read_only: false, cache: Cache::Writeback, serial: "fuzz".into(), limits };
+    Blk::new(config, state).unwrap()
+}
+
+pub fn console(state: Option<console::State>) -> Console {
+    let size = Size { columns: 80, rows: 25 };
+    let config = console::Config { input: None, output: Box::new(std::io::sink()), size };
+    Console::new(config, state).unwrap()
+}
+
+pub fn rng(state: Option<rng::State>) -> Rng {
+    Rng::new(rng::Config { limits: Limits::default() }, state).unwrap()
+}
