@@ -118,14 +118,17 @@ fn the_host_bridge_grants_all_but_hotplug_and_knows_what_it_was_asked() {
     let scratch = tempfile::tempdir().unwrap();
     std::fs::write(scratch.path().join("DSDT.aml"), dsdt(&machine()).as_slice()).unwrap();
     let pci = "5B4DDB33F71F1C4096577441C03DD766";
-    for (uuid, revision, answer) in [
-        (pci, 1, "10 00 00 00 1F 00 00 00 3C 00 00 00"),
-        (pci, 2, "18 00 00 00 1F 00 00 00 3C 00 00 00"),
-        ("00000000000000000000000000000000", 1, "04 00 00 00 1F 00 00 00 3F 00 00 00"),
+    // Asked for and granted, and the status that tells what of it was not granted or understood.
+    for (uuid, revision, asked, granted, status) in [
+        (pci, 1, "3F", "3C", "10"),
+        (pci, 1, "14", "14", "00"),
+        (pci, 2, "3F", "3C", "18"),
+        ("00000000000000000000000000000000", 1, "3F", "3F", "04"),
     ] {
+        let answer = format!("{status} 00 00 00 1F 00 00 00 {granted} 00 00 00");
         let bytes: Vec<_> =
             uuid.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).unwrap()).collect();
-        let wanted = "00 00 00 00 1F 00 00 00 3F 00 00 00";
+        let wanted = format!("00 00 00 00 1F 00 00 00 {asked} 00 00 00");
         let call = format!("execute \\_SB.PCI0._OSC ({}) {revision} 3 ({wanted})", bytes.join(" "));
         let (text, ok) = acpica("acpiexec", scratch.path(), &["-b", &call, "DSDT.aml"]);
         assert!(ok && text.contains(&format!("[Buffer] Length 0C =     0000: {answer}")), "{call}: {text}");
