@@ -10,7 +10,7 @@ CARGO   := $(or $(shell command -v cargo),$(wildcard $(HOME)/.cargo/bin/cargo),c
 export PATH := $(dir $(CARGO)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test bench soak host-shell lint fmt unit guests fuzz-smoke tools programs clean-cache
+.PHONY: help setup run check test bench soak host-shell lint fmt unit host-tests guests fuzz-smoke tools programs clean-cache
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,9 +24,10 @@ run: setup programs ## boot a Debian guest on this terminal; log in as root, lea
 check: lint unit ## the inner loop: lint and unit tests
 
 # In one recipe, for the order. The guests' count comes last but for the fuzzers.
-test: setup ## everything: lint, unit tests, tests with guests, a short run of each fuzzer
+test: setup ## everything: lint, unit tests, the host's tests, tests with guests, a short run of each fuzzer
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory unit
+	$(MAKE) --no-print-directory host-tests
 	$(MAKE) --no-print-directory guests
 	$(MAKE) --no-print-directory fuzz-smoke
 
@@ -46,10 +47,13 @@ lint: ## formatting and clippy, no warning allowed
 fmt: ## format the code
 	cargo fmt --all
 
-# Tests named here_* try the host itself, from outside. The other files of tests/tests/ run inside it: `guests`.
-unit: tools
+unit: ## tests that need no guest
 	cargo test --workspace --exclude berth-tests --quiet
-	cargo test --package berth-tests --lib --bins --test 'here_*' --quiet
+	cargo test --package berth-tests --lib --bins --quiet
+
+# The files of tests/tests/ named here_* try the host and what it is made of, from outside; the others run inside it.
+host-tests:
+	cargo test --package berth-tests --test 'here_*' --quiet
 
 guests: programs ## the tests with guests; FILTER=part of a name runs a few
 	$(HOST) test $(PROGRAMS) $(FILTER)

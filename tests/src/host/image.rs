@@ -43,7 +43,11 @@ pub fn pack(items: &[Item], links: &[(String, String)], staging: &Path, image: &
 /// Fills a directory with symbolic links to the files, for a host that is this machine.
 pub fn link_all(items: &[Item], directory: &Path) -> Result<()> {
     fs::create_dir_all(directory).doing(|| format!("cannot make {}", directory.display()))?;
-    items.iter().try_for_each(|item| link(&item.path, &directory.join(&item.name)))
+    items.iter().try_for_each(|item| {
+        let path =
+            std::path::absolute(&item.path).doing(|| format!("cannot find {}", item.path.display()))?;
+        link(&path, &directory.join(&item.name))
+    })
 }
 
 /// Makes a file as large as the slot that it goes into.
