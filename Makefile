@@ -6,8 +6,8 @@ HOST    := $(TARGET)/debug/berth-host
 PROGRAMS := --programs $(TARGET)/release
 CACHE   := $(or $(BERTH_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/berth)
 SHELL   := /bin/bash
-CARGO   := $(or $(shell command -v cargo),$(wildcard $(HOME)/.cargo/bin/cargo),cargo)
-export PATH := $(dir $(CARGO)):$(PATH)
+# Where rustup puts cargo.
+export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run check test bench soak host-shell lint fmt unit host-tests guests fuzz-smoke tools programs clean-cache
@@ -19,7 +19,7 @@ setup: ## install what building and testing need (Debian 12; elsewhere it says w
 	@resources/setup.sh
 
 run: setup programs ## boot a Debian guest on this terminal; log in as root, leave with `poweroff`
-	$(HOST) run --tty $(PROGRAMS) --with berth-host=$(HOST) --with run-debian=resources/run-debian.sh -- run-debian
+	$(HOST) run --tty $(PROGRAMS) --with run-debian=resources/run-debian.sh -- run-debian
 
 check: lint unit ## the inner loop: lint and unit tests
 
@@ -32,7 +32,7 @@ test: setup ## everything: lint, unit tests, the host's tests, tests with guests
 	$(MAKE) --no-print-directory fuzz-smoke
 
 bench: setup programs ## measure boots beside QEMU's microvm; RUNS=20 for a surer median
-	$(HOST) run $(PROGRAMS) --with berth-bench=$(TARGET)/debug/berth-bench -- berth-bench --runs $(or $(RUNS),5)
+	$(HOST) run $(PROGRAMS) -- berth-bench --runs $(or $(RUNS),5)
 
 soak: setup programs ## the tests with guests over and over, until one fails
 	@for ((round = 1;; round++)); do echo "soak: round $$round"; $(HOST) test $(PROGRAMS) $(FILTER) || exit; done

@@ -20,8 +20,11 @@ pub const INITRAMFS: &str = "initramfs.cpio";
 /// The root file system of a Debian, ext4 without a partition table; in a nested host a block device. Read-only.
 pub const DEBIAN: &str = "debian.ext4";
 
-/// Programs that a host shows if they are built.
-const PROGRAMS: [&str; 4] = ["berth-vmm", "berth-jailer", "berth-host", AGENT];
+/// Programs under test. A host shows them if they are built.
+const PROGRAMS: [&str; 2] = ["berth-vmm", "berth-jailer"];
+
+/// Tools, which a host shows from this program's own directory.
+const TOOLS: [&str; 3] = ["berth-host", "berth-bench", AGENT];
 
 const AGENT: &str = "berth-host-agent";
 
@@ -33,7 +36,7 @@ pub struct Wishes {
     pub forwards: Vec<Forward>,
     /// Shown among the build products.
     pub with: Vec<Item>,
-    /// The directory of the build products, if not this program's own.
+    /// The directory of the programs under test, if not this program's own.
     pub programs: Option<PathBuf>,
 }
 
@@ -44,8 +47,9 @@ pub fn config(wishes: Wishes) -> Result<Config> {
     if !agent.is_file() {
         return Err(Error(format!("{} is not built: cargo build -p berth-tests --bins", agent.display())));
     }
-    let programs = wishes.programs.unwrap_or(beside);
+    let programs = wishes.programs.as_ref().unwrap_or(&beside);
     let mut build: Vec<_> = PROGRAMS.map(|name| Item::new(name, programs.join(name))).into();
+    build.extend(TOOLS.map(|name| Item::new(name, beside.join(name))));
     build.retain(|item| item.path.is_file());
     build.extend(wishes.with);
 
