@@ -23,8 +23,17 @@ pub const LEN: u64 = 8;
 /// must not grow the host's memory.
 pub const INPUT_LIMIT: usize = 64;
 
+const INTERRUPT_ENABLE: u8 = 1;
+const RECEIVED_DATA_ENABLED: u8 = 1 << 0;
+const INTERRUPT_IDENTIFICATION: u8 = 2;
+const NO_INTERRUPT: u8 = 1 << 0;
+const RECEIVED_DATA: u8 = 0b0100;
+const LINE_CONTROL: u8 = 3;
+const DIVISOR_LATCH_ACCESS: u8 = 1 << 7;
 const MODEM_CONTROL: u8 = 4;
 const LOOPBACK: u8 = 1 << 4;
+const LINE_STATUS: u8 = 5;
+const DATA_READY: u8 = 1 << 0;
 
 /// What the board connects to the UART.
 pub struct Config {
@@ -108,6 +117,27 @@ impl Serial {
         self.uart.state().into()
     }
 
+    fn read_register(&mut self, register: u8) -> u8 {
+        let value = self.uart.read(register);
+        if register == INTERRUPT_IDENTIFICATION
+            && value & NO_INTERRUPT != 0
+            && self.received_data_is_pending()
+        {
+            return value & !NO_INTERRUPT | RECEIVED_DATA;
+        }
+        value
+    }
+
+    /// Received data is a reason for an interrupt as long as there is some. `vm_superio` forgets that with the first byte
+    /// that is read; a driver that stops in the middle, as Linux does after 256 bytes, would never come back for the rest.
+    fn received_data_is_pending(&mut self) -> bool {
+        let mut has = |register, bit| self.uart.read(register) & bit != 0;
+        // With the latch open, another register is at the place of this one.
+        !has(LINE_CONTROL, DIVISOR_LATCH_ACCESS)
+            && has(INTERRUPT_ENABLE, RECEIVED_DATA_ENABLED)
+            && has(LINE_STATUS, DATA_READY)
+    }
+
     fn signal_room(&mut self) {
         if self.refused && self.room() > 0 {
             self.refused = false;
@@ -123,7 +153,7 @@ impl BusDevice for Serial {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let (Ok(register), Some(byte)) = (u8::try_from(offset), data.first_mut()) {
-            *byte = self.uart.read(register);
+            *byte = self.read_register(register);
             self.signal_room();
         }
     }
@@ -201,10 +231,7 @@ mod tests {
 
     use super::*;
 
-    const DATA: u64 = 0;
-    const INTERRUPT_ENABLE: u64 = 1;
-    const LINE_STATUS: u64 = 5;
-    const DATA_READY: u8 = 1;
+    const DATA: u8 = 0;
 
     #[derive(Clone, Default)]
     struct Screen(Arc<Mutex<Vec<u8>>>);
@@ -251,17 +278,21 @@ mod tests {
         Board { serial: Serial::new(config, state).unwrap(), screen, interrupt, room }
     }
 
-    fn read(serial: &mut Serial, offset: u64) -> u8 {
+    fn read(serial: &mut Serial, register: u8) -> u8 {
         let mut byte = [0];
-        serial.read(offset, &mut byte);
+        serial.read(register.into(), &mut byte);
         byte[0]
+    }
+
+    fn write(serial: &mut Serial, register: u8, byte: u8) {
+        assert_eq!(serial.write(register.into(), &[byte]), Effect::None);
     }
 
     #[test]
     fn what_the_guest_sends_appears_on_the_output() {
         let mut board = board(None);
         for byte in b"login: " {
-            assert_eq!(board.serial.write(DATA, &[*byte]), Effect::None);
+            write(&mut board.serial, DATA, *byte);
         }
         assert_eq!(*board.screen.0.lock().unwrap(), b"login: ");
         assert_eq!(board.serial.counters().written.load(Ordering::Relaxed), 7);
@@ -271,20 +302,40 @@ mod tests {
     fn a_broken_output_loses_bytes_but_never_stops_the_guest() {
         let config = Config { output: Box::new(Broken), interrupt: event(), room: None };
         let mut serial = Serial::new(config, None).unwrap();
-        assert_eq!(serial.write(DATA, b"x"), Effect::None);
+        write(&mut serial, DATA, b'x');
         assert_eq!(serial.counters().lost.load(Ordering::Relaxed), 1);
     }
 
     #[test]
     fn input_raises_the_interrupt_and_is_read_in_order() {
         let mut board = board(None);
-        let _ = board.serial.write(INTERRUPT_ENABLE, &[1]);
+        write(&mut board.serial, INTERRUPT_ENABLE, RECEIVED_DATA_ENABLED);
         assert_eq!(board.serial.input(b"ab"), 2);
         assert_eq!(board.interrupt.read().unwrap(), 1);
         assert_eq!(read(&mut board.serial, LINE_STATUS) & DATA_READY, DATA_READY);
         assert_eq!(read(&mut board.serial, DATA), b'a');
         assert_eq!(read(&mut board.serial, DATA), b'b');
         assert_eq!(read(&mut board.serial, LINE_STATUS) & DATA_READY, 0);
+    }
+
+    #[test]
+    fn input_that_is_left_is_a_reason_for_an_interrupt_until_the_last_byte_is_read() {
+        let mut board = board(None);
+        write(&mut board.serial, INTERRUPT_ENABLE, RECEIVED_DATA_ENABLED);
+        board.serial.input(b"ab");
+        for expected in [RECEIVED_DATA, RECEIVED_DATA, NO_INTERRUPT] {
+            for _ in 0..2 {
+                assert_eq!(read(&mut board.serial, INTERRUPT_IDENTIFICATION) & 0xf, expected);
+            }
+            read(&mut board.serial, DATA);
+        }
+        write(&mut board.serial, INTERRUPT_ENABLE, 0);
+        board.serial.input(b"c");
+        assert_eq!(
+            read(&mut board.serial, INTERRUPT_IDENTIFICATION) & 0xf,
+            NO_INTERRUPT,
+            "it is not enabled"
+        );
     }
 
     #[test]
@@ -303,11 +354,11 @@ mod tests {
     #[test]
     fn input_waits_while_the_guest_tests_the_loopback() {
         let mut board = board(None);
-        let _ = board.serial.write(u64::from(MODEM_CONTROL), &[LOOPBACK]);
+        write(&mut board.serial, MODEM_CONTROL, LOOPBACK);
         assert_eq!(board.serial.input(b"a"), 0);
-        let _ = board.serial.write(DATA, b"z");
+        write(&mut board.serial, DATA, b'z');
         assert_eq!(read(&mut board.serial, DATA), b'z');
-        let _ = board.serial.write(u64::from(MODEM_CONTROL), &[0]);
+        write(&mut board.serial, MODEM_CONTROL, 0);
         assert_eq!(board.room.read().unwrap(), 1);
         assert_eq!(board.serial.input(b"a"), 1);
     }
@@ -315,7 +366,7 @@ mod tests {
     #[test]
     fn a_restored_uart_goes_on_where_it_was() {
         let mut board = board(None);
-        let _ = board.serial.write(7, &[0x5a]);
+        write(&mut board.serial, 7, 0x5a);
         board.serial.input(b"typed");
         let state = board.serial.save();
         let mut restored = self::board(Some(state.clone())).serial;
