@@ -22,6 +22,7 @@ use crate::x86_64::capabilities::{self, MissingCapability};
 use crate::x86_64::cpuid::{Cpuid, CpuidError, Topology};
 use crate::x86_64::interrupts::Interrupts;
 use crate::x86_64::msr::{self, MsrError};
+use crate::x86_64::ports;
 use crate::x86_64::registers::{self, RegisterError};
 use crate::x86_64::reset_vector;
 
@@ -57,6 +58,7 @@ impl Guest {
         capabilities::check(&kvm, &cpu.kvm_capabilities)?;
         let vm = Arc::new(create_vm(&kvm)?);
         let interrupts = Interrupts::new(vm.clone())?;
+        ports::swallow(&vm)?;
         let memory = GuestMemory::new(settings.memory, settings.pages)?;
         map(&vm, &memory, settings.track_dirty_pages)?;
 
@@ -167,17 +169,17 @@ pub enum StartError {
     Slot(kvm_ioctls::Error),
     #[error("vcpu_count: a vCPU cannot be made: {0}")]
     Vcpu(kvm_ioctls::Error),
-    #[error("cpu-config: {0}")]
+    #[error("{0}")]
     Capability(#[from] MissingCapability),
-    #[error("mem_size_mib: {0}")]
+    #[error("{0}")]
     Memory(#[from] MemoryError),
     #[error("{0}")]
     Boot(#[from] BootError),
     #[error("ACPI tables: {0}")]
     Acpi(#[from] AcpiError),
-    #[error("CPUID: {0}")]
+    #[error("{0}")]
     Cpuid(#[from] CpuidError),
-    #[error("MSRs: {0}")]
+    #[error("{0}")]
     Msr(#[from] MsrError),
     #[error("{0}")]
     Register(#[from] RegisterError),
