@@ -191,7 +191,7 @@ fn pci_scan() -> Vec<u8> {
         data.extend((0x10 + 4 * bar).to_le_bytes());
         data.extend(u64::MAX.to_le_bytes());
         data.push(2 << 6);
-        data.extend((1 << 15 | 0x10 + u32::from(4 * bar)).to_le_bytes());
+        data.extend(((1 << 15) + 0x10 + u32::from(4 * bar)).to_le_bytes());
         data.push(2 << 6 | 4);
         data.extend((0x10 + 4 * bar).to_le_bytes());
         data.extend(0xd000_0000u64.to_le_bytes());
