@@ -168,6 +168,8 @@ fn a_stock_guest_boots_in_a_cell_as_an_ordinary_user_and_leaves_only_the_cell() 
     fs::copy(asset(provide::VMLINUX), cells.root().join("vmlinux")).unwrap();
     fs::copy(asset(provide::INITRAMFS), cells.root().join("initramfs")).unwrap();
 
+    // A group of the caller's, to be left. It is this thread's alone, and what it starts has it too.
+    rustix::thread::set_thread_groups(&[rustix::fs::Gid::from_raw(7)]).unwrap();
     let mut vmm = cells.start(&[]);
     let mut console = Console::new(vmm.child.stdout.take().unwrap(), vmm.child.stdin.take().unwrap());
     let mut api = cells.client();
@@ -446,8 +448,10 @@ fn under_the_name_firecracker_the_vmm_in_the_cell_is_firecracker() {
     let mut command = Command::new(program("berth-jailer"));
     command.args(["--id", ID, "--uid", &uid, "--gid", &gid, "--exec-file"]).arg(&link);
     command.arg("--chroot-base-dir").arg(cells.base.path());
-    process::spawn_bound(&mut command, Vec::new()).unwrap();
+    let mut cell = process::spawn_bound(&mut command, Vec::new()).unwrap();
     let socket = cells.base.path().join("firecracker").join(ID).join("root/run/firecracker.socket");
     let mut client = Client::connect_within(&socket, limits::API).unwrap();
     assert_eq!(client.instance_info().unwrap().app_name, "Firecracker");
+    cell.kill().unwrap();
+    cell.wait().unwrap();
 }
