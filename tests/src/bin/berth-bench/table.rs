@@ -15,6 +15,7 @@ pub enum Measure {
     SystemCalls,
     UserExits,
     AllExits,
+    SteadyExits,
     ApiWall,
     ApiCpu,
     FirstEntry,
@@ -25,10 +26,11 @@ pub enum Measure {
 }
 
 impl Measure {
-    const ALL: [Measure; 10] = [
+    const ALL: [Measure; 11] = [
         Measure::SystemCalls,
         Measure::UserExits,
         Measure::AllExits,
+        Measure::SteadyExits,
         Measure::ApiWall,
         Measure::ApiCpu,
         Measure::FirstEntry,
@@ -43,6 +45,7 @@ impl Measure {
             Measure::SystemCalls => "system calls before the first KVM_RUN",
             Measure::UserExits => "exits to user space until init",
             Measure::AllExits => "all KVM exits until init",
+            Measure::SteadyExits => "of these, not for interrupts and timers",
             Measure::ApiWall => "start to the API's answer, ms",
             Measure::ApiCpu => "the same, ms of processor time",
             Measure::FirstEntry => "start to the first KVM entry, ms",
@@ -56,7 +59,9 @@ impl Measure {
     /// A value in the unit of the name. Times are measured in µs and memory in KiB.
     fn show(self, value: u64) -> String {
         match self {
-            Measure::SystemCalls | Measure::UserExits | Measure::AllExits => value.to_string(),
+            Measure::SystemCalls | Measure::UserExits | Measure::AllExits | Measure::SteadyExits => {
+                value.to_string()
+            }
             Measure::ApiWall | Measure::ApiCpu | Measure::FirstEntry => {
                 format!("{:.1}", value as f64 / 1000.0)
             }

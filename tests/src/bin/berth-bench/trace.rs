@@ -17,6 +17,12 @@ const TRACEFS: &str = "/sys/kernel/tracing";
 /// The data port of the first serial line.
 const SERIAL_DATA: &str = "0x3f8";
 
+/// KVM's names, with SVM and with VMX, for an interrupt of the host and for a guest that can take its own at last.
+const OF_TIME: [&str; 4] = ["interrupt", "vintr", "EXTERNAL_INTERRUPT", "INTERRUPT_WINDOW"];
+
+/// IA32_TSC_DEADLINE, with which a guest sets its timer.
+const TSC_DEADLINE: &str = "6e0";
+
 /// The kernel's trace buffer. Stamps are of the monotonic clock.
 #[derive(Debug)]
 pub struct Trace(());
@@ -26,6 +32,8 @@ pub struct Trace(());
 pub struct Exits {
     pub all: u64,
     pub to_user_space: u64,
+    /// Those of [`Exits::all`] that come with the passing of time: the host's interrupts, the guest's timer.
+    pub of_time: u64,
     /// All of them by the processor's reason, as KVM names it.
     pub by_reason: BTreeMap<String, u64>,
     /// Those to user space by port, by page of physical addresses, or by KVM's reason.
@@ -65,7 +73,7 @@ impl Trace {
 
     /// Begins to record exits and the accesses that caused them.
     pub fn record_exits(&self) -> Result<()> {
-        self.record(&["kvm_exit", "kvm_userspace_exit", "kvm_pio", "kvm_mmio"])
+        self.record(&["kvm_exit", "kvm_userspace_exit", "kvm_pio", "kvm_mmio", "kvm_msr"])
     }
 
     /// Ends what [`Trace::record_exits`] began: the exits before the guest wrote the first byte of `marker` to its
@@ -118,8 +126,10 @@ impl Exits {
                     port =
                         event.number_after("info1").map_or("?".into(), |info| format!("{:#x}", info >> 16));
                     exits.all += 1;
+                    exits.of_time += u64::from(OF_TIME.contains(&reason));
                     *exits.by_reason.entry(reason.into()).or_default() += 1;
                 }
+                "kvm_msr" => exits.of_time += u64::from(event.after("msr_write") == Some(TSC_DEADLINE)),
                 "kvm_mmio" => {
                     page = event.number_after("gpa").map_or("?".into(), |gpa| format!("{:#x}", gpa & !0xfff));
                 }
@@ -197,7 +207,7 @@ mod tests {
     const TRACE: &str = "\
 # tracer: nop
 #
-# entries-in-buffer/entries-written: 11/11   #P:1
+# entries-in-buffer/entries-written: 15/15   #P:1
 #
  vmm-7 [000] d..1.     5.000001: kvm_exit: vcpu 0 reason io rip 0x1 info1 0x000000000cf80040 info2 0x2
  vmm-7 [000] .....     5.000002: kvm_pio: pio_write at 0xcf8 size 4 count 1 val 0x42
@@ -206,6 +216,10 @@ mod tests {
  vmm-7 [000] .....     5.000005: kvm_mmio: mmio unsatisfied-read len 4 gpa 0xfec00010 val 0x0
  vmm-7 [000] .....     5.000006: kvm_userspace_exit: reason KVM_EXIT_MMIO (6)
  vmm-7 [000] d..1.     5.000007: kvm_exit: vcpu 0 reason msr rip 0x1 info1 0x1 info2 0x0
+ vmm-7 [000] .....     5.000007: kvm_msr: msr_write 6e0 = 0x1234
+ vmm-7 [000] d..1.     5.000007: kvm_exit: vcpu 0 reason msr rip 0x1 info1 0x1 info2 0x0
+ vmm-7 [000] .....     5.000007: kvm_msr: msr_write 10 = 0x1234
+ vmm-7 [000] d..1.     5.000007: kvm_exit: vcpu 0 reason interrupt rip 0x1 info1 0x1 info2 0x0
  vmm-7 [000] .....     5.000008: kvm_pio: pio_write at 0x3f8 size 1 count 1 val 0x42
  vmm-7 [000] .....     6.000009: kvm_pio: pio_write at 0x3f8 size 1 count 1 val 0x42
  vmm-7 [000] d..1.     6.000010: kvm_exit: vcpu 0 reason io rip 0x1 info1 0x0000000003f80010 info2 0x2
@@ -215,8 +229,9 @@ mod tests {
     #[test]
     fn exits_are_counted_up_to_the_first_byte_of_the_marker() {
         let exits = Exits::until(TRACE, "BE").unwrap();
-        assert_eq!((exits.all, exits.to_user_space), (3, 2));
-        let reasons = [("io", 1), ("msr", 1), ("npf", 1)].map(|(name, count)| (name.to_owned(), count));
+        assert_eq!((exits.all, exits.to_user_space, exits.of_time), (5, 2, 2));
+        let reasons = [("interrupt", 1), ("io", 1), ("msr", 2), ("npf", 1)]
+            .map(|(name, count)| (name.to_owned(), count));
         assert_eq!(exits.by_reason, reasons.into());
         let targets = [("page 0xfec00000", 1), ("port 0xcf8", 1)].map(|(name, n)| (name.to_owned(), n));
         assert_eq!(exits.by_target, targets.into());
@@ -230,7 +245,7 @@ mod tests {
     #[test]
     fn a_trace_that_lost_its_beginning_is_not_complete() {
         assert!(is_complete(TRACE));
-        assert!(!is_complete(&TRACE.replace("11/11", "11/12")));
+        assert!(!is_complete(&TRACE.replace("15/15", "15/16")));
         assert!(!is_complete(""));
     }
 
