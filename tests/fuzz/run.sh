@@ -18,6 +18,8 @@ export ARTIFACTS=$PWD/artifacts
 BIN=$CARGO_TARGET_DIR/x86_64-unknown-linux-gnu/release
 export BIN
 SCRATCH=$(mktemp -d)
+# The targets' disks and kernels: in memory they are several times as fast.
+if [ -w /dev/shm ]; then export TMPDIR=/dev/shm; fi
 export SCRATCH SECONDS_EACH=$seconds
 trap 'rm -rf "$SCRATCH"' EXIT
 

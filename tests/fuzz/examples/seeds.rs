@@ -27,6 +27,10 @@ fn seeds() -> Vec<Seed> {
         ("queue", "indirect", queue(true)),
         ("blk_request", "read-write-flush-id", blk_requests(0)),
         ("blk_request", "read-only", blk_requests(1)),
+        ("blk_request", "read-end", blk_end(0x80)),
+        ("blk_request", "write-end", blk_end(1)),
+        ("blk_request", "discard-end", blk_end(11)),
+        ("blk_request", "zeroes-end", blk_end(13)),
         ("blk_request", "broken", hostile(&[0])),
         ("rng", "requests", chains(&[(0, &[(0x2000, 64, true)])], &[])),
         ("rng", "broken", hostile(&[])),
@@ -163,6 +167,11 @@ fn blk_requests(flags: u8) -> Vec<u8> {
         &memory,
     );
     [vec![flags], data].concat()
+}
+
+/// One request at the end of the disk: short, so that a change is likely to matter.
+fn blk_end(kind: u8) -> Vec<u8> {
+    vec![0, 1, 11, kind, (-1i8) as u8, 1, 4, 5]
 }
 
 /// A loop of descriptors, a head beyond the table, an index beyond the queue, each followed by a new beginning.

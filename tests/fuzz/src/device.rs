@@ -28,6 +28,10 @@ const QUEUE_SIZE: u16 = 16;
 /// Turns a device gets at a time; it may have more to do then.
 const TURNS: usize = 8;
 const DISK_BYTES: u64 = 1 << 15;
+/// Where the parts of a block request lie.
+const HEADER: u64 = 0x2000;
+const DATA: u64 = 0x3000;
+const STATUS: u64 = 0x2100;
 
 pub fn blk_request(data: &[u8]) {
     crate::log_to_nowhere();
@@ -177,6 +181,28 @@ impl<D: VirtioDevice> Machine<D> {
                 let queues = self.slot.stop().len();
                 self.slot.device.reset();
                 self.plug_in(queues);
+            }
+            // A block request with all its parts, near the beginning or the end of the disk.
+            11 => {
+                let (kind, sector, sectors) = (input.u8()?, input.u8()? as i8, input.u8()?);
+                let sector = if sector < 0 { DISK_BYTES / 512 } else { 0 }.wrapping_add_signed(sector.into());
+                let header =
+                    [&u32::from(kind % 16).to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+                let ranges = [&sector.to_le_bytes()[..], &u32::from(sectors).to_le_bytes(), &[0; 4]].concat();
+                let data = match kind % 16 {
+                    11 | 13 => 16,
+                    _ => u32::from(sectors % 8) * 512,
+                };
+                self.memory.memory().write_slice(&header, GuestAddress(HEADER)).unwrap();
+                self.memory.memory().write_slice(&ranges, GuestAddress(DATA)).unwrap();
+                let buffers = [
+                    Buffer { address: HEADER, len: 16, writable: false },
+                    Buffer { address: DATA, len: data, writable: kind >> 7 != 0 },
+                    Buffer { address: STATUS, len: 1, writable: true },
+                ];
+                if driver.free_descriptors() >= buffers.len() {
+                    driver.add(&buffers);
+                }
             }
             _ => {}
         }
