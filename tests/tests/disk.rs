@@ -165,7 +165,8 @@ fn zeroes_are_written_without_being_sent() {
     assert_eq!(sectors(&mut guest) - before, 8 * MIB / 512);
     guest.power_off();
     let bytes = fs::read(&disk.path).unwrap();
-    assert_eq!(&bytes[4090..4096], b"ll\nful".as_slice().get(..6).unwrap());
+    // 4090 is a multiple of five, so a whole line starts there.
+    assert_eq!(&bytes[4090..4096], b"full\nf");
     assert!(bytes[4096..4096 + (8 * MIB) as usize].iter().all(|byte| *byte == 0));
     assert!(bytes[4096 + (8 * MIB) as usize..].iter().all(|byte| *byte != 0));
 }

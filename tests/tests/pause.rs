@@ -78,24 +78,22 @@ fn a_paused_guest_stands_still_and_says_so() {
     guest.power_off();
 }
 
+/// Longer than the guest's watchdogs wait: 20 s for a CPU that runs one task only, 21 s for RCU.
+const LONG_PAUSE: Duration = Duration::from_secs(30);
+
 #[test]
 fn no_watchdog_of_the_guest_takes_a_pause_for_a_hang_and_its_clock_is_right() {
     let mut guest = Guest::booted(Setup { vcpus: 2, ..Setup::default() });
-    // A task that keeps a CPU for 2 s is a soft lockup now.
-    guest.run("echo 1 > /proc/sys/kernel/watchdog_thresh; sleep 2");
-    for _ in 0..3 {
-        guest.pause();
-        sleep(Duration::from_secs(6));
-        guest.resume();
-        guest.run("sleep 1");
-    }
-    let log = guest.run("dmesg");
-    for sign in ["soft lockup", "unstable", "stall", "hung"] {
-        assert!(!log.contains(sign), "{sign}:\n{log}");
-    }
+    guest.run("sleep 5");
+    guest.pause();
+    sleep(LONG_PAUSE);
+    guest.resume();
+    guest.run("sleep 5");
     let now = || SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
     let before = now();
     let there = guest.number("date +%s");
     assert!((before - 2..=now() + 2).contains(&there), "{there} there, {before} here");
+    let complaints = guest.shell("dmesg | grep -iE 'lockup|rcu.*stall|blocked for more|marking clocksource'");
+    assert_eq!(complaints.text, "");
     guest.power_off();
 }
