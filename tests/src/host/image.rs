@@ -3,6 +3,7 @@
 //! Files go in uncompressed: unpacking costs an emulated processor more than reading.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -71,9 +72,13 @@ pub fn make_scratch(image: &Path, size: u64) -> Result<()> {
 
 fn stage(item: &Item, target: &Path) -> Result<()> {
     make_parent(target)?;
-    // A hard link costs nothing; on another file system it has to be a copy.
+    // A hard link costs nothing; on another file system it has to be a copy. But not onto what is there already: of a name
+    // given twice that is a link to the original, which copying would empty.
     fs::hard_link(&item.path, target)
-        .or_else(|_| fs::copy(&item.path, target).map(drop))
+        .or_else(|error| match error.kind() {
+            ErrorKind::AlreadyExists => Err(error),
+            _ => fs::copy(&item.path, target).map(drop),
+        })
         .doing(|| format!("cannot pack {} as {}", item.path.display(), item.name))
 }
 
@@ -111,6 +116,18 @@ mod tests {
         pad(&image, 200).unwrap();
         assert_eq!(fs::metadata(&image).unwrap().len(), 200);
         assert!(pad(&image, 199).unwrap_err().to_string().contains("199 fit"));
+    }
+
+    #[test]
+    fn a_name_given_twice_is_refused_and_its_file_stays_as_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("berth-vmm");
+        fs::write(&file, "vmm").unwrap();
+        let item = Item::new("vmm", &file);
+        let (staging, image) = (directory.path().join("staging"), directory.path().join("image"));
+        let error = pack(&[item.clone(), item], &[], &staging, &image).unwrap_err();
+        assert!(error.to_string().contains("cannot pack"), "{error}");
+        assert_eq!(fs::read(&file).unwrap(), b"vmm");
     }
 
     #[test]
