@@ -61,9 +61,16 @@ impl Cells {
         Vmm { child: process::spawn_bound(&mut command, Vec::new()).unwrap() }
     }
 
-    /// Runs a jailer to its end.
+    /// Runs a jailer that is not to become a VMM.
+    #[track_caller]
     fn run(&self, flags: &[&str]) -> Output {
-        self.jailer(flags).stdin(Stdio::null()).output().unwrap()
+        let mut command = self.jailer(flags);
+        let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = process::spawn_bound(command, Vec::new()).unwrap();
+        let has_ended = process::wait_for(&mut child, limits::EXIT);
+        process::kill(&mut child);
+        assert!(has_ended, "it runs on");
+        child.wait_with_output().unwrap()
     }
 
     #[track_caller]
@@ -319,22 +326,32 @@ fn is_refused(cells: &Cells, why: &str) {
 }
 
 #[test]
-fn a_daemon_in_a_pid_namespace_has_a_pid_file_and_no_terminal() {
+fn a_daemon_has_a_pid_file_and_no_terminal() {
+    is_a_daemon(&["--daemonize"], |pid| format!("{pid}"));
+}
+
+#[test]
+fn a_daemon_in_a_pid_namespace_is_its_first_process() {
+    is_a_daemon(&["--daemonize", "--new-pid-ns"], |pid| format!("{pid} 1"));
+}
+
+fn is_a_daemon(flags: &[&str], numbers: impl FnOnce(u32) -> String) {
     let cells = Cells::new();
-    let output = cells.run(&["--daemonize", "--new-pid-ns"]);
+    let output = cells.run(flags);
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     // The program runs by now, so the file is there.
     let pid = cells.pid();
     cells.client();
-    assert_eq!(status(pid, "NSpid"), format!("{pid} 1"));
+    assert_eq!(status(pid, "NSpid"), numbers(pid));
     is_an_ordinary_user_without_capabilities(pid);
     for number in 0..3 {
         assert_eq!(fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap(), Path::new("/dev/null"));
     }
     let process = Pid::from_raw(pid as i32);
-    assert_ne!(rustix::process::getsid(process).unwrap(), rustix::process::getsid(None).unwrap());
+    let session = rustix::process::getsid(process).unwrap();
+    assert_ne!(session, rustix::process::getsid(None).unwrap());
     // It cannot get a terminal: that takes the leader of a session.
-    assert_ne!(Some(rustix::process::getsid(process).unwrap()), process);
+    assert_ne!(Some(session), process);
 
     rustix::process::kill_process(process.unwrap(), Signal::KILL).unwrap();
     let deadline = Instant::now() + limits::EXIT;
