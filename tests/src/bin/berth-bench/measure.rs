@@ -236,13 +236,14 @@ fn now_us() -> u64 {
     u64::try_from(now.tv_sec * 1_000_000 + now.tv_nsec / 1000).unwrap_or_default()
 }
 
-/// Processor time of all threads of a process. The first number of /proc/PID/task/TID/schedstat is nanoseconds.
+/// Processor time of all threads that a process has now. The first number of /proc/PID/task/TID/schedstat is nanoseconds.
 fn cpu_us(pid: u32) -> Result<u64> {
+    fs::metadata(format!("/proc/{pid}/schedstat")).doing(|| "this kernel has no schedstat")?;
     let path = format!("/proc/{pid}/task");
     let mut sum = 0;
     for thread in fs::read_dir(&path).doing(|| format!("cannot read {path}"))?.flatten() {
-        let stat =
-            fs::read_to_string(thread.path().join("schedstat")).doing(|| "this kernel has no schedstat")?;
+        // None: the thread has ended since the directory was read.
+        let Ok(stat) = fs::read_to_string(thread.path().join("schedstat")) else { continue };
         let time = stat.split_whitespace().next().and_then(|time| time.parse::<u64>().ok());
         sum += time.ok_or_else(|| Error(format!("no schedstat: {stat:?}")))?;
     }
@@ -273,5 +274,19 @@ mod tests {
     #[test]
     fn this_process_has_used_processor_time() {
         assert!(cpu_us(std::process::id()).unwrap() > 0);
+    }
+
+    #[test]
+    fn threads_that_end_while_they_are_counted_are_no_error() {
+        let measured = std::thread::spawn(|| {
+            for _ in 0..500 {
+                cpu_us(std::process::id())?;
+            }
+            Ok::<_, Error>(())
+        });
+        while !measured.is_finished() {
+            std::thread::spawn(|| ()).join().unwrap();
+        }
+        measured.join().unwrap().unwrap();
     }
 }

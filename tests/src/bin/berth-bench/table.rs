@@ -7,7 +7,7 @@ use crate::peer::Peer;
 use crate::trace::Exits;
 
 /// How many lines there are of where the exits come from.
-const MAX_ORIGINS: usize = 12;
+const MAX_ORIGINS: usize = 20;
 
 /// Something that is measured of each peer in each run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -193,6 +193,6 @@ mod tests {
         let mut results = Results::default();
         results.keep_exits(Peer::BerthPci, Exits { by_target: names.collect(), ..Exits::default() });
         let text = results.to_string();
-        assert!(text.contains("| port 12 | 7 | - | - |\n| others | 1 | 0 | 0 |"), "{text}");
+        assert!(text.contains("| port 20 | 7 | - | - |\n| others | 1 | 0 | 0 |"), "{text}");
     }
 }

@@ -129,7 +129,12 @@ impl Exits {
                     exits.of_time += u64::from(OF_TIME.contains(&reason));
                     *exits.by_reason.entry(reason.into()).or_default() += 1;
                 }
-                "kvm_msr" => exits.of_time += u64::from(event.after("msr_write") == Some(TSC_DEADLINE)),
+                // It follows the exit that it is the reason of.
+                "kvm_msr" if event.after("msr_write") == Some(TSC_DEADLINE) => {
+                    exits.of_time += 1;
+                    *exits.by_reason.entry("msr: timer".into()).or_default() += 1;
+                    exits.by_reason.entry(reason.into()).and_modify(|count| *count -= 1);
+                }
                 "kvm_mmio" => {
                     page = event.number_after("gpa").map_or("?".into(), |gpa| format!("{:#x}", gpa & !0xfff));
                 }
@@ -230,7 +235,7 @@ mod tests {
     fn exits_are_counted_up_to_the_first_byte_of_the_marker() {
         let exits = Exits::until(TRACE, "BE").unwrap();
         assert_eq!((exits.all, exits.to_user_space, exits.of_time), (5, 2, 2));
-        let reasons = [("interrupt", 1), ("io", 1), ("msr", 2), ("npf", 1)]
+        let reasons = [("interrupt", 1), ("io", 1), ("msr", 1), ("msr: timer", 1), ("npf", 1)]
             .map(|(name, count)| (name.to_owned(), count));
         assert_eq!(exits.by_reason, reasons.into());
         let targets = [("page 0xfec00000", 1), ("port 0xcf8", 1)].map(|(name, n)| (name.to_owned(), n));
