@@ -14,8 +14,9 @@ pub fn apply(limits: &Limits) -> Result<()> {
     if let Some(bytes) = limits.file_bytes {
         set(Resource::Fsize, bytes, "fsize")?;
     }
-    // A core file holds the memory of the guest.
-    set(Resource::Core, 0, "core")
+    // A core file holds the memory of the guest. No file is as small as one byte; and where cores go to a program by a
+    // pipe, which heeds no limit and not 0 either, the kernel takes 1 for "no core" (fs/coredump.c).
+    set(Resource::Core, 1, "core")
 }
 
 fn set(resource: Resource, value: u64, name: &str) -> Result<()> {

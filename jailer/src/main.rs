@@ -41,6 +41,7 @@ fn confine(args: &Args, times: &mut Times, voice: &mut Voice) -> Result<Infallib
     // We are root in the host, and have whatever our caller had open. The environment is still there; nothing reads it,
     // and the exec leaves it behind.
     process::close_inherited()?;
+    process::leave_keyring()?;
     ids::require_root()?;
     // Each file gets the mode that is said where it is made. The VMM has the caller's mask back.
     let umask = rustix::process::umask(Mode::empty());

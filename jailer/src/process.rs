@@ -33,6 +33,25 @@ pub fn close_inherited() -> Result<()> {
     }
 }
 
+/// Leaves the caller's session keyring for a new, empty one: who has a session's keyring may use the keys in it, as any
+/// user.
+///
+/// # Errors
+/// The user has too many keyrings.
+pub fn leave_keyring() -> Result<()> {
+    // SAFETY: the call takes the name of a keyring, where a null pointer stands for one without a name, and touches no
+    // memory.
+    let joined =
+        unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) };
+    match std::io::Error::last_os_error() {
+        // A kernel without keys has none to leave.
+        error if joined < 0 && error.raw_os_error() != Some(libc::ENOSYS) => {
+            Err(error).during(|| "cannot leave the caller's keyring".into())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// When the start began, for the VMM's metrics. Microseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Times {

@@ -385,7 +385,7 @@ fn limits_are_in_force_and_cannot_be_raised() {
     cells.client();
     let text = fs::read_to_string(format!("/proc/{}/limits", vmm.pid())).unwrap();
     for (name, value) in
-        [("Max open files", "2048"), ("Max file size", "1048576"), ("Max core file size", "0")]
+        [("Max open files", "2048"), ("Max file size", "1048576"), ("Max core file size", "1")]
     {
         let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         let values: Vec<_> = line.split_whitespace().take(2).collect();
