@@ -4,6 +4,7 @@
 //! (reset, pause, snapshot, unplug: one road) → `start` or drop. A stopped device has given its queues back and has
 //! nothing left that could run, so `save` needs no barrier.
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -80,9 +81,10 @@ pub trait Interrupt: Send + Sync {
     /// The configuration space has changed.
     fn config(&self);
 
-    /// The driver broke the rules so that the device cannot go on: sets DEVICE_NEEDS_RESET (VIRTIO 1.3, 2.1.2) and
-    /// tells the driver. The machine runs on.
-    fn needs_reset(&self);
+    /// The device cannot go on, most often because the driver broke the rules: sets DEVICE_NEEDS_RESET (VIRTIO 1.3,
+    /// 2.1.2), tells the driver, and writes `reason` to the log, within the limit for what a guest can cause at will. The
+    /// machine runs on.
+    fn needs_reset(&self, reason: &dyn Display);
 }
 
 /// The saved state of any device: one variant each, so that a state can never be given to another kind of device.
@@ -93,7 +95,7 @@ pub enum DeviceState {
     Entropy(rng::State),
 }
 
-/// Why a device could not start; the driver sees DEVICE_NEEDS_RESET, the log sees this text.
+/// Why a device could not start; the driver sees DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error("the driver enabled {got} queues, the device needs {needed}")]

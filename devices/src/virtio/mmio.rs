@@ -3,6 +3,7 @@
 //! For kernels without PCI, and for the shortest boot. No shared memory regions and no queue reset: no device here has
 //! either.
 
+use std::fmt::Display;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -85,7 +86,7 @@ impl Mmio {
         line: EventFd,
         state: Option<State>,
     ) -> Result<Self, NewError> {
-        let shared = Arc::<Shared>::default();
+        let shared = Shared::of(&device);
         let (interrupt_status, state) = state.map(|s| (s.interrupt_status, s.transport)).unzip();
         let pending = AtomicU32::new(interrupt_status.unwrap_or(0));
         let line = Arc::new(Line { pending, line, shared: shared.clone() });
@@ -236,8 +237,8 @@ impl Interrupt for Line {
         self.raise(CONFIG_CHANGE);
     }
 
-    fn needs_reset(&self) {
-        if self.shared.set_needs_reset() {
+    fn needs_reset(&self, reason: &dyn Display) {
+        if self.shared.set_needs_reset(reason) {
             self.raise(CONFIG_CHANGE);
         }
     }

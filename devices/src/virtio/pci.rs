@@ -14,6 +14,7 @@
 //!
 //! Each is a page of its own, so that a doorbell can be bound without the others.
 
+use std::fmt::Display;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
@@ -149,7 +150,7 @@ impl Pci {
             Registers::new(identity.device_type, queues)?;
 
         let msix = Msix::new(&*host, queues + 1, state.as_ref().map(|s| &s.msix))?;
-        let vectors = Arc::new(Vectors::new(msix.triggers()?, queues));
+        let vectors = Arc::new(Vectors::new(msix.triggers()?, queues, Shared::of(&device)));
         if let Some(state) = &state {
             config.restore(&state.config)?;
             vectors.restore(state)?;
@@ -515,10 +516,10 @@ struct Vectors {
 }
 
 impl Vectors {
-    fn new(triggers: Vec<EventFd>, queues: usize) -> Self {
+    fn new(triggers: Vec<EventFd>, queues: usize, shared: Arc<Shared>) -> Self {
         let none = || AtomicU16::new(NO_VECTOR);
         let queues = (0..queues).map(|_| none()).collect();
-        Self { triggers, config: none(), queues, isr: AtomicU8::new(0), shared: Arc::default() }
+        Self { triggers, config: none(), queues, isr: AtomicU8::new(0), shared }
     }
 
     fn restore(&self, state: &State) -> Result<(), StateError> {
@@ -581,8 +582,8 @@ impl Interrupt for Vectors {
         self.raise_config();
     }
 
-    fn needs_reset(&self) {
-        if self.shared.set_needs_reset() {
+    fn needs_reset(&self, reason: &dyn Display) {
+        if self.shared.set_needs_reset(reason) {
             self.raise_config();
         }
     }

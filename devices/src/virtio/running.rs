@@ -77,9 +77,8 @@ impl Running {
         // Also after an error: what was done before it is done.
         let interrupt = turn.interrupt(&*self.interrupt);
         if let Err(error) = result.and(interrupt) {
-            log::warn!("virtio queue {index}: the driver broke the rules, the device needs a reset: {error}");
             self.broken = true;
-            self.interrupt.needs_reset();
+            self.interrupt.needs_reset(&format_args!("the driver broke the rules of queue {index}: {error}"));
         }
     }
 }

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a mistake in a test shall stop that test")]
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -270,7 +271,7 @@ impl Interrupt for Calls {
         self.config.fetch_add(1, Ordering::SeqCst);
     }
 
-    fn needs_reset(&self) {
+    fn needs_reset(&self, _reason: &dyn Display) {
         self.needs_reset.fetch_add(1, Ordering::SeqCst);
     }
 }

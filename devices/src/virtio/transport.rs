@@ -4,6 +4,7 @@
 //! Nothing here can be driven out of order: a write that the specification forbids is ignored, and queue registers are
 //! frozen while the device runs.
 
+use std::fmt::Display;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +18,7 @@ use crate::backend::log_limit::LogLimit;
 use crate::host::{Handler, Host, WatchId};
 use crate::memory::Memory;
 use crate::state::StateError;
-use crate::virtio::device::{Active, DeviceState, Identity, Interrupt, VirtioDevice};
+use crate::virtio::device::{Active, DeviceState, DeviceType, Identity, Interrupt, VirtioDevice};
 use crate::virtio::queue::{Queue, QueueState};
 
 /// Bits of the device status register (VIRTIO 1.3, section 2.1).
@@ -45,24 +46,36 @@ pub struct Transport {
     shared: Arc<Shared>,
     registers: Registers,
     running: Option<WatchId>,
-    log: LogLimit,
 }
 
 /// What a transport shares with the [`Interrupt`] that its device holds.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Shared {
     status: AtomicU8,
     generation: AtomicU8,
+    device_type: DeviceType,
+    log: Mutex<LogLimit>,
 }
 
 impl Shared {
+    /// As after reset, of the device that will be behind the transport.
+    pub fn of(device: &SharedDevice) -> Arc<Self> {
+        let device_type = lock(device).identity().device_type;
+        let (status, generation) = (AtomicU8::new(0), AtomicU8::new(0));
+        Arc::new(Self { status, generation, device_type, log: Mutex::default() })
+    }
+
     /// The configuration space has changed: a driver that reads it now sees another generation.
     pub fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Sets DEVICE_NEEDS_RESET. True when a driver is there to be told (2.1.2).
-    pub fn set_needs_reset(&self) -> bool {
+    /// Sets DEVICE_NEEDS_RESET and logs the reason. True when a driver is there to be told (2.1.2).
+    pub fn set_needs_reset(&self, reason: &dyn Display) -> bool {
+        if let Some(left_out) = self.log.lock().unwrap_or_else(PoisonError::into_inner).pass() {
+            let device = self.device_type;
+            log::warn!("virtio {device:?} needs a reset: {reason} ({left_out} such lines left out)");
+        }
         self.status.fetch_or(status::NEEDS_RESET, Ordering::AcqRel) & status::DRIVER_OK != 0
     }
 }
@@ -109,8 +122,7 @@ impl Transport {
                 state.registers
             }
         };
-        let log = LogLimit::default();
-        Ok(Self { device, identity, host, memory, interrupt, kicks, shared, registers, running: None, log })
+        Ok(Self { device, identity, host, memory, interrupt, kicks, shared, registers, running: None })
     }
 
     /// What the device is.
@@ -269,12 +281,8 @@ impl Transport {
         match self.try_start() {
             Ok(watch) => self.running = Some(watch),
             Err(error) => {
-                if let Some(left_out) = self.log.pass() {
-                    let device = self.identity.device_type;
-                    log::warn!("virtio {device:?}: cannot start: {error} ({left_out} such lines left out)");
-                }
                 lock(&self.device).stop();
-                self.interrupt.needs_reset();
+                self.interrupt.needs_reset(&format_args!("cannot start: {error}"));
             }
         }
     }
