@@ -14,9 +14,10 @@ use crate::virtio::testing::EVENT_IDX;
 pub const ODD_FEATURE: u64 = 1 << 5;
 
 /// A device with two queues that gives back what it gets.
-#[derive(Default)]
 pub struct Echo {
     running: Option<Running>,
+    /// What it offers.
+    pub features: u64,
     pub config: [u8; 8],
     /// What it got when it was started last.
     pub interrupt: Option<Arc<dyn Interrupt>>,
@@ -24,6 +25,13 @@ pub struct Echo {
     pub resets: usize,
     /// It does not start.
     pub refuse: bool,
+}
+
+impl Default for Echo {
+    fn default() -> Self {
+        let features = EVENT_IDX | ODD_FEATURE;
+        Self { running: None, features, config: [0; 8], interrupt: None, resets: 0, refuse: false }
+    }
 }
 
 impl Echo {
@@ -34,8 +42,7 @@ impl Echo {
 
 impl VirtioDevice for Echo {
     fn identity(&self) -> Identity {
-        let features = EVENT_IDX | ODD_FEATURE;
-        Identity { device_type: DeviceType::Block, features, queue_sizes: vec![8, 4] }
+        Identity { device_type: DeviceType::Block, features: self.features, queue_sizes: vec![8, 4] }
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {

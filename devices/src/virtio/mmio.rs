@@ -174,7 +174,8 @@ impl Mmio {
             register::INTERRUPT_ACK => drop(self.line.pending.fetch_and(!value, Ordering::AcqRel)),
             register::STATUS => {
                 transport.set_status(value as u8);
-                if value == 0 {
+                transport.resume();
+                if transport.status() == 0 {
                     self.line.pending.store(0, Ordering::Release);
                 }
             }

@@ -328,8 +328,8 @@ impl Pci {
         if value == 0 {
             self.vectors.reset();
         }
-        if !self.config.bus_master() {
-            self.transport.pause();
+        if self.config.bus_master() {
+            self.transport.resume();
         }
     }
 

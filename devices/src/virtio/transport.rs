@@ -117,6 +117,7 @@ impl Transport {
             None => fresh,
             Some(state) => {
                 fresh.check(&state.registers)?;
+                check_agreement(&identity, &state)?;
                 shared.status.store(state.status, Ordering::Release);
                 shared.generation.store(state.generation, Ordering::Release);
                 state.registers
@@ -137,7 +138,7 @@ impl Transport {
 
     /// 32 of the 64 feature bits the device offers, as selected; zeros beyond them.
     pub fn device_features(&self) -> u32 {
-        half(self.offered(), self.registers.device_features_select)
+        half(offered(&self.identity), self.registers.device_features_select)
     }
 
     /// 32 of the feature bits the driver has taken, as selected.
@@ -216,23 +217,20 @@ impl Transport {
     }
 
     /// The driver writes the device status register. Bits can only be added; 0 resets, and when this returns, the device
-    /// has stopped (2.1.2, 2.4.1).
+    /// has stopped (2.1.2, 2.4.1). After DRIVER_OK it is [`Transport::resume`] that starts it, when it may run.
     pub fn set_status(&mut self, value: u8) {
         if value == 0 {
             return self.reset();
         }
         let mut added = value & !self.status() & !status::NEEDS_RESET;
         // What stays unset tells the driver that it was refused.
-        if !self.features_are_fine() {
+        if !acceptable(&self.identity, self.registers.driver_features) {
             added &= !status::FEATURES_OK;
         }
         if (self.status() | added) & status::FEATURES_OK == 0 {
             added &= !status::DRIVER_OK;
         }
         self.shared.status.fetch_or(added, Ordering::AcqRel);
-        if added & status::DRIVER_OK != 0 {
-            self.start();
-        }
     }
 
     /// Stops the device without the driver's knowledge: afterwards nothing of it runs and [`Transport::save`] may be
@@ -249,7 +247,8 @@ impl Transport {
         }
     }
 
-    /// Lets the device go on after [`Transport::pause`], or after it was restored. Nothing to do where no driver runs it.
+    /// Lets the device run if it does not yet and its driver wants it to: after DRIVER_OK, after [`Transport::pause`],
+    /// after it was restored.
     pub fn resume(&mut self) {
         let runs = status::DRIVER_OK | status::NEEDS_RESET;
         if self.running.is_none() && self.status() & runs == status::DRIVER_OK {
@@ -309,15 +308,6 @@ impl Transport {
         let handler = Arc::new(Mutex::new(Calls(self.device.clone())));
         self.host.watch(handler, &sources).map_err(|error| error.to_string())
     }
-
-    fn offered(&self) -> u64 {
-        self.identity.features | 1 << VIRTIO_F_VERSION_1
-    }
-
-    fn features_are_fine(&self) -> bool {
-        let taken = self.registers.driver_features;
-        taken & !self.offered() == 0 && taken & (1 << VIRTIO_F_VERSION_1) != 0
-    }
 }
 
 impl Drop for Transport {
@@ -360,6 +350,29 @@ impl Registers {
     }
 }
 
+fn offered(identity: &Identity) -> u64 {
+    identity.features | 1 << VIRTIO_F_VERSION_1
+}
+
+/// Nothing that is not offered, and not less than what a driver of this version must know (2.2.2, 6.1).
+fn acceptable(identity: &Identity, taken: u64) -> bool {
+    taken & !offered(identity) == 0 && taken & (1 << VIRTIO_F_VERSION_1) != 0
+}
+
+/// A driver that relies on what this device is not able to do must not go on as if it were.
+fn check_agreement(identity: &Identity, state: &State) -> Result<(), StateError> {
+    let (taken, agreed) = (state.registers.driver_features, state.status & status::FEATURES_OK != 0);
+    if agreed && !acceptable(identity, taken) {
+        let rule = format!("with VERSION_1 and of those in {:#x}", offered(identity));
+        return Err(StateError::new("virtio", "features", format!("{taken:#x}"), rule));
+    }
+    if state.status & status::DRIVER_OK != 0 && !agreed {
+        let rule = "with FEATURES_OK when it has DRIVER_OK";
+        return Err(StateError::new("virtio", "status", format!("{:#x}", state.status), rule));
+    }
+    Ok(())
+}
+
 /// Why there is no transport.
 #[derive(Debug, thiserror::Error)]
 pub enum NewError {
@@ -393,3 +406,6 @@ fn half(features: u64, select: u32) -> u32 {
         _ => 0,
     }
 }
+
+#[cfg(test)]
+mod tests;
