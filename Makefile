@@ -34,8 +34,9 @@ test: setup ## everything: lint, unit tests, the host's tests, tests with guests
 bench: setup programs ## measure boots beside QEMU's microvm; RUNS=20 for a surer median
 	$(HOST) run $(PROGRAMS) -- berth-bench --runs $(or $(RUNS),5)
 
-soak: setup programs ## the tests with guests over and over, until one fails
-	@for ((round = 1;; round++)); do echo "soak: round $$round"; $(HOST) test $(PROGRAMS) $(FILTER) || exit; done
+soak: setup programs ## the long proofs: tests with guests at full length, ten minutes of each fuzzer; FILTER as above
+	$(HOST) test --soak $(PROGRAMS) $(FILTER)
+	tests/fuzz/run.sh $(or $(FUZZ_SECONDS),600)
 
 host-shell: setup programs ## a shell in the host that guests run in
 	$(HOST) shell $(PROGRAMS)

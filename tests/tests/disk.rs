@@ -5,10 +5,11 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use api_socket::{CacheType, Drive};
 use berth_tests::guest::setup::disk_drive;
-use berth_tests::guest::{Ended, Guest, Name, Setup, blank_disk, debian_drive, limits};
+use berth_tests::guest::{Ended, Guest, Name, Setup, blank_disk, debian_drive, limits, times};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -71,14 +72,21 @@ fn survives_reboot(name: Name) {
 
 #[test]
 fn a_vmm_that_is_killed_loses_nothing_that_was_flushed() {
+    for round in 0..times(1, 50) {
+        a_killed_vmm_loses_nothing_flushed(Duration::from_millis((round * 37 % 500).into()));
+    }
+}
+
+/// The VMM is killed so long after the flush, while the guest writes more.
+fn a_killed_vmm_loses_nothing_flushed(after: Duration) {
     let disk = Disk::blank(64 * MIB);
     let mut guest = Guest::booted(disk.setup());
     assert_eq!(guest.run("cat /sys/block/vda/queue/write_cache"), "write back\n");
     guest.run("mke2fs /dev/vda > /dev/null; mkdir /mnt; mount -t ext4 /dev/vda /mnt");
     guest.run("dd if=/dev/urandom of=/mnt/kept bs=1M count=4 conv=fsync; sync");
     let sum = guest.run("md5sum /mnt/kept");
-    // More is on its way when the end comes.
     guest.say("while :; do dd if=/dev/urandom of=/mnt/lost bs=1M count=1; done");
+    std::thread::sleep(after);
     guest.vmm.kill();
 
     let mut guest = Guest::booted(disk.setup());

@@ -7,9 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use api_socket::InstanceState;
 use berth_tests::guest::setup::disk_drive;
-use berth_tests::guest::{Guest, Name, Setup, blank_disk, debian_drive, limits};
-
-const CYCLES: u32 = 100;
+use berth_tests::guest::{Guest, Name, Setup, blank_disk, debian_drive, limits, times};
 
 /// Lengths of running and standing, in milliseconds: unlike ones, so that cycles meet I/O in all its moments.
 fn lengths(cycle: u32) -> (Duration, Duration) {
@@ -41,7 +39,7 @@ fn pauses_lose_nothing(name: Name) {
     guest.run(&format!(
         "(while [ ! -e /run/stop ] && [ ! -e /run/failed ]; do {round}; done; touch /run/ended) &"
     ));
-    for cycle in 0..CYCLES {
+    for cycle in 0..times(100, 2000) {
         let (running, standing) = lengths(cycle);
         sleep(running);
         guest.pause();

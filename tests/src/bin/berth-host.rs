@@ -34,6 +34,7 @@ Options:
   --with NAME=FILE       shows a file as $BERTH_BUILD/NAME too; may be repeated
   --tty                  runs the command on a terminal
   --jobs HOSTS           runs tests in so many hosts side by side
+  --soak                 runs tests at their full length, which takes hours
   --verbose              says how the host was started and how long it took
 ";
 
@@ -96,6 +97,7 @@ struct Options {
     programs: Option<PathBuf>,
     on_terminal: bool,
     jobs: Option<usize>,
+    is_soak: bool,
     verbose: bool,
 }
 
@@ -110,6 +112,7 @@ impl Options {
             programs: None,
             on_terminal: false,
             jobs: None,
+            is_soak: false,
             verbose: false,
         };
         while let Some(argument) = arguments.next()? {
@@ -121,6 +124,7 @@ impl Options {
                 Long("programs") => options.programs = Some(arguments.value()?.into()),
                 Long("tty") => options.on_terminal = true,
                 Long("jobs") => options.jobs = Some(arguments.value()?.parse()?),
+                Long("soak") => options.is_soak = true,
                 Long("verbose") => options.verbose = true,
                 // What follows is the command's own, dashes and all.
                 Value(program) => {
@@ -154,8 +158,7 @@ fn run(options: Options) -> Result<i32> {
         eprintln!("berth-host: {choice}");
     }
     let env = std::env::var("TERM").map(|term| ("TERM".into(), term)).into_iter().collect();
-    let Options { argv, on_terminal, limit, verbose, memory_mib, forwards, with, programs, jobs: _ } =
-        options;
+    let Options { argv, on_terminal, limit, verbose, memory_mib, forwards, with, programs, .. } = options;
     let config = provide::config(Wishes { place: choice.place, memory_mib, forwards, with, programs })?;
     session::run(config, &Session { argv, env, on_terminal, limit, verbose })
 }
@@ -167,7 +170,7 @@ fn test(options: Options) -> Result<i32> {
         _ => return Err(Error("one FILTER at most".into())),
     };
     let choice = choose::choose()?;
-    let plan = runner::Plan::make(filter)?;
+    let plan = runner::Plan::make(filter, options.is_soak)?;
     let Options { memory_mib, forwards, mut with, programs, jobs, .. } = options;
     with.extend(plan.executables());
     let config = provide::config(Wishes { place: choice.place, memory_mib, forwards, with, programs })?;

@@ -25,7 +25,7 @@ use serde_json::Value;
 pub use setup::{Kernel, Setup};
 pub use vmm::{Ended, Name, Vmm};
 
-use crate::host::provide;
+use crate::host::{SOAK, provide};
 
 /// How long things may take. A nested host runs a guest some twenty times slower than the machine it is on, which may be
 /// busy with others: these are limits to find a hang, not measures. Each is below the runner's for a whole test, so that
@@ -208,6 +208,11 @@ pub fn program(name: &str) -> PathBuf {
 /// The asset of this name; `host::provide` lists them.
 pub fn asset(name: &str) -> PathBuf {
     directory("BERTH_ASSETS").join(name)
+}
+
+/// How often a test repeats what it proves: so many times, or in a soak run so many more.
+pub fn times(usual: u32, in_soak: u32) -> u32 {
+    if std::env::var_os(SOAK).is_some() { in_soak } else { usual }
 }
 
 /// A read-only drive with the Debian asset, for its programs and its kernel modules.

@@ -40,6 +40,9 @@ use qemu::Forward;
 use rundir::RunDir;
 use wire::{Command, Size};
 
+/// Set in a soak run, in which tests have their full length (`runner`).
+pub const SOAK: &str = "BERTH_SOAK";
+
 /// Where a nested host mounts what it was given.
 const BUILD: &str = "/build";
 const ASSETS: &str = "/assets";

@@ -3,7 +3,8 @@
 //!
 //! A host serves one test after another, until one fails, hangs or leaves a process behind; then a fresh one takes
 //! over. A test finds `$BERTH_SCRATCH` empty, works in it, and may skip itself by printing `SKIPPED: reason` and
-//! returning. A file whose name begins with `big_` gets hosts with more memory, one with `long_` more time.
+//! returning. A file whose name begins with `big_` gets hosts with more memory, one with `long_` more time. In a soak run
+//! `$BERTH_SOAK` is set and every test has more time: those that repeat something do so many more times.
 //!
 //! It retries nothing: a test that fails now and then is a failure.
 
@@ -22,13 +23,16 @@ use super::choose::Choice;
 use super::error::{Doing, Error, Result};
 use super::image::Item;
 use super::link::Event;
-use super::{Config, DEFAULT_MEMORY_MIB, Host, process, rundir};
+use super::{Config, DEFAULT_MEMORY_MIB, Host, SOAK, process, rundir};
 
 /// Time for one test, about five times what the slowest needs on an idle machine.
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// Time for a test of a file named `long_*`.
 const LONG_LIMIT: Duration = Duration::from_secs(1500);
+
+/// Time for a test of a soak run.
+const SOAK_LIMIT: Duration = Duration::from_secs(4 * 3600);
 
 /// Memory of the nested hosts for files named `big_*`. One of them runs at a time.
 const BIG_MEMORY_MIB: u64 = 8 << 10;
@@ -59,6 +63,7 @@ const IN_SCRATCH: &str = r#"cd "$BERTH_SCRATCH" && find . -mindepth 1 -delete &&
 pub struct Plan {
     tests: Vec<Test>,
     executables: Vec<Item>,
+    is_soak: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -99,8 +104,9 @@ enum Happening {
 }
 
 impl Plan {
-    /// Has cargo build the tests and lists those whose `file::name` contains `filter`.
-    pub fn make(filter: Option<&str>) -> Result<Self> {
+    /// Has cargo build the tests and lists those whose `file::name` contains `filter`, to be run at the length of a
+    /// soak run or at the usual one.
+    pub fn make(filter: Option<&str>, is_soak: bool) -> Result<Self> {
         let executables = build()?;
         let mut tests = Vec::new();
         for executable in &executables {
@@ -110,7 +116,7 @@ impl Plan {
         if tests.is_empty() && filter.is_some() {
             return Err(Error(format!("no test has {:?} in its name", filter.unwrap_or_default())));
         }
-        Ok(Self { tests, executables })
+        Ok(Self { tests, executables, is_soak })
     }
 
     /// The test executables, to be shown by the hosts.
@@ -139,6 +145,7 @@ pub fn run(config: &Config, plan: Plan, choice: &Choice, jobs: Option<usize>, lo
             queue: Arc::clone(&queue),
             tell: tell.clone(),
             logs: logs.to_owned(),
+            is_soak: plan.is_soak,
         };
         std::thread::spawn(move || worker.work());
     }
@@ -277,6 +284,7 @@ struct Worker {
     queue: Arc<Queue>,
     tell: Sender<Happening>,
     logs: PathBuf,
+    is_soak: bool,
 }
 
 impl Worker {
@@ -328,8 +336,12 @@ impl Worker {
         let script =
             format!(r#"exec "$BERTH_BUILD"/tests/{} --exact "$1" --nocapture --test-threads=1"#, test.file);
         let argv = ["sh", "-c", IN_SCRATCH, "sh", "sh", "-c", &script, "sh", &test.name].map(String::from);
-        let mut running = host.run(argv.into(), Vec::new(), None)?;
-        let end = running.finish(Some(Instant::now() + test.limit()), |bytes| {
+        let (limit, env) = match self.is_soak {
+            true => (SOAK_LIMIT, vec![(SOAK.to_owned(), "1".to_owned())]),
+            false => (test.limit(), Vec::new()),
+        };
+        let mut running = host.run(argv.into(), env, None)?;
+        let end = running.finish(Some(Instant::now() + limit), |bytes| {
             // A full disk must not fail a test; what is shown is still there.
             let _ = log.write_all(bytes);
             shown.add(bytes);
@@ -339,7 +351,7 @@ impl Worker {
                 return Ok(skip_reason(&shown.text()).map_or(Outcome::Passed, Outcome::Skipped));
             }
             Some(Event::Exit(code)) => format!("exit code {code}"),
-            None => format!("still running after {} s", test.limit().as_secs()),
+            None => format!("still running after {} s", limit.as_secs()),
             Some(_) => "its host went away".to_owned(),
         };
         let kernel_log = collect(host, &directory);
