@@ -2,7 +2,9 @@
 //!
 //! Pure: no file is opened and nothing is written. One table holds the flags; `--help` and the parser both read it.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -21,6 +23,11 @@ pub const DEFAULT_ID: &str = "anonymous-instance";
 pub const MAX_ID_LENGTH: usize = 64;
 /// `--http-api-max-payload-size` when none is given, in bytes.
 pub const DEFAULT_MAX_PAYLOAD: usize = 51_200;
+
+/// How often `--fd` may be given: twice what a guest can have drives, and a kernel and an initrd.
+pub const MAX_FDS: usize = 64;
+/// The longest name in an `--fd`, in characters.
+pub const MAX_FD_NAME_LENGTH: usize = 64;
 
 /// Who we are, by the file name we were started under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,6 +185,9 @@ pub struct Args {
     /// Virtio devices on PCI; otherwise on virtio-mmio and the guest is told that there is no PCI.
     pub pci: bool,
     pub start: StartTimes,
+    /// Open descriptors by name, at most [`MAX_FDS`]: names and numbers are all different, and no number is that of a
+    /// standard stream.
+    pub fds: Vec<(String, RawFd)>,
 }
 
 /// Where and how the API is served.
@@ -266,7 +276,31 @@ fn args(identity: Identity, given: &Given) -> Result<Args, ArgsError> {
             cpu_us: given.number("start-time-cpu-us")?,
             parent_cpu_us: given.number("parent-cpu-time-us")?,
         },
+        fds: fds(given)?,
     })
+}
+
+fn fds(given: &Given) -> Result<Vec<(String, RawFd)>, ArgsError> {
+    let fds: Vec<_> = given.values("fd").map(|text| fd(text)).collect::<Result<_, _>>()?;
+    let names: BTreeSet<_> = fds.iter().map(|(name, _)| name).collect();
+    let numbers: BTreeSet<_> = fds.iter().map(|(_, number)| number).collect();
+    if fds.len() > MAX_FDS || names.len() < fds.len() || numbers.len() < fds.len() {
+        let rule = "is given more than 64 times, or a name or a number twice; give each descriptor one name";
+        return Err(ArgsError::Conflict("fd", rule));
+    }
+    Ok(fds)
+}
+
+fn fd(text: &OsStr) -> Result<(String, RawFd), ArgsError> {
+    let rule = "give NAME=NUMBER: 1 to 64 letters, digits, hyphens, underscores and dots, and the number of an open \
+                descriptor, from 3 on";
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let parsed = text.to_str().and_then(|text| text.split_once('=')).and_then(|(name, number)| {
+        let number: RawFd = number.parse().ok()?;
+        let is_name = (1..=MAX_FD_NAME_LENGTH).contains(&name.len()) && name.bytes().all(legal);
+        (is_name && number > 2).then(|| (name.to_owned(), number))
+    });
+    parsed.ok_or_else(|| ArgsError::Invalid { flag: "fd", value: text.to_string_lossy().into_owned(), rule })
 }
 
 fn api(identity: Identity, given: &Given) -> Result<Option<Api>, ArgsError> {
@@ -310,18 +344,23 @@ struct Flag {
     help: &'static str,
     /// A flag of Firecracker's whose feature we do not have yet: what that is. A flag that did nothing would be a lie.
     later: Option<&'static str>,
+    is_repeatable: bool,
 }
 
 const fn switch(name: &'static str, help: &'static str) -> Flag {
-    Flag { name, value: None, help, later: None }
+    Flag { name, value: None, help, later: None, is_repeatable: false }
 }
 
 const fn value(name: &'static str, value: &'static str, help: &'static str) -> Flag {
-    Flag { name, value: Some(value), help, later: None }
+    Flag { name, value: Some(value), help, later: None, is_repeatable: false }
+}
+
+const fn values(name: &'static str, value: &'static str, help: &'static str) -> Flag {
+    Flag { name, value: Some(value), help, later: None, is_repeatable: true }
 }
 
 const fn later(name: &'static str, value: Option<&'static str>, why: &'static str) -> Flag {
-    Flag { name, value, help: "", later: Some(why) }
+    Flag { name, value, help: "", later: Some(why), is_repeatable: false }
 }
 
 /// The flags under their headings, in the order of the help.
@@ -371,6 +410,11 @@ const FLAGS: &[(&str, &[Flag])] = &[
             value("start-time-us", "US", "When it began, by the monotonic clock."),
             value("start-time-cpu-us", "US", "The same, by this process's CPU clock."),
             value("parent-cpu-time-us", "US", "CPU time that the parent had used by then."),
+            values(
+                "fd",
+                "NAME=NUMBER",
+                "An open descriptor: in the API, fd:NAME stands for the path of a\nkernel, an initrd or a disk. May be repeated.",
+            ),
             switch("no-seccomp", "Run without system call filters."),
         ],
     ),
@@ -395,7 +439,7 @@ fn flags() -> impl Iterator<Item = &'static Flag> {
     FLAGS.iter().flat_map(|(_, flags)| *flags)
 }
 
-/// The flags of a command line, each at most once, with their values.
+/// The flags of a command line with their values.
 struct Given(Vec<(&'static Flag, Option<OsString>)>);
 
 impl Given {
@@ -415,7 +459,7 @@ impl Given {
                 }
                 Err(error) => return Err(ArgsError::Unknown(error.to_string())),
             };
-            if given.has(flag.name) {
+            if !flag.is_repeatable && given.has(flag.name) {
                 return Err(ArgsError::Twice(flag.name));
             }
             let value = match flag.value {
@@ -440,8 +484,12 @@ impl Given {
         self.0.iter().any(|(flag, _)| flag.name == name)
     }
 
+    fn values(&self, name: &str) -> impl Iterator<Item = &OsString> {
+        self.0.iter().filter(move |(flag, _)| flag.name == name).filter_map(|(_, value)| value.as_ref())
+    }
+
     fn value(&self, name: &str) -> Option<&OsString> {
-        self.0.iter().find(|(flag, _)| flag.name == name)?.1.as_ref()
+        self.values(name).next()
     }
 
     fn path(&self, name: &str) -> Option<PathBuf> {
@@ -575,6 +623,7 @@ mod tests {
             boot_timer: false,
             pci: true,
             start: StartTimes::default(),
+            fds: Vec::new(),
         };
         assert_eq!(args, expected);
     }
@@ -583,7 +632,8 @@ mod tests {
     fn every_flag_reaches_its_field_with_a_space_or_an_equals_sign() {
         let spaced = "--api-sock /s --id a-1 --config-file /c --log-path /l --level warn --module devices \
              --show-level --show-log-origin --metrics-path /m --no-seccomp --boot-timer --enable-pci \
-             --http-api-max-payload-size 7 --start-time-us 1 --start-time-cpu-us 2 --parent-cpu-time-us 3";
+             --http-api-max-payload-size 7 --start-time-us 1 --start-time-cpu-us 2 --parent-cpu-time-us 3 \
+             --fd disk=3";
         let args = run(spaced);
         let expected = Args {
             identity: Identity::Berth,
@@ -602,6 +652,7 @@ mod tests {
             boot_timer: true,
             pci: true,
             start: StartTimes { wall_us: Some(1), cpu_us: Some(2), parent_cpu_us: Some(3) },
+            fds: vec![("disk".to_string(), 3)],
         };
         assert_eq!(args, expected);
         let mut joined = String::new();
@@ -648,6 +699,24 @@ mod tests {
         let bytes = <OsString as std::os::unix::ffi::OsStringExt>::from_vec(vec![0xff]);
         let error = parse(["berth-vmm".into(), "--module".into(), bytes]).unwrap_err();
         assert!(error.to_string().contains("UTF-8"));
+    }
+
+    #[test]
+    fn descriptors_have_names_and_are_not_the_standard_streams() {
+        let fds = run("--fd kernel=3 --fd disk_1.raw-x=2048").fds;
+        assert_eq!(fds, [("kernel".to_string(), 3), ("disk_1.raw-x".to_string(), 2048)]);
+        let long = format!("{}=3", "x".repeat(65));
+        for bad in
+            ["disk", "disk=", "=3", "disk=2", "disk=-1", "disk=x", "a/b=3", "a=b=3", "disk=2147483648", &long]
+        {
+            assert!(refused(&format!("--fd {bad}")).contains("NAME=NUMBER"), "{bad}");
+        }
+        for bad in ["--fd a=3 --fd a=4", "--fd a=3 --fd b=3"] {
+            assert!(refused(bad).contains("twice"), "{bad}");
+        }
+        let many: Vec<_> = (0..=MAX_FDS).map(|n| format!("--fd n{n}={}", n + 3)).collect();
+        assert_eq!(run(&many[..MAX_FDS].join(" ")).fds.len(), MAX_FDS);
+        assert!(refused(&many.join(" ")).contains("64 times"));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use api_socket::{
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 
 use crate::args::Identity;
+use crate::handed::Handed;
 use crate::memory::{ByteSize, Pages};
 use crate::sink::Sink;
 
@@ -33,6 +34,7 @@ pub const MAX_PARTUUID: usize = 64;
 pub struct Config {
     identity: Identity,
     pci: bool,
+    handed: Handed,
 
     pub machine: Machine,
     pub cpu: CpuConfig,
@@ -93,10 +95,11 @@ impl Config {
     ///
     /// # Errors
     /// None: the values that go with nothing are checked like all others, and are legal.
-    pub fn new(identity: Identity, pci: bool) -> Result<Config, Fault> {
+    pub fn new(identity: Identity, pci: bool, handed: Handed) -> Result<Config, Fault> {
         Ok(Config {
             identity,
             pci,
+            handed,
             machine: Machine::new(&MachineConfig::default())?,
             cpu: CpuConfig::default(),
             entropy: None,
@@ -215,6 +218,24 @@ impl Config {
         })
     }
 
+    /// Opens a disk: a raw image or a block device.
+    ///
+    /// # Errors
+    /// What is wrong with `path_on_host`.
+    pub fn open_drive(&self, path: &Path, read_only: bool) -> Result<File, Fault> {
+        let file = self.open("path_on_host", path, read_only)?;
+        let kind =
+            file.metadata().map_err(|error| cannot_open("path_on_host", path, &error, ""))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let rule = "it must be a raw disk image or a block device";
+            return Err(Fault::bad_request(format!(
+                "`path_on_host` is {}, which is no file; {rule}.",
+                path.display()
+            )));
+        }
+        Ok(file)
+    }
+
     /// Takes down that a running guest's drive has been changed. For one that does not exist it does nothing.
     pub fn drive_updated(&mut self, update: DriveUpdate) {
         let mut drives = self.drives.iter_mut().map(|(drive, _)| drive);
@@ -260,9 +281,9 @@ impl Config {
         if let Some(args) = &settings.boot_args {
             cmdline::check(args)?;
         }
-        let kernel = open_regular("kernel_image_path", &settings.kernel_image_path)?;
-        let initrd =
-            settings.initrd_path.as_deref().map(|path| open_regular("initrd_path", path)).transpose()?;
+        let kernel = self.open_regular("kernel_image_path", &settings.kernel_image_path)?;
+        let initrd = settings.initrd_path.as_deref();
+        let initrd = initrd.map(|path| self.open_regular("initrd_path", path)).transpose()?;
         self.boot = Some(Boot { kernel, initrd });
         self.boot_source = Some(settings);
         Ok(())
@@ -271,7 +292,7 @@ impl Config {
     fn put_drive(&mut self, settings: api_socket::Drive) -> Result<(), Fault> {
         let place = self.drives.iter().position(|(drive, _)| drive.drive_id == settings.drive_id);
         self.check_place(place, &settings)?;
-        let file = open_file_of(&settings)?;
+        let file = self.open_file_of(&settings)?;
         let first = settings.is_root_device.then_some(0);
         // One that was there keeps its place, unless it becomes the root device: the guest's names go by it.
         if let Some(place) = place {
@@ -280,6 +301,62 @@ impl Config {
         let place = first.or(place).unwrap_or(self.drives.len());
         self.drives.insert(place, (settings, Some(file)));
         Ok(())
+    }
+
+    /// Checks a drive, and opens what it names.
+    fn open_file_of(&self, drive: &api_socket::Drive) -> Result<File, Fault> {
+        if drive.socket.is_some() {
+            return Err(Fault::bad_request(
+                "`socket` is set, and this version has no vhost-user-blk; give the disk as `path_on_host`.",
+            ));
+        }
+        if drive.io_engine == Some(IoEngine::Async) {
+            return Err(Fault::bad_request(
+                "`io_engine` is Async, which this version does not have; leave it out, or give Sync.",
+            ));
+        }
+        if let Some(partuuid) = &drive.partuuid {
+            check_partuuid(partuuid, drive.is_root_device)?;
+        }
+        let path = drive.path_on_host.as_deref().ok_or_else(|| {
+            Fault::bad_request(
+                "`path_on_host` is not set; give the path of a raw disk image or of a block device.",
+            )
+        })?;
+        self.open_drive(path, drive.is_read_only.unwrap_or(false))
+    }
+
+    /// Opens for reading what must be an ordinary file.
+    fn open_regular(&self, field: &str, path: &Path) -> Result<File, Fault> {
+        let file = self.open(field, path, true)?;
+        let kind = file.metadata().map_err(|error| cannot_open(field, path, &error, ""))?.file_type();
+        if !kind.is_file() {
+            return Err(Fault::bad_request(format!(
+                "`{field}` is {}, which is no file; give the path of one.",
+                path.display()
+            )));
+        }
+        Ok(file)
+    }
+
+    /// Opens a file, or takes one that was handed over.
+    fn open(&self, field: &str, path: &Path, read_only: bool) -> Result<File, Fault> {
+        if let Some(handed) = self.handed.find(field, path, !read_only) {
+            return handed;
+        }
+        let mut options = OpenOptions::new();
+        // Without this, opening a named pipe would wait for its other end for ever. Files and disks take no notice of it.
+        options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK);
+        options.open(path).map_err(|error| {
+            let advice = match error.kind() {
+                ErrorKind::NotFound => " Is it there, seen from this process's root directory?",
+                ErrorKind::PermissionDenied => {
+                    " Let this process's user at it, or set `is_read_only` for a disk."
+                }
+                _ => "",
+            };
+            cannot_open(field, path, &error, advice)
+        })
     }
 
     fn root(&self) -> Option<&api_socket::Drive> {
@@ -393,48 +470,6 @@ impl Machine {
     }
 }
 
-/// Checks a drive, and opens what it names.
-fn open_file_of(drive: &api_socket::Drive) -> Result<File, Fault> {
-    if drive.socket.is_some() {
-        return Err(Fault::bad_request(
-            "`socket` is set, and this version has no vhost-user-blk; give the disk as `path_on_host`.",
-        ));
-    }
-    if drive.io_engine == Some(IoEngine::Async) {
-        return Err(Fault::bad_request(
-            "`io_engine` is Async, which this version does not have; leave it out, or give Sync.",
-        ));
-    }
-    if let Some(partuuid) = &drive.partuuid {
-        check_partuuid(partuuid, drive.is_root_device)?;
-    }
-    let path = drive.path_on_host.as_deref().ok_or_else(|| {
-        Fault::bad_request(
-            "`path_on_host` is not set; give the path of a raw disk image or of a block device.",
-        )
-    })?;
-    open_drive(path, drive.is_read_only.unwrap_or(false))
-}
-
-/// Opens a disk: a raw image or a block device.
-///
-/// # Errors
-/// What is wrong with `path_on_host`.
-pub fn open_drive(path: &Path, read_only: bool) -> Result<File, Fault> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(!read_only);
-    let file = open("path_on_host", path, &options)?;
-    let kind = file.metadata().map_err(|error| cannot_open("path_on_host", path, &error, ""))?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        let rule = "it must be a raw disk image or a block device";
-        return Err(Fault::bad_request(format!(
-            "`path_on_host` is {}, which is no file; {rule}.",
-            path.display()
-        )));
-    }
-    Ok(file)
-}
-
 /// Opens what a console reads from: bytes that come when somebody types them, which an ordinary file has not.
 fn open_input(path: &Path) -> Result<File, Fault> {
     let mut options = OpenOptions::new();
@@ -448,35 +483,6 @@ fn open_input(path: &Path) -> Result<File, Fault> {
     };
     let path = path.display();
     Err(Fault::bad_request(format!("`input_path` is {path}, {problem}. Give a terminal or a named pipe.")))
-}
-
-/// Opens for reading what must be an ordinary file.
-fn open_regular(field: &str, path: &Path) -> Result<File, Fault> {
-    let file = open(field, path, OpenOptions::new().read(true))?;
-    let kind = file.metadata().map_err(|error| cannot_open(field, path, &error, ""))?.file_type();
-    if !kind.is_file() {
-        return Err(Fault::bad_request(format!(
-            "`{field}` is {}, which is no file; give the path of one.",
-            path.display()
-        )));
-    }
-    Ok(file)
-}
-
-fn open(field: &str, path: &Path, options: &OpenOptions) -> Result<File, Fault> {
-    let mut options = options.clone();
-    // Without this, opening a named pipe would wait for its other end for ever. Files and disks take no notice of it.
-    options.custom_flags(libc::O_NONBLOCK);
-    options.open(path).map_err(|error| {
-        let advice = match error.kind() {
-            ErrorKind::NotFound => " Is it there, seen from this process's root directory?",
-            ErrorKind::PermissionDenied => {
-                " Let this process's user at it, or set `is_read_only` for a disk."
-            }
-            _ => "",
-        };
-        cannot_open(field, path, &error, advice)
-    })
 }
 
 fn cannot_open(field: &str, path: &Path, error: &io::Error, advice: &str) -> Fault {

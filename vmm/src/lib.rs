@@ -8,6 +8,7 @@ pub mod boot_timer;
 pub mod config;
 pub mod control;
 pub mod guest;
+pub mod handed;
 pub mod host;
 pub mod io_thread;
 pub mod logger;

@@ -10,6 +10,7 @@ use api_socket::{ActionType, Fault, Reply, Request};
 use vmm::args::ExitCode as Code;
 use vmm::args::{self, Api, Args, ArgsError, Command};
 use vmm::control::{Call, Control, Sources};
+use vmm::handed::Handed;
 use vmm::logger;
 use vmm::signals::Requests;
 use vmm::terminal::Input;
@@ -27,7 +28,12 @@ fn main() -> ExitCode {
         }
         Err(error) => return bad_arguments(&error),
     };
-    match live(args) {
+    // Before anything is opened: from then on a number may be that of another file.
+    let handed = match Handed::take(&args.fds) {
+        Ok(handed) => handed,
+        Err(error) => return bad_arguments(&error),
+    };
+    match live(args, handed) {
         Ok(code) => code.into(),
         Err(Death { code, reason }) => {
             log::error!("{reason}");
@@ -53,7 +59,7 @@ impl Death {
     }
 }
 
-fn live(args: Args) -> Result<Code, Death> {
+fn live(args: Args, handed: Handed) -> Result<Code, Death> {
     logger::start(&args).map_err(Death::configuration)?;
     if args.no_seccomp {
         log::warn!(
@@ -72,7 +78,7 @@ fn live(args: Args) -> Result<Code, Death> {
     let (ending, endings) = channel();
     let endings_to = EndingSender { queue: ending, wake: wake.clone() };
     let serial_room = room.try_clone().map_err(Death::host("the serial port's event"))?;
-    let mut vm = Vm::new(&args, endings_to, serial_room).map_err(Death::configuration)?;
+    let mut vm = Vm::new(&args, handed, endings_to, serial_room).map_err(Death::configuration)?;
 
     if let Some(file) = &args.config_file {
         for request in api_socket::config_file::read(file).map_err(Death::configuration)? {

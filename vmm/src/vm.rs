@@ -13,8 +13,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::admit::{Verdict, admit};
 use crate::args::{Args, COMPATIBLE_VERSION, Identity};
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::guest::{Guest, Surroundings};
+use crate::handed::Handed;
 use crate::logger::LOGGER;
 use crate::metrics::Metrics;
 use crate::vcpu::{Ending, EndingSender};
@@ -38,7 +39,12 @@ pub struct Vm {
 
 impl Vm {
     /// A VM without a guest, as the command line wants it.
-    pub fn new(args: &Args, endings: EndingSender, serial_room: EventFd) -> Result<Self, Fault> {
+    pub fn new(
+        args: &Args,
+        handed: Handed,
+        endings: EndingSender,
+        serial_room: EventFd,
+    ) -> Result<Self, Fault> {
         let mut metrics = Metrics::new(args.identity, &args.id);
         if let Some(path) = &args.metrics_path {
             metrics.open(&api_socket::Metrics { metrics_path: path.clone(), ..Default::default() })?;
@@ -50,7 +56,7 @@ impl Vm {
             boot_timer: args.boot_timer,
             endings,
             serial_room,
-            config: Config::new(args.identity, args.pci)?,
+            config: Config::new(args.identity, args.pci, handed)?,
             metrics,
             guest: None,
             paused: false,
@@ -192,7 +198,7 @@ impl Vm {
         });
         let read_only = drive.is_read_only.unwrap_or(false);
         let file =
-            update.path_on_host.as_deref().map(|path| config::open_drive(path, read_only)).transpose()?;
+            update.path_on_host.as_deref().map(|path| self.config.open_drive(path, read_only)).transpose()?;
         self.guest()?.machine.update_drive(&update.drive_id, file, limits).map_err(|error| {
             Fault::bad_request(format!("The drive {:?} cannot be changed: {error}", update.drive_id))
         })?;

@@ -16,7 +16,10 @@ fn fixture() -> Fixture {
 }
 
 fn fixture_as(identity: Identity, pci: bool) -> Fixture {
-    Fixture { dir: tempfile::tempdir().unwrap(), config: Config::new(identity, pci).unwrap() }
+    Fixture {
+        dir: tempfile::tempdir().unwrap(),
+        config: Config::new(identity, pci, Handed::default()).unwrap(),
+    }
 }
 
 impl Fixture {
@@ -661,7 +664,7 @@ fn a_configuration_that_is_told_can_be_given_again() {
         fixture.accept(request);
     }
     let told = fixture.config.wire();
-    let mut again = Config::new(Identity::Berth, true).unwrap();
+    let mut again = Config::new(Identity::Berth, true, Handed::default()).unwrap();
     for request in api_socket::config_file::requests(told.clone()).unwrap() {
         assert_eq!(again.apply(request), Ok(Reply::Empty));
     }
@@ -683,4 +686,36 @@ fn what_is_not_about_the_configuration_is_given_back() {
     ] {
         assert_eq!(fixture.config.apply(request.clone()), Err(request));
     }
+}
+
+#[test]
+fn what_was_handed_over_is_looked_at_like_the_file_of_a_path() {
+    let mut f = fixture();
+    let take = |file: File| std::os::fd::IntoRawFd::into_raw_fd(file);
+    let image = take(File::open(f.file("image")).unwrap());
+    let directory = take(File::open(f.dir.path()).unwrap());
+    let named = [("image".to_string(), image), ("directory".to_string(), directory)];
+    f.config = Config::new(Identity::Berth, true, Handed::take(&named).unwrap()).unwrap();
+
+    let drive = |path: &str, read_only| {
+        let (path_on_host, is_read_only) = (Some(path.into()), Some(read_only));
+        Request::PutDrive(api_socket::Drive {
+            drive_id: "disk".into(),
+            path_on_host,
+            is_read_only,
+            ..Default::default()
+        })
+    };
+    f.refuse(drive("fd:image", false), &["`path_on_host` is fd:image", "is_read_only"]);
+    f.refuse(drive("fd:directory", true), &["`path_on_host` is fd:directory", "no file"]);
+    f.refuse(drive("fd:none", true), &["`path_on_host` is fd:none", "image, directory"]);
+    f.accept(drive("fd:image", true));
+    assert_eq!(f.config.wire().drives[0].path_on_host.as_deref(), Some(Path::new("fd:image")));
+
+    let boot = |kernel: &str| {
+        Request::PutBootSource(BootSource { kernel_image_path: kernel.into(), ..Default::default() })
+    };
+    f.refuse(boot("fd:directory"), &["`kernel_image_path` is fd:directory", "no file"]);
+    f.accept(boot("fd:image"));
+    assert!(f.config.open_drive(Path::new("fd:image"), true).is_ok());
 }
