@@ -1,5 +1,7 @@
 //! Device models: what a guest can touch. Nothing here knows KVM, JSON, paths or threads; the machine around a device is
 //! the small seam in [`host`], which the VMM implements on KVM and the tests with a fake.
+//!
+//! A guest can cause most log lines of this crate at will. Whoever takes them keeps a limit, as the VMM's logger does.
 
 pub mod acpi_pm;
 pub mod backend;

@@ -132,38 +132,6 @@ fn is_readable(source: &Source) -> bool {
     epoll.wait(0, &mut [EpollEvent::default()]).unwrap() > 0
 }
 
-/// The log lines that this thread has written since it first called this; the first call only begins.
-#[cfg(test)]
-pub fn take_log() -> Vec<String> {
-    let _ = log::set_logger(&ThreadLog);
-    log::set_max_level(log::LevelFilter::Trace);
-    LINES.with_borrow_mut(|lines| lines.replace(Vec::new()).unwrap_or_default())
-}
-
-#[cfg(test)]
-thread_local! {
-    static LINES: std::cell::RefCell<Option<Vec<String>>> = const { std::cell::RefCell::new(None) };
-}
-
-/// Tests run side by side, each in a thread of its own.
-#[cfg(test)]
-struct ThreadLog;
-
-#[cfg(test)]
-impl log::Log for ThreadLog {
-    fn enabled(&self, _: &log::Metadata) -> bool {
-        true
-    }
-
-    fn log(&self, record: &log::Record) {
-        LINES.with_borrow_mut(|lines| {
-            lines.iter_mut().for_each(|lines| lines.push(record.args().to_string()))
-        });
-    }
-
-    fn flush(&self) {}
-}
-
 fn check(fail: &AtomicBool) -> io::Result<()> {
     if fail.load(Ordering::SeqCst) { Err(io::Error::other("told to fail")) } else { Ok(()) }
 }

@@ -1,6 +1,5 @@
 //! What stands behind a device on the host's side.
 
 pub mod disk;
-pub mod log_limit;
 pub mod rate_limiter;
 mod vectored;

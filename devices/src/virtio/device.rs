@@ -82,8 +82,7 @@ pub trait Interrupt: Send + Sync {
     fn config(&self);
 
     /// The device cannot go on, most often because the driver broke the rules: sets DEVICE_NEEDS_RESET (VIRTIO 1.3,
-    /// 2.1.2), tells the driver, and writes `reason` to the log, within the limit for what a guest can cause at will. The
-    /// machine runs on.
+    /// 2.1.2), tells the driver, and writes `reason` to the log. The machine runs on.
     fn needs_reset(&self, reason: &dyn Display);
 }
 

@@ -6,6 +6,7 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
@@ -15,10 +16,11 @@ use crate::memory::{GuestRam, Memory};
 use crate::virtio::device::{Active, Interrupt, StartError};
 use crate::virtio::queue::{Chain, Queue, QueueError};
 
-/// Most requests one queue is served per turn, and most bytes that they may name: about a millisecond of memory speed.
-/// All devices of a machine share their io thread, so one that is busy comes back to its queue after the others.
+/// Most requests one queue is served per turn, and the time after which no other one is begun: a turn of small requests
+/// on a fast host ends by their number, one of flushes or large transfers by the clock. All devices of a machine share
+/// their io thread, so one that is busy comes back to its queue after the others.
 pub const REQUESTS_PER_TURN: usize = 64;
-pub const BYTES_PER_TURN: u64 = 4 << 20;
+pub const TIME_PER_TURN: Duration = Duration::from_millis(5);
 
 /// A device's queues between start and stop, and what belongs to them.
 pub struct Running {
@@ -94,17 +96,16 @@ impl Turn<'_> {
         &mut self,
         mut request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
     ) -> Result<(), QueueError> {
-        let (mut requests, mut bytes) = (0, 0);
+        let (mut requests, begin) = (0, Instant::now());
         loop {
             self.queue.disable_kicks(self.memory)?;
             loop {
-                if requests >= REQUESTS_PER_TURN || bytes >= BYTES_PER_TURN {
+                if requests >= REQUESTS_PER_TURN || requests > 0 && begin.elapsed() >= TIME_PER_TURN {
                     self.queue.rearm();
                     return Ok(());
                 }
                 let Some(mut chain) = self.queue.pop(self.memory)? else { break };
                 requests += 1;
-                bytes += u64::from(chain.readable.bytes()) + u64::from(chain.writable.bytes());
                 match request(self.memory, &mut chain)? {
                     Step::Used(written) => self.queue.push(self.memory, chain.head, written)?,
                     Step::Later => {
@@ -134,4 +135,66 @@ impl Turn<'_> {
 /// Adds to a counter that others only read.
 pub(crate) fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Calls, Driver, EVENT_IDX, ram};
+
+    /// A queue of sixteen with everything in it made available, and how it is served.
+    fn full() -> (Running, Driver, Arc<Calls>) {
+        let (memory, calls) = (ram(1 << 16), Arc::<Calls>::default());
+        let mut driver = Driver::new(&memory, 0x1000, 16, EVENT_IDX);
+        let room = driver.room(1);
+        while driver.free_descriptors() > 0 {
+            driver.add(&[room]);
+        }
+        let queues = vec![driver.queue(0)];
+        let active = Active { memory, queues, features: EVENT_IDX, interrupt: calls.clone() };
+        let (running, sources) = Running::start(active, 1).unwrap();
+        assert_eq!(sources.len(), 1);
+        (running, driver, calls)
+    }
+
+    #[test]
+    fn a_turn_of_slow_requests_is_over_after_its_time_and_the_rest_comes_in_others() {
+        let (mut running, mut driver, calls) = full();
+        let slow = |running: &mut Running| {
+            running.serve(0, |_, _| {
+                std::thread::sleep(TIME_PER_TURN);
+                Ok(Step::Used(0))
+            });
+        };
+        driver.kick.read().unwrap();
+        for _ in 0..16 {
+            slow(&mut running);
+            assert_eq!(driver.reap_all().len(), 1);
+            assert_eq!(calls.take_queue(), 1);
+            assert!(driver.kick.read().is_ok(), "it rings itself");
+        }
+        slow(&mut running);
+        assert!(driver.reap_all().is_empty() && driver.kick.read().is_err(), "then it rests");
+    }
+
+    #[test]
+    fn a_request_that_waits_keeps_its_place() {
+        let (mut running, mut driver, calls) = full();
+        let mut left = 3;
+        running.serve(0, |_, _| {
+            left -= 1;
+            Ok(if left < 0 { Step::Later } else { Step::Used(0) })
+        });
+        assert_eq!(driver.reap_all().len(), 3);
+        assert_eq!(calls.take_queue(), 1);
+        assert!(driver.kick.read().is_err(), "its time comes from elsewhere");
+        running.serve(0, |_, _| Ok(Step::Used(0)));
+        assert_eq!(driver.reap_all().len(), 13);
+    }
+
+    #[test]
+    fn a_queue_that_does_not_exist_is_not_served() {
+        let (mut running, ..) = full();
+        running.serve(1, |_, _| unreachable!());
+    }
 }

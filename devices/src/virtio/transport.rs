@@ -14,7 +14,6 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::backend::log_limit::LogLimit;
 use crate::host::{Handler, Host, WatchId};
 use crate::memory::Memory;
 use crate::state::StateError;
@@ -54,7 +53,6 @@ pub struct Shared {
     status: AtomicU8,
     generation: AtomicU8,
     device_type: DeviceType,
-    log: Mutex<LogLimit>,
 }
 
 impl Shared {
@@ -62,7 +60,7 @@ impl Shared {
     pub fn of(device: &SharedDevice) -> Arc<Self> {
         let device_type = lock(device).identity().device_type;
         let (status, generation) = (AtomicU8::new(0), AtomicU8::new(0));
-        Arc::new(Self { status, generation, device_type, log: Mutex::default() })
+        Arc::new(Self { status, generation, device_type })
     }
 
     /// The configuration space has changed: a driver that reads it now sees another generation.
@@ -72,10 +70,7 @@ impl Shared {
 
     /// Sets DEVICE_NEEDS_RESET and logs the reason. True when a driver is there to be told (2.1.2).
     pub fn set_needs_reset(&self, reason: &dyn Display) -> bool {
-        if let Some(left_out) = self.log.lock().unwrap_or_else(PoisonError::into_inner).pass() {
-            let device = self.device_type;
-            log::warn!("virtio {device:?} needs a reset: {reason} ({left_out} such lines left out)");
-        }
+        log::warn!("virtio {:?} needs a reset: {reason}", self.device_type);
         self.status.fetch_or(status::NEEDS_RESET, Ordering::AcqRel) & status::DRIVER_OK != 0
     }
 }
