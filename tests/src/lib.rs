@@ -6,8 +6,11 @@
 //! it needs no guest.
 
 pub mod assets;
+pub mod attack;
 pub mod footprint;
 pub mod guest;
 pub mod host;
 #[cfg(test)]
 mod map;
+#[cfg(test)]
+mod security_doc;

@@ -24,7 +24,7 @@ pub const DEBIAN: &str = "debian.ext4";
 const PROGRAMS: [&str; 2] = ["berth-vmm", "berth-jailer"];
 
 /// Tools, which a host shows from this program's own directory.
-const TOOLS: [&str; 3] = ["berth-host", "berth-bench", AGENT];
+const TOOLS: [&str; 4] = ["berth-host", "berth-bench", "berth-attacker", AGENT];
 
 const AGENT: &str = "berth-host-agent";
 
