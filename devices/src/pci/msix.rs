@@ -178,12 +178,12 @@ impl Vector {
             Some((address, data)) => self.msi.connect(address, data),
             None => self.msi.disconnect(),
         };
-        match done {
-            Ok(()) => self.connected = message,
-            // A message that the host cannot deliver is lost, as on a bus where nobody answers at its address. A debug
-            // line, because a guest can cause it at will.
-            Err(error) => log::debug!("msix: message {data:#x} to {address:#x}: {error}"),
+        if let Err(error) = &done {
+            log::debug!("msix: message {data:#x} to {address:#x}: {error}");
+            // The message before must not be sent in place of one that the host cannot deliver.
+            let _ = self.msi.disconnect();
         }
+        self.connected = message.filter(|_| done.is_ok());
     }
 
     /// Raised and not delivered. The host takes in what is raised while it is connected.
@@ -335,6 +335,20 @@ mod tests {
         msix.write_table(8, &8u32.to_le_bytes());
         msix.triggers().unwrap()[0].write(1).unwrap();
         assert_eq!(host.take_messages(), [(ADDRESS, 8)]);
+    }
+
+    #[test]
+    fn a_message_the_host_refuses_does_not_leave_the_one_before_in_its_place() {
+        let (mut msix, host) = msix(1);
+        msix.set_control(CONTROL_ENABLE);
+        set_up(&mut msix, 0, 7);
+        host.fail_connections(true);
+        msix.write_table(8, &8u32.to_le_bytes());
+        msix.triggers().unwrap()[0].write(1).unwrap();
+        assert_eq!(host.take_messages(), []);
+        host.fail_connections(false);
+        msix.write_table(8, &7u32.to_le_bytes());
+        assert_eq!(host.take_messages(), [(ADDRESS, 7)], "and the old one can be had again");
     }
 
     #[test]
