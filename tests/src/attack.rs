@@ -13,6 +13,8 @@ pub enum Layer {
     Descriptors,
     /// Nothing of the caller's environment stays.
     Environment,
+    /// `--daemonize`: a session without a terminal.
+    Session,
     /// A session keyring of its own.
     Keyring,
     /// `pivot_root` in a mount namespace.
@@ -38,9 +40,10 @@ pub enum Layer {
 }
 
 impl Layer {
-    pub const ALL: [Layer; 13] = [
+    pub const ALL: [Layer; 14] = [
         Layer::Descriptors,
         Layer::Environment,
+        Layer::Session,
         Layer::Keyring,
         Layer::Root,
         Layer::Chroot,
@@ -59,6 +62,7 @@ impl Layer {
         match self {
             Layer::Descriptors => "descriptors",
             Layer::Environment => "environment",
+            Layer::Session => "session",
             Layer::Keyring => "keyring",
             Layer::Root => "root",
             Layer::Chroot => "chroot",
@@ -96,7 +100,7 @@ const fn attempt(name: &'static str, what: &'static str, stopped_by: &'static [L
 const PRIVILEGE: &[Layer] = &[Layer::User, Layer::Capabilities];
 
 /// All attempts, by what they are after.
-pub const ATTEMPTS: [Attempt; 58] = [
+pub const ATTEMPTS: [Attempt; 59] = [
     // Files.
     attempt("read-host-file", "read a file of the host's that everyone may read", &[Layer::Root]),
     attempt("climb", "reach it by `..`", &[Layer::Root]),
@@ -154,6 +158,7 @@ pub const ATTEMPTS: [Attempt; 58] = [
     attempt("message-queue", "open a message queue of the same user (POSIX)", &[Layer::Ipc]),
     attempt("callers-key", "read a key of the caller's session", &[Layer::Keyring]),
     attempt("callers-environment", "read the caller's environment", &[Layer::Environment]),
+    attempt("type-for-caller", "type into the caller's terminal (TIOCSTI)", &[Layer::Session]),
     attempt("priority", "run before everyone else (setpriority)", PRIVILEGE),
     attempt("realtime", "run to the exclusion of everyone else (sched_setscheduler)", PRIVILEGE),
     // The network.
@@ -213,6 +218,9 @@ impl Outcome {
         }
     }
 }
+
+/// The last line of the attacker's report.
+pub const END: &str = "that-is-all";
 
 /// The attacker's report; whatever else is in `text` is passed over.
 pub fn outcomes(text: &str) -> BTreeMap<String, Outcome> {

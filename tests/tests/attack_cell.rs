@@ -13,11 +13,14 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use berth_tests::attack::{ATTEMPTS, Attempt, Layer, Outcome, outcomes};
+use berth_tests::attack::{ATTEMPTS, Attempt, END, Layer, Outcome, outcomes};
 use berth_tests::guest::{limits, program};
 use berth_tests::host::process;
-use rustix::fs::{CWD, FileType, Mode, XattrFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, XattrFlags};
+use rustix::process::{Resource, Rlimit};
+use rustix::pty::OpenptFlags;
 use tempfile::TempDir;
 
 const ID: &str = "attacked";
@@ -40,6 +43,7 @@ const CAPABILITY: [u32; 5] = [0x0200_0001, 1 << 21, 0, 0, 0];
 /// A host with everything in it that the attacker is after.
 struct Ground {
     base: TempDir,
+    _old_terminals: Setting,
     neighbour: Child,
     /// Open in all that is started from here.
     _leaked: [OwnedFd; 2],
@@ -98,7 +102,15 @@ impl Ground {
             format!("host-port={port}"),
         ];
         run("ip", &["netns", "add", NETWORK]);
-        Ground { base, neighbour, aims, _leaked: leaked, _listeners: listeners }
+        let old_terminals = Setting::change("/proc/sys/dev/tty/legacy_tiocsti", "1");
+        Ground {
+            _old_terminals: old_terminals,
+            base,
+            neighbour,
+            aims,
+            _leaked: leaked,
+            _listeners: listeners,
+        }
     }
 
     /// What the attacker reports from the jailer's cell.
@@ -108,17 +120,27 @@ impl Ground {
         let mut command = Command::new(program("berth-attacker"));
         command.arg("with-key").arg(program("berth-jailer"));
         let user = USER.to_string();
-        command.args(["--id", ID, "--uid", &user, "--gid", &user]).arg("--chroot-base-dir").arg(cells);
+        command.args(["--id", ID, "--uid", &user, "--gid", &user]).arg("--chroot-base-dir").arg(&cells);
         command.arg("--exec-file").arg(program("berth-attacker"));
-        command.args(["--new-pid-ns", "--netns", NETWORK_FILE]);
+        command.args(["--daemonize", "--new-pid-ns", "--netns", NETWORK_FILE]);
         command.args(["--resource-limit", &format!("no-file={FILES}")]);
         command.args(["--resource-limit", &format!("fsize={FILE_BYTES}")]);
         command.args(["--cgroup-version", "2", "--parent-cgroup", GROUP]);
         for (file, value) in GROUP_LIMITS {
             command.args(["--cgroup", &format!("{file}={value}")]);
         }
-        command.args(["--", "attack"]).args(&self.aims);
-        self.report(&mut command)
+        command.args(["--", "attack", "report=/report"]).args(&self.aims);
+        self.report(&mut command);
+        let path = cells.join("berth-attacker").join(ID).join("root/report");
+        let deadline = Instant::now() + limits::EXIT;
+        loop {
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            if text.ends_with(&format!("{END}\n")) {
+                return outcomes(&text);
+            }
+            assert!(Instant::now() < deadline, "{text}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// What it reports from a cell without these layers.
@@ -151,8 +173,10 @@ impl Ground {
     }
 
     fn report(&self, command: &mut Command) -> BTreeMap<String, Outcome> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = process::spawn_bound(command, Vec::new()).unwrap();
+        // What the attacker could type into, if it were left its caller's terminal.
+        let terminal = terminal();
+        command.stdin(terminal.1).stdout(Stdio::piped());
+        let mut child = process::in_session(command, true).spawn().unwrap();
         let mut text = String::new();
         child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
         assert!(process::wait_for(&mut child, limits::EXIT), "it runs on");
@@ -181,9 +205,42 @@ impl Drop for Ground {
     }
 }
 
+/// A setting of the kernel's that is changed for a while. Nothing happens where there is none.
+struct Setting {
+    file: &'static str,
+    before: Option<String>,
+}
+
+impl Setting {
+    fn change(file: &'static str, value: &str) -> Setting {
+        let before = fs::read_to_string(file).ok();
+        if before.is_some() {
+            fs::write(file, value).unwrap();
+        }
+        Setting { file, before }
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _ = fs::write(self.file, before);
+        }
+    }
+}
+
 /// Devices 1:3 and 10:200.
 const NULL_DEVICE: u64 = libc::makedev(1, 3);
 const TUN_DEVICE: u64 = libc::makedev(10, 200);
+
+/// A terminal, from both sides.
+fn terminal() -> (OwnedFd, OwnedFd) {
+    let outer = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    rustix::pty::unlockpt(&outer).unwrap();
+    let name = rustix::pty::ptsname(&outer, Vec::new()).unwrap();
+    let inner = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty());
+    (outer, inner.unwrap())
+}
 
 fn leak(path: &str) -> OwnedFd {
     let fd = process::passable(File::open(path).unwrap()).unwrap();
@@ -288,4 +345,16 @@ fn each_layer_that_is_said_to_stop_an_attempt_does_so_alone() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn no_core_of_a_cell_goes_to_a_program_either() {
+    let ground = Ground::new();
+    let _pattern = Setting::change("/proc/sys/kernel/core_pattern", "|/bin/cat");
+    assert_ne!(ground.jail()["core"], Outcome::Reached);
+    // The usual way to say "no core" is not heard by the kernel where a program takes them.
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    rustix::process::setrlimit(Resource::Core, none).unwrap();
+    let core = ATTEMPTS.iter().find(|attempt| attempt.name == "core").unwrap();
+    assert_eq!(ground.outcome(core, &[Layer::Limits]), Outcome::Reached);
 }

@@ -25,7 +25,12 @@ impl Aims {
     /// # Errors
     /// The attacker was not told.
     pub fn text(&self, key: &str) -> io::Result<&str> {
-        self.0.get(key).map(String::as_str).ok_or_else(|| unusable(key))
+        self.given(key).ok_or_else(|| unusable(key))
+    }
+
+    /// What there need not be.
+    pub fn given(&self, key: &str) -> Option<&str> {
+        self.0.get(key).map(String::as_str)
     }
 
     /// # Errors

@@ -29,6 +29,11 @@ pub fn enter(aims: &Aims) -> io::Result<()> {
     let has = |layer| !missing.contains(&layer);
     let user: u32 = aims.number("user")?;
 
+    if has(Layer::Session) {
+        leave_by_fork()?;
+        rustix::process::setsid()?;
+        rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+    }
     if has(Layer::Descriptors) {
         call(libc::SYS_close_range, &[3, u32::MAX as usize, 0])?;
     }
@@ -56,10 +61,7 @@ pub fn enter(aims: &Aims) -> io::Result<()> {
     }
     if has(Layer::Pids) {
         unshare(UnshareFlags::NEWPID)?;
-        if let Some(child) = fork()? {
-            let ended = waitpid(Some(child), WaitOptions::empty())?;
-            std::process::exit(ended.and_then(|(_, status)| status.exit_status()).unwrap_or(1))
-        }
+        leave_by_fork()?;
     }
     if has(Layer::Capabilities) {
         empty_bounding_set()?;
@@ -79,6 +81,13 @@ pub fn enter(aims: &Aims) -> io::Result<()> {
         rustix::thread::set_no_new_privs(true)?;
     }
     Ok(())
+}
+
+/// Goes on in a child; the parent ends as that does.
+fn leave_by_fork() -> io::Result<()> {
+    let Some(child) = fork()? else { return Ok(()) };
+    let ended = waitpid(Some(child), WaitOptions::empty())?;
+    std::process::exit(ended.and_then(|(_, status)| status.exit_status()).unwrap_or(1))
 }
 
 /// Makes the working directory the root, in a mount namespace of its own.

@@ -1,8 +1,9 @@
 //! The attacker: a program that the tests put in the VMM's place, to try from inside of a cell what must not be possible.
 //!
 //! Each attempt is a real attack that succeeds where nothing is in its way, and runs in a process of its own. What became
-//! of it is the program's report, one line for each on standard output; see [`berth_tests::attack`]. Nothing here is
-//! destructive where it succeeds: what would be is asked for in a form that the kernel finds legal and does nothing for.
+//! of it is the program's report, one line for each and a last one, in the file `report=` or on standard output; see
+//! [`berth_tests::attack`]. Nothing here is destructive where it succeeds: what would be is asked for in a form that the
+//! kernel finds legal and does nothing for.
 //!
 //!     berth-attacker [flags of a VMM] attack [KEY=VALUE]... [ATTEMPT]...   all attempts if none is named
 //!     berth-attacker cage without=LAYER,... [KEY=VALUE]... [ATTEMPT]...    in a cell of its own making, see `cage.rs`
@@ -19,11 +20,12 @@ mod neighbours;
 mod shares;
 mod uring;
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode, ExitStatus};
 
-use berth_tests::attack::{ATTEMPTS, Outcome};
+use berth_tests::attack::{ATTEMPTS, END, Outcome};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 use aims::Aims;
@@ -68,6 +70,7 @@ const ATTACKS: [(&str, Attack); ATTEMPTS.len()] = [
     ("message-queue", neighbours::message_queue),
     ("callers-key", neighbours::callers_key),
     ("callers-environment", neighbours::callers_environment),
+    ("type-for-caller", neighbours::type_for_caller),
     ("priority", neighbours::priority),
     ("realtime", neighbours::realtime),
     ("abstract-socket", neighbours::abstract_socket),
@@ -142,6 +145,10 @@ fn run(command: &str, words: Vec<String>) -> io::Result<()> {
 
 /// Tries what is named, or everything, each in a process of its own.
 fn attack(aims: &Aims, names: &[String]) -> io::Result<()> {
+    let mut report: Box<dyn Write> = match aims.given("report") {
+        Some(path) => Box::new(File::create(path)?),
+        None => Box::new(io::stdout()),
+    };
     let is_wanted = |name: &str| names.is_empty() || names.iter().any(|wanted| wanted == name);
     for (name, attack) in ATTACKS.into_iter().filter(|(name, _)| is_wanted(name)) {
         let Some(child) = fork()? else {
@@ -151,9 +158,9 @@ fn attack(aims: &Aims, names: &[String]) -> io::Result<()> {
             };
             std::process::exit(code)
         };
-        println!("{}", outcome(child)?.line(name));
+        writeln!(report, "{}", outcome(child)?.line(name))?;
     }
-    Ok(())
+    writeln!(report, "{END}")
 }
 
 fn outcome(child: Pid) -> io::Result<Outcome> {

@@ -102,6 +102,11 @@ pub fn message_queue(_: &Aims) -> io::Result<()> {
     call(libc::SYS_mq_open, &[at(QUEUE), libc::O_RDWR as usize]).map(drop)
 }
 
+pub fn type_for_caller(_: &Aims) -> io::Result<()> {
+    let key = b'x';
+    call(libc::SYS_ioctl, &[libc::STDIN_FILENO as usize, libc::TIOCSTI as usize, at(&key)]).map(drop)
+}
+
 pub fn priority(_: &Aims) -> io::Result<()> {
     Ok(rustix::process::setpriority_process(None, -5)?)
 }
