@@ -33,7 +33,6 @@ pub const MAX_PARTUUID: usize = 64;
 /// Everything that is configured before the start.
 pub struct Config {
     identity: Identity,
-    pci: bool,
     handed: Handed,
 
     pub machine: Machine,
@@ -95,10 +94,9 @@ impl Config {
     ///
     /// # Errors
     /// None: the values that go with nothing are checked like all others, and are legal.
-    pub fn new(identity: Identity, pci: bool, handed: Handed) -> Result<Config, Fault> {
+    pub fn new(identity: Identity, handed: Handed) -> Result<Config, Fault> {
         Ok(Config {
             identity,
-            pci,
             handed,
             machine: Machine::new(&MachineConfig::default())?,
             cpu: CpuConfig::default(),
@@ -157,11 +155,7 @@ impl Config {
     /// It is longer than a kernel takes.
     pub fn command_line(&self, more: &str) -> Result<String, Fault> {
         let given = self.boot_source.as_ref().and_then(|source| source.boot_args.as_deref());
-        let additions = [
-            if self.pci { String::new() } else { "pci=off".to_string() },
-            self.root().map_or_else(String::new, root_argument),
-            more.to_string(),
-        ];
+        let additions = [self.root().map_or_else(String::new, root_argument), more.to_string()];
         cmdline::compose(given.unwrap_or(cmdline::default_args(self.identity)), &additions)
     }
 

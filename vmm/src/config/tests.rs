@@ -12,14 +12,11 @@ struct Fixture {
 }
 
 fn fixture() -> Fixture {
-    fixture_as(Identity::Berth, true)
+    fixture_as(Identity::Berth)
 }
 
-fn fixture_as(identity: Identity, pci: bool) -> Fixture {
-    Fixture {
-        dir: tempfile::tempdir().unwrap(),
-        config: Config::new(identity, pci, Handed::default()).unwrap(),
-    }
+fn fixture_as(identity: Identity) -> Fixture {
+    Fixture { dir: tempfile::tempdir().unwrap(), config: Config::new(identity, Handed::default()).unwrap() }
 }
 
 impl Fixture {
@@ -285,26 +282,24 @@ fn without_a_kernel_there_is_nothing_to_boot() {
 
 #[test]
 fn a_command_line_has_the_arguments_and_then_ours() {
-    let mut with_pci = fixture();
-    assert_eq!(with_pci.config.command_line("").unwrap(), "console=ttyS0 reboot=k panic=1");
-    let mut without = fixture_as(Identity::Firecracker, false);
+    let mut berth = fixture();
+    assert_eq!(berth.config.command_line("").unwrap(), "console=ttyS0 reboot=k panic=1");
+    let mut firecracker = fixture_as(Identity::Firecracker);
     assert_eq!(
-        without.config.command_line("more=1").unwrap(),
-        "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce pci=off more=1"
+        firecracker.config.command_line("more=1").unwrap(),
+        "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce more=1"
     );
-    for (fixture, expected) in
-        [(&mut with_pci, "a root=/dev/vda rw x -- b"), (&mut without, "a pci=off root=/dev/vda rw x -- b")]
-    {
+    for fixture in [&mut berth, &mut firecracker] {
         let source = BootSource { boot_args: Some("a -- b".to_string()), ..fixture.boot_source() };
         fixture.accept(Request::PutBootSource(source));
         let drive = fixture.drive("rootfs", true);
         fixture.accept(Request::PutDrive(drive));
-        assert_eq!(fixture.config.command_line("x").unwrap(), expected);
+        assert_eq!(fixture.config.command_line("x").unwrap(), "a root=/dev/vda rw x -- b");
     }
-    let empty = BootSource { boot_args: Some(String::new()), ..with_pci.boot_source() };
-    with_pci.accept(Request::PutBootSource(empty));
+    let empty = BootSource { boot_args: Some(String::new()), ..berth.boot_source() };
+    berth.accept(Request::PutBootSource(empty));
     assert_eq!(
-        with_pci.config.command_line("").unwrap(),
+        berth.config.command_line("").unwrap(),
         "root=/dev/vda rw",
         "given and empty is not the default"
     );
@@ -312,11 +307,11 @@ fn a_command_line_has_the_arguments_and_then_ours() {
 
 #[test]
 fn a_command_line_that_gets_too_long_by_our_arguments_is_refused() {
-    let mut fixture = fixture_as(Identity::Berth, false);
+    let mut fixture = fixture();
     let args = "x".repeat(cmdline::MAX_LENGTH);
     let source = BootSource { boot_args: Some(args), ..fixture.boot_source() };
     fixture.accept(Request::PutBootSource(source));
-    let fault = fixture.config.command_line("").unwrap_err();
+    let fault = fixture.config.command_line("virtio_mmio.device=x").unwrap_err();
     assert!(fault.message.contains("`boot_args`") && fault.message.contains("too long"), "{fault}");
 }
 
@@ -664,7 +659,7 @@ fn a_configuration_that_is_told_can_be_given_again() {
         fixture.accept(request);
     }
     let told = fixture.config.wire();
-    let mut again = Config::new(Identity::Berth, true, Handed::default()).unwrap();
+    let mut again = Config::new(Identity::Berth, Handed::default()).unwrap();
     for request in api_socket::config_file::requests(told.clone()).unwrap() {
         assert_eq!(again.apply(request), Ok(Reply::Empty));
     }
@@ -695,7 +690,7 @@ fn what_was_handed_over_is_looked_at_like_the_file_of_a_path() {
     let image = take(File::open(f.file("image")).unwrap());
     let directory = take(File::open(f.dir.path()).unwrap());
     let named = [("image".to_string(), image), ("directory".to_string(), directory)];
-    f.config = Config::new(Identity::Berth, true, Handed::take(&named).unwrap()).unwrap();
+    f.config = Config::new(Identity::Berth, Handed::take(&named).unwrap()).unwrap();
 
     let drive = |path: &str, read_only| {
         let (path_on_host, is_read_only) = (Some(path.into()), Some(read_only));
