@@ -8,6 +8,7 @@
 //!     berth-attacker [flags of a VMM] attack [KEY=VALUE]... [ATTEMPT]...   all attempts if none is named
 //!     berth-attacker cage without=LAYER,... [KEY=VALUE]... [ATTEMPT]...    in a cell of its own making, see `cage.rs`
 //!     berth-attacker neighbour [KEY=VALUE]...                              be attacked
+//!     berth-attacker swap root=DIR name=NAME victim=PATH                   be in the way of a jailer
 //!     berth-attacker with-key PROGRAM [ARGUMENT]...                        run with a key in the session's keyring
 //!     berth-attacker handle FILE                                           print what open-by-handle needs
 
@@ -18,6 +19,7 @@ mod files;
 mod kernel;
 mod neighbours;
 mod shares;
+mod swap;
 mod uring;
 
 use std::fs::File;
@@ -128,6 +130,7 @@ fn run(command: &str, words: Vec<String>) -> io::Result<()> {
             attack(&aims, &names)
         }
         "neighbour" => neighbours::be_neighbour(&Aims::take(words).0),
+        "swap" => swap::run(&Aims::take(words).0),
         "with-key" => {
             neighbours::get_key()?;
             let (program, arguments) = words.split_first().ok_or(io::ErrorKind::InvalidInput)?;
