@@ -43,12 +43,6 @@ pub const RESET_VALUE: u8 = 1;
 pub const EVENT_POWER_BUTTON: u32 = 1 << 0;
 /// Event: the VM generation id has changed.
 pub const EVENT_GENERATION: u32 = 1 << 1;
-/// Event: a PCI slot has a new function, or is asked to give one up.
-pub const EVENT_PCI_HOTPLUG: u32 = 1 << 2;
-/// Event: a processor was added, or is asked to go.
-pub const EVENT_CPU_HOTPLUG: u32 = 1 << 3;
-/// Event: memory was added, or is asked to go.
-pub const EVENT_MEMORY_HOTPLUG: u32 = 1 << 4;
 
 /// The register block on its bus.
 pub struct AcpiPm {
@@ -79,6 +73,13 @@ impl AcpiPm {
         self.events |= events;
         // An eventfd refuses only when its counter is at its end: raised already.
         let _ = self.interrupt.write(1);
+    }
+
+    /// Raises again what there is reason for, when the guest goes on: an edge may have got lost in a save.
+    pub fn resume(&mut self) {
+        if self.events != 0 {
+            self.notify(0);
+        }
     }
 
     pub fn save(&self) -> State {
@@ -169,8 +170,13 @@ mod tests {
     fn events_survive_a_save() {
         let (mut block, interrupt) = block();
         block.notify(EVENT_GENERATION | EVENT_POWER_BUTTON);
-        let mut restored = AcpiPm::new(interrupt, Some(block.save()));
+        interrupt.read().unwrap();
+        let mut restored = AcpiPm::new(interrupt.try_clone().unwrap(), Some(block.save()));
+        restored.resume();
+        assert_eq!(interrupt.read().unwrap(), 1);
         assert_eq!(events(&mut restored), EVENT_GENERATION | EVENT_POWER_BUTTON);
+        restored.resume();
+        assert!(interrupt.read().is_err(), "there is nothing left");
     }
 
     #[test]

@@ -12,8 +12,6 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::{BusDevice, Effect};
 use crate::state::StateError;
 
-/// The first port.
-pub const PORT: u64 = 0x60;
 /// How many ports it answers at; those between its two registers belong to others and read as ones.
 pub const LEN: u64 = 5;
 /// How many bytes wait for the guest at most. What does not fit is dropped, as by a keyboard.
@@ -117,6 +115,11 @@ impl I8042 {
             self.send(codes);
         }
         typed
+    }
+
+    /// Raises again what there is reason for, when the guest goes on: an edge may have got lost in a save.
+    pub fn resume(&self) {
+        self.interrupt_if_full();
     }
 
     pub fn save(&self) -> State {
@@ -345,9 +348,15 @@ mod tests {
         read(&mut chip, DATA);
         let _ = chip.write(COMMAND, &[0x60]);
         let state = chip.save();
-        let mut restored = I8042::new(interrupt, Some(state.clone())).unwrap();
+        let _ = interrupt.read();
+        let mut restored = I8042::new(interrupt.try_clone().unwrap(), Some(state.clone())).unwrap();
         assert_eq!(restored.save(), state);
+        restored.resume();
+        assert_eq!(interrupt.read().unwrap(), 1, "for what it has not read");
         assert_eq!(drain(&mut restored), CTRL_ALT_DEL_SET_1[1..]);
+        let _ = interrupt.read();
+        restored.resume();
+        assert!(interrupt.read().is_err(), "there is nothing left");
     }
 
     #[test]

@@ -4,8 +4,6 @@
 
 use crate::bus::{BusDevice, Effect};
 
-/// The port where guests without ACPI expect it.
-pub const PORT: u64 = 0x505;
 /// How many ports it answers at.
 pub const LEN: u64 = 1;
 

@@ -8,12 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::bus::{BusDevice, Effect};
 use crate::state::StateError;
 
-/// The first port.
-pub const PORT: u64 = 0x70;
 /// How many ports it answers at.
 pub const LEN: u64 = 2;
-/// The register of the century, for the FADT.
-pub const CENTURY: u8 = 0x32;
 
 /// The clock: seconds since 1970 in UTC. Not the guest's, which may have set its own.
 pub type Clock = Box<dyn Fn() -> i64 + Send>;
@@ -27,6 +23,8 @@ const WEEKDAY: u8 = 0x06;
 const DAY: u8 = 0x07;
 const MONTH: u8 = 0x08;
 const YEAR: u8 = 0x09;
+/// Where PCs have it. ACPI does not name it: reading it is two exits more at boot, and a year of two digits is enough.
+const CENTURY: u8 = 0x32;
 const TIME: [u8; 8] = [SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY];
 
 const STATUS_A: u8 = 0x0a;

@@ -25,9 +25,13 @@ pub const INPUT_LIMIT: usize = 64;
 
 const INTERRUPT_ENABLE: u8 = 1;
 const RECEIVED_DATA_ENABLED: u8 = 1 << 0;
+const TRANSMITTER_EMPTY_ENABLED: u8 = 1 << 1;
 const INTERRUPT_IDENTIFICATION: u8 = 2;
-const NO_INTERRUPT: u8 = 1 << 0;
+const NO_INTERRUPT: u8 = 0b0001;
+const TRANSMITTER_EMPTY: u8 = 0b0010;
 const RECEIVED_DATA: u8 = 0b0100;
+/// The upper half says that there are FIFOs.
+const REASON: u8 = 0b1111;
 const LINE_CONTROL: u8 = 3;
 const DIVISOR_LATCH_ACCESS: u8 = 1 << 7;
 const MODEM_CONTROL: u8 = 4;
@@ -53,6 +57,8 @@ pub struct Serial {
     counters: Arc<Counters>,
     /// Input was refused since the last signal on `room`.
     refused: bool,
+    /// A reason for an interrupt that a more urgent one hid when the guest asked.
+    transmitter_empty: bool,
 }
 
 type Uart = vm_superio::Serial<Line, Arc<Counters>, Box<dyn Write + Send>>;
@@ -91,7 +97,7 @@ impl Serial {
         let waiting = state.in_buffer.len();
         let uart = Uart::from_state(&state, Line(config.interrupt), counters.clone(), config.output)
             .map_err(|_| StateError::new("serial", "input", waiting, "at most 64 bytes"))?;
-        Ok(Self { uart, room: config.room, counters, refused: false })
+        Ok(Self { uart, room: config.room, counters, refused: false, transmitter_empty: false })
     }
 
     /// Gives the guest as much of `bytes` as there is room for, and says how much that was.
@@ -114,28 +120,50 @@ impl Serial {
     }
 
     pub fn save(&self) -> State {
-        self.uart.state().into()
+        let mut state = State::from(self.uart.state());
+        if self.transmitter_empty {
+            state.interrupt_identification &= !NO_INTERRUPT;
+            state.interrupt_identification |= TRANSMITTER_EMPTY;
+        }
+        state
+    }
+
+    /// Raises again what there is reason for, when the guest goes on: an edge may have got lost in a save.
+    pub fn resume(&self) {
+        let State { interrupt_identification, interrupt_enable, line_status, .. } = self.save();
+        let received = interrupt_enable & RECEIVED_DATA_ENABLED != 0 && line_status & DATA_READY != 0;
+        if received || interrupt_identification & NO_INTERRUPT == 0 {
+            let _ = self.uart.interrupt_evt().trigger();
+        }
     }
 
     fn read_register(&mut self, register: u8) -> u8 {
-        let value = self.uart.read(register);
-        if register == INTERRUPT_IDENTIFICATION
-            && value & NO_INTERRUPT != 0
-            && self.received_data_is_pending()
-        {
-            return value & !NO_INTERRUPT | RECEIVED_DATA;
+        match register {
+            INTERRUPT_IDENTIFICATION => self.identify_interrupt(),
+            _ => self.uart.read(register),
         }
-        value
     }
 
-    /// Received data is a reason for an interrupt as long as there is some. `vm_superio` forgets that with the first byte
-    /// that is read; a driver that stops in the middle, as Linux does after 256 bytes, would never come back for the rest.
-    fn received_data_is_pending(&mut self) -> bool {
+    /// The most urgent reason for an interrupt; reading takes that of the empty transmitter away. `vm_superio` shows both
+    /// reasons at once, which is the code of a third, and takes both away. It also forgets received data with the first
+    /// byte that is read: a driver that stops in the middle, as Linux does after 256 bytes, would never come back for the
+    /// rest.
+    fn identify_interrupt(&mut self) -> u8 {
+        let value = self.uart.read(INTERRUPT_IDENTIFICATION);
+        let empty = std::mem::take(&mut self.transmitter_empty) || value & TRANSMITTER_EMPTY != 0;
         let mut has = |register, bit| self.uart.read(register) & bit != 0;
-        // With the latch open, another register is at the place of this one.
-        !has(LINE_CONTROL, DIVISOR_LATCH_ACCESS)
-            && has(INTERRUPT_ENABLE, RECEIVED_DATA_ENABLED)
-            && has(LINE_STATUS, DATA_READY)
+        // With the latch open, another register is at the place of what is enabled; nobody waits for interrupts then.
+        let hidden = has(LINE_CONTROL, DIVISOR_LATCH_ACCESS);
+        let received = has(INTERRUPT_ENABLE, RECEIVED_DATA_ENABLED) && has(LINE_STATUS, DATA_READY);
+        let empty_told = empty && has(INTERRUPT_ENABLE, TRANSMITTER_EMPTY_ENABLED);
+        let (reason, kept) = match (hidden, received, empty_told) {
+            (true, ..) => (NO_INTERRUPT, empty),
+            (_, true, _) => (RECEIVED_DATA, empty_told),
+            (_, _, true) => (TRANSMITTER_EMPTY, false),
+            _ => (NO_INTERRUPT, false),
+        };
+        self.transmitter_empty = kept;
+        value & !REASON | reason
     }
 
     fn signal_room(&mut self) {
@@ -336,6 +364,88 @@ mod tests {
             NO_INTERRUPT,
             "it is not enabled"
         );
+    }
+
+    fn reason(serial: &mut Serial) -> u8 {
+        read(serial, INTERRUPT_IDENTIFICATION) & REASON
+    }
+
+    #[test]
+    fn an_empty_transmitter_is_a_reason_once_and_again_after_each_byte() {
+        let mut board = board(None);
+        write(&mut board.serial, DATA, b'a');
+        assert!(board.interrupt.read().is_err(), "it is not enabled");
+        write(&mut board.serial, INTERRUPT_ENABLE, TRANSMITTER_EMPTY_ENABLED);
+        assert_eq!(board.interrupt.read().unwrap(), 1);
+        assert_eq!(read(&mut board.serial, INTERRUPT_IDENTIFICATION), 0xc0 | TRANSMITTER_EMPTY);
+        assert_eq!(reason(&mut board.serial), NO_INTERRUPT);
+        write(&mut board.serial, DATA, b'b');
+        assert_eq!(board.interrupt.read().unwrap(), 1);
+        assert_eq!(reason(&mut board.serial), TRANSMITTER_EMPTY);
+    }
+
+    #[test]
+    fn received_data_is_told_before_an_empty_transmitter_and_neither_is_lost() {
+        let mut board = board(None);
+        write(&mut board.serial, INTERRUPT_ENABLE, RECEIVED_DATA_ENABLED | TRANSMITTER_EMPTY_ENABLED);
+        board.serial.input(b"a");
+        for _ in 0..2 {
+            assert_eq!(reason(&mut board.serial), RECEIVED_DATA);
+        }
+        let mut restored = self::board(Some(board.serial.save())).serial;
+        for serial in [&mut board.serial, &mut restored] {
+            assert_eq!(reason(serial), RECEIVED_DATA);
+            read(serial, DATA);
+            assert_eq!(reason(serial), TRANSMITTER_EMPTY);
+            assert_eq!(reason(serial), NO_INTERRUPT);
+        }
+    }
+
+    #[test]
+    fn what_is_no_longer_enabled_is_no_reason() {
+        let mut board = board(None);
+        write(&mut board.serial, INTERRUPT_ENABLE, RECEIVED_DATA_ENABLED | TRANSMITTER_EMPTY_ENABLED);
+        board.serial.input(b"a");
+        write(&mut board.serial, INTERRUPT_ENABLE, 0);
+        assert_eq!(reason(&mut board.serial), NO_INTERRUPT);
+        board.interrupt.read().unwrap();
+        write(&mut board.serial, INTERRUPT_ENABLE, RECEIVED_DATA_ENABLED);
+        assert!(board.interrupt.read().is_ok());
+        assert_eq!(reason(&mut board.serial), RECEIVED_DATA);
+    }
+
+    #[test]
+    fn the_open_latch_hides_the_reasons_and_keeps_them() {
+        let mut board = board(None);
+        let both = RECEIVED_DATA_ENABLED | TRANSMITTER_EMPTY_ENABLED;
+        write(&mut board.serial, INTERRUPT_ENABLE, both);
+        board.serial.input(b"a");
+        write(&mut board.serial, LINE_CONTROL, DIVISOR_LATCH_ACCESS);
+        write(&mut board.serial, INTERRUPT_ENABLE, both);
+        for _ in 0..2 {
+            assert_eq!(reason(&mut board.serial), NO_INTERRUPT);
+        }
+        write(&mut board.serial, LINE_CONTROL, 0);
+        assert_eq!(reason(&mut board.serial), RECEIVED_DATA);
+        read(&mut board.serial, DATA);
+        assert_eq!(reason(&mut board.serial), TRANSMITTER_EMPTY);
+    }
+
+    #[test]
+    fn a_guest_that_goes_on_is_interrupted_again_for_what_it_has_not_read() {
+        let mut board = board(None);
+        write(&mut board.serial, INTERRUPT_ENABLE, RECEIVED_DATA_ENABLED);
+        board.serial.resume();
+        assert!(board.interrupt.read().is_err(), "no reason");
+        board.serial.input(b"a");
+        reason(&mut board.serial);
+        let _ = board.interrupt.read();
+        board.serial.resume();
+        assert_eq!(board.interrupt.read().unwrap(), 1);
+        write(&mut board.serial, INTERRUPT_ENABLE, TRANSMITTER_EMPTY_ENABLED);
+        let _ = board.interrupt.read();
+        board.serial.resume();
+        assert_eq!(board.interrupt.read().unwrap(), 1);
     }
 
     #[test]

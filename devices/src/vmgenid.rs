@@ -14,13 +14,11 @@ use crate::random;
 
 /// How many bytes of guest memory it takes.
 pub const LEN: u64 = 16;
-/// What the address must be a multiple of.
-pub const ALIGN: u64 = 8;
 
 /// Where the id lies.
 pub struct Config {
     pub memory: Memory,
-    /// Guest-physical, a multiple of [`ALIGN`], in RAM that the memory map reports as reserved.
+    /// Guest-physical, a multiple of 8, in RAM that the memory map reports as reserved.
     pub address: u64,
 }
 

@@ -141,6 +141,9 @@ impl Machine {
 
     /// Lets every device go on. Before the vCPUs do.
     pub fn resume(&self) {
+        lock(&self.serial).resume();
+        lock(&self.keyboard).resume();
+        lock(&self.power).resume();
         self.virtio.resume();
     }
 

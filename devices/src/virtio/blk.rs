@@ -19,7 +19,9 @@ use crate::backend::disk::{Disk, Extent, Operation};
 use crate::backend::rate_limiter::{Limits, RateLimiter, RateLimiterState};
 use crate::host::Source;
 use crate::memory::GuestRam;
-use crate::virtio::device::{Active, DeviceState, DeviceType, Identity, StartError, VirtioDevice};
+use crate::virtio::device::{
+    Active, DeviceState, DeviceType, Identity, StartError, VirtioDevice, read_space,
+};
 use crate::virtio::queue::{Chain, Queue, QueueError, Segments};
 use crate::virtio::running::{Running, Step, count};
 
@@ -132,12 +134,7 @@ impl VirtioDevice for Blk {
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let space = config_space(self.worker.sectors());
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (byte, value) in data.iter_mut().zip(space.get(start..).unwrap_or_default()) {
-            *byte = *value;
-        }
+        read_space(&config_space(self.worker.sectors()), offset, data);
     }
 
     fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError> {

@@ -19,7 +19,9 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::host::Source;
 use crate::memory::GuestRam;
-use crate::virtio::device::{Active, DeviceState, DeviceType, Identity, StartError, VirtioDevice};
+use crate::virtio::device::{
+    Active, DeviceState, DeviceType, Identity, StartError, VirtioDevice, read_space,
+};
 use crate::virtio::queue::{Chain, Queue, QueueError};
 use crate::virtio::running::{Running, Step, count};
 
@@ -85,15 +87,6 @@ impl Console {
         self.counters.clone()
     }
 
-    /// Another size from now on, running or not; the driver is told.
-    pub fn resize(&mut self, size: Size) {
-        if std::mem::replace(&mut self.size, size) != size
-            && let Some(running) = &self.running
-        {
-            running.interrupt.config();
-        }
-    }
-
     fn receive(&mut self) {
         let Some(running) = &mut self.running else { return };
         running.serve(RECEIVE, |memory, chain| match self.input.read(memory, chain)? {
@@ -122,11 +115,7 @@ impl VirtioDevice for Console {
     fn config(&self, offset: u64, data: &mut [u8]) {
         let Size { columns, rows } = self.size;
         let space = u32::from(columns) | u32::from(rows) << 16;
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(space.to_le_bytes().get(start..).unwrap_or_default()) {
-            *byte = *value;
-        }
+        read_space(&space.to_le_bytes(), offset, data);
     }
 
     fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError> {
@@ -565,18 +554,14 @@ mod tests {
     }
 
     #[test]
-    fn another_size_is_told_once() {
-        let mut rig = rig(None);
+    fn the_size_is_in_the_configuration_space() {
+        let rig = rig(None);
         let mut space = [0xff; 12];
         rig.slot.device.config(0, &mut space);
         assert_eq!(space, [132, 0, 43, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        for _ in 0..2 {
-            rig.slot.device.resize(Size { columns: 300, rows: 2 });
-        }
-        assert_eq!(rig.slot.calls.config.load(Ordering::SeqCst), 1);
-        let mut rows = [0; 2];
+        let mut rows = [0xff; 2];
         rig.slot.device.config(2, &mut rows);
-        assert_eq!(rows, [2, 0]);
+        assert_eq!(rows, [43, 0]);
         rig.slot.device.config(u64::MAX, &mut rows);
         assert_eq!(rows, [0, 0]);
     }

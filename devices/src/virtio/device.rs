@@ -43,6 +43,15 @@ pub trait VirtioDevice: Send {
     fn save(&self) -> DeviceState;
 }
 
+/// Fills `data` from `space` at `offset`; zeros beyond its end.
+pub fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    data.fill(0);
+    for (byte, value) in data.iter_mut().zip(space.get(start..).unwrap_or_default()) {
+        *byte = *value;
+    }
+}
+
 /// What the driver sees of a device before it agrees on anything.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {

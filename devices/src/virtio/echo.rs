@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use crate::backend::rate_limiter::Limits;
 use crate::host::Source;
-use crate::virtio::device::{Active, DeviceState, DeviceType, Identity, Interrupt, StartError, VirtioDevice};
+use crate::virtio::device::{
+    Active, DeviceState, DeviceType, Identity, Interrupt, StartError, VirtioDevice, read_space,
+};
 use crate::virtio::queue::Queue;
 use crate::virtio::rng::{self, Rng};
 use crate::virtio::running::{Running, Step};
@@ -46,10 +48,7 @@ impl VirtioDevice for Echo {
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(self.config.iter().skip(offset as usize)) {
-            *byte = *value;
-        }
+        read_space(&self.config, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

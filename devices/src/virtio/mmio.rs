@@ -158,6 +158,8 @@ impl Mmio {
             // Numbers that no queue has must not wrap to one that exists.
             register::QUEUE_SEL => *transport.queue_select() = u16::try_from(value).unwrap_or(u16::MAX),
             register::QUEUE_SIZE => transport.set_queue(|q| q.size = u16::try_from(value).unwrap_or(0)),
+            // Linux does so when it cannot set up another queue, and looks whether it is done.
+            register::QUEUE_READY if value == 0 => transport.disable_queue(),
             register::QUEUE_READY => transport.set_queue(|q| q.ready = value == 1),
             register::QUEUE_DESC_LOW => transport.set_queue(|q| low(&mut q.desc_table)),
             register::QUEUE_DESC_HIGH => transport.set_queue(|q| high(&mut q.desc_table)),

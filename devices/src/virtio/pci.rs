@@ -28,11 +28,8 @@ use crate::pci::Function;
 use crate::pci::config::{self, Bar, Config, ConfigError, Header};
 use crate::pci::msix::{self, Msix, MsixError};
 use crate::state::StateError;
-use crate::virtio::device::{DeviceType, Interrupt};
+use crate::virtio::device::{DeviceType, Interrupt, read_space};
 use crate::virtio::transport::{self, NewError, Shared, SharedDevice, Transport};
-
-/// Queues that a device may have here: each has a vector, and one is for changes of the configuration.
-pub const MAX_QUEUES: usize = msix::MAX_VECTORS - 1;
 
 const VENDOR: u16 = 0x1af4;
 /// The first device id; the device's type is added to it.
@@ -107,6 +104,8 @@ pub struct Pci {
     transport: Transport,
     /// The address at which the doorbells are bound now.
     doorbells: Option<u64>,
+    /// An interrupt on its way when the machine was saved may have got lost.
+    restored: bool,
 }
 
 /// A saved function with its device.
@@ -151,6 +150,7 @@ impl Pci {
 
         let msix = Msix::new(&*host, queues + 1, state.as_ref().map(|s| &s.msix))?;
         let vectors = Arc::new(Vectors::new(msix.triggers()?, queues, Shared::of(&device)));
+        let restored = state.is_some();
         if let Some(state) = &state {
             config.restore(&state.config)?;
             vectors.restore(state)?;
@@ -167,6 +167,7 @@ impl Pci {
             vectors,
             transport,
             doorbells: None,
+            restored,
         };
         pci.settle();
         Ok(pci)
@@ -180,8 +181,9 @@ impl Pci {
     /// See [`Transport::resume`].
     pub fn resume(&mut self) {
         if self.config.bus_master() {
-            // An interrupt on its way when the machine was saved may have got lost; a spurious one costs the driver a look.
-            self.vectors.raise_queues();
+            if std::mem::take(&mut self.restored) {
+                self.vectors.raise_again();
+            }
             self.transport.resume();
         }
     }
@@ -196,11 +198,6 @@ impl Pci {
             isr: self.vectors.isr.load(Ordering::Acquire),
             transport: self.transport.save(),
         }
-    }
-
-    /// The device behind the transport.
-    pub fn device(&self) -> &SharedDevice {
-        self.transport.device()
     }
 
     /// Makes the host do what the configuration space says now.
@@ -401,11 +398,7 @@ impl Function for Pci {
         let (page, offset) = (offset / PAGE, offset % PAGE);
         data.fill(0);
         match page {
-            COMMON => {
-                for (byte, value) in data.iter_mut().zip(self.common().iter().skip(offset as usize)) {
-                    *byte = *value;
-                }
-            }
+            COMMON => read_space(&self.common(), offset, data),
             ISR if offset == 0 => {
                 if let Some(byte) = data.first_mut() {
                     *byte = self.vectors.isr.swap(0, Ordering::AcqRel);
@@ -558,8 +551,11 @@ impl Vectors {
         trigger.inspect(|trigger| drop(trigger.write(1))).is_some()
     }
 
-    fn raise_queues(&self) {
-        for vector in &self.queues {
+    /// Whatever may have been raised; a spurious one costs the driver a look. With MSI-X no driver clears the ISR status,
+    /// so it says whether the configuration has ever changed.
+    fn raise_again(&self) {
+        let changed = self.isr.load(Ordering::Acquire) & ISR_CONFIG != 0;
+        for vector in self.queues.iter().chain(changed.then_some(&self.config)) {
             self.raise(vector.load(Ordering::Acquire));
         }
     }

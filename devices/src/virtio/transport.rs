@@ -126,11 +126,6 @@ impl Transport {
         &self.identity
     }
 
-    /// The device itself, for what its owner may ask of it while it runs.
-    pub fn device(&self) -> &SharedDevice {
-        &self.device
-    }
-
     /// 32 of the 64 feature bits the device offers, as selected; zeros beyond them.
     pub fn device_features(&self) -> u32 {
         half(offered(&self.identity), self.registers.device_features_select)
@@ -171,14 +166,24 @@ impl Transport {
     /// Changes the selected queue's registers, if the driver may: between FEATURES_OK and DRIVER_OK and while the queue
     /// is not enabled (3.1.1; a device whose rings could move while it runs would write where it must not).
     pub fn set_queue(&mut self, change: impl FnOnce(&mut QueueState)) {
-        let open = self.status() & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
-        let selected = usize::from(self.registers.queue_select);
-        if let Some(queue) = self.registers.queues.get_mut(selected)
-            && open
+        if let Some(queue) = self.open_queue()
             && !queue.ready
         {
             change(queue);
         }
+    }
+
+    /// The driver takes the selected queue back before the device runs; it may set it up anew.
+    pub fn disable_queue(&mut self) {
+        if let Some(queue) = self.open_queue() {
+            queue.ready = false;
+        }
+    }
+
+    fn open_queue(&mut self) -> Option<&mut QueueState> {
+        let open = self.status() & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
+        let selected = usize::from(self.registers.queue_select);
+        self.registers.queues.get_mut(selected).filter(|_| open)
     }
 
     /// What is signalled when the driver kicks queue `index`; bind doorbells to it.

@@ -184,6 +184,25 @@ fn queues_are_frozen_while_the_device_runs() {
 }
 
 #[test]
+fn a_queue_can_be_taken_back_and_set_up_anew_until_the_device_runs() {
+    let machine = machine();
+    let mut guest = Guest::agree(&machine, VERSION_1 | EVENT_IDX);
+    guest.set_up_queue(0);
+    machine.write(register::QUEUE_DESC_LOW, 0x100);
+    machine.write(register::QUEUE_READY, 0);
+    assert_eq!(machine.read(register::QUEUE_READY), 0);
+    guest.queues.clear();
+    guest.set_up_queue(0);
+    guest.set_up_queue(1);
+    machine.add_status(DRIVER_OK);
+    machine.write(register::QUEUE_READY, 0);
+    assert_eq!(machine.read(register::QUEUE_READY), 1);
+    machine.host.run(10);
+    machine.interrupted();
+    guest.assert_works(0);
+}
+
+#[test]
 fn a_queue_that_does_not_exist_has_size_zero_and_takes_nothing() {
     let machine = machine();
     let _guest = Guest::agree(&machine, VERSION_1);

@@ -593,6 +593,20 @@ fn a_restored_function_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_change_of_the_configuration_is_not_lost_in_a_save_and_told_once() {
+    let first = machine();
+    let _guest = Guest::start(&first);
+    first.echo.lock().unwrap().interrupt.clone().unwrap().config();
+    let state: State = postcard::from_bytes(&saved(&first)).unwrap();
+    let second = build(first.memory.clone(), Some(state)).unwrap();
+    second.pci.lock().unwrap().resume();
+    assert_eq!(second.host.take_messages(), [(MESSAGES, 0x40), (MESSAGES, 0x41), (MESSAGES, 0x42)]);
+    second.pci.lock().unwrap().pause();
+    second.pci.lock().unwrap().resume();
+    assert_eq!(second.host.take_messages(), [], "nothing gets lost in a pause");
+}
+
+#[test]
 fn a_function_saved_before_its_driver_came_starts_from_there() {
     let first = machine();
     let bytes = saved(&first);
