@@ -9,6 +9,7 @@ pub mod config;
 pub mod control;
 pub mod guest;
 pub mod handed;
+pub mod heap;
 pub mod host;
 pub mod io_thread;
 pub mod logger;

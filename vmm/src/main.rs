@@ -16,10 +16,11 @@ use vmm::signals::Requests;
 use vmm::terminal::Input;
 use vmm::vcpu::EndingSender;
 use vmm::vm::Vm;
-use vmm::{signals, vcpu};
+use vmm::{heap, signals, vcpu};
 use vmm_sys_util::eventfd::EventFd;
 
 fn main() -> ExitCode {
+    heap::share();
     let args = match args::parse(std::env::args_os()) {
         Ok(Command::Run(args)) => *args,
         Ok(Command::Print(text)) => {
