@@ -305,6 +305,16 @@ mod tests {
     }
 
     #[test]
+    fn decoding_bus_mastering_and_intx_can_be_switched_and_nothing_else() {
+        let mut config = config();
+        config.write(COMMAND, &[0xff; 4]);
+        assert_eq!(dword(&config, COMMAND), 0x0000_0406);
+        assert!(config.bus_master());
+        config.write(COMMAND, &[COMMAND_MEMORY]);
+        assert!(!config.bus_master());
+    }
+
+    #[test]
     fn a_bar_answers_only_while_decoding_is_on() {
         let mut config = config();
         config.assign(0, 0x1_0000_0000);
@@ -341,12 +351,15 @@ mod tests {
     fn what_does_not_fit_is_an_error() {
         let mut config = config();
         for (index, bar) in
-            [(0, Bar::Memory32(16)), (1, Bar::Memory32(16)), (5, Bar::Memory64(16)), (6, Bar::Memory32(16))]
+            [(0, Bar::Memory64(16)), (1, Bar::Memory32(16)), (5, Bar::Memory64(16)), (6, Bar::Memory32(16))]
         {
             assert!(config.add_bar(index, bar).is_err(), "{index}");
         }
-        assert!(config.add_bar(3, Bar::Memory32(24)).is_err());
-        assert!(config.add_capability(9, &[0; 254], &[]).is_err());
+        for (size, fits) in [(0, false), (8, false), (24, false), (16, true)] {
+            assert_eq!(config.add_bar(3, Bar::Memory32(size)).is_ok(), fits, "{size}");
+        }
+        assert!(config.add_capability(9, &[0; 0xbf], &[]).is_err());
+        assert!(config.add_capability(9, &[0; 0xbe], &[]).is_ok(), "all that there is");
     }
 
     #[test]

@@ -250,6 +250,13 @@ mod tests {
     }
 
     #[test]
+    fn the_capability_says_how_many_and_where() {
+        let (body, writable) = capability(3, 2, 0x4000, 0x5000);
+        assert_eq!(body, [2, 0, 0x02, 0x40, 0, 0, 0x02, 0x50, 0, 0]);
+        assert_eq!(writable, [0, 0xc0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
     fn a_vector_set_up_as_linux_does_costs_one_connection() {
         let (mut msix, host) = msix(2);
         msix.set_control(CONTROL_ENABLE | CONTROL_MASK_ALL);

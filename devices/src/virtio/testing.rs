@@ -37,6 +37,14 @@ pub fn ram(bytes: usize) -> Memory {
     Memory::new(GuestRam::from_ranges(&[(GuestAddress(0), bytes)]).unwrap())
 }
 
+/// Where [`ram_above_4g`] is.
+pub const ABOVE_4G: u64 = 0x2_0000_0000;
+
+/// Guest RAM of `bytes` at [`ABOVE_4G`], so that an address that lost a half lies nowhere.
+pub fn ram_above_4g(bytes: usize) -> Memory {
+    Memory::new(GuestRam::from_ranges(&[(GuestAddress(ABOVE_4G), bytes)]).unwrap())
+}
+
 /// A driver's buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {

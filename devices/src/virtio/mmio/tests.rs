@@ -6,12 +6,12 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use super::*;
 use crate::testing::FakeHost;
 use crate::virtio::echo::{Echo, ODD_FEATURE};
-use crate::virtio::testing::{Driver, EVENT_IDX, ram};
+use crate::virtio::testing::{ABOVE_4G, Driver, EVENT_IDX, ram_above_4g};
 use crate::virtio::transport::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET};
 
 const BASE: u64 = 0xd000_0000;
 const VERSION_1: u64 = 1 << 32;
-const RINGS: u64 = 0x1_0000;
+const RINGS: u64 = ABOVE_4G + 0x1_0000;
 const FAR: u64 = 0x4000;
 
 struct Machine {
@@ -23,7 +23,7 @@ struct Machine {
 }
 
 fn machine() -> Machine {
-    build(ram(0x10_0000), None).unwrap()
+    build(ram_above_4g(0x10_0000), None).unwrap()
 }
 
 fn build(memory: Memory, state: Option<State>) -> Result<Machine, NewError> {
@@ -98,8 +98,11 @@ impl<'a> Guest<'a> {
             (register::QUEUE_DRIVER_LOW, ring.avail_ring),
             (register::QUEUE_DEVICE_LOW, ring.used_ring),
         ] {
-            m.write(low, address as u32);
-            m.write(low + 4, (address >> 32) as u32);
+            // Each half replaces what was there.
+            for address in [u64::MAX, address] {
+                m.write(low, address as u32);
+                m.write(low + 4, (address >> 32) as u32);
+            }
         }
         m.write(register::QUEUE_READY, 1);
         assert_eq!(m.read(register::QUEUE_READY), 1);
@@ -147,6 +150,12 @@ fn linux_probes_sets_up_and_gets_its_buffers_back_with_an_interrupt() {
     assert_eq!(machine.read(register::MAGIC).to_le_bytes(), *b"virt");
     assert_eq!(machine.read(register::VERSION), 2);
     assert_eq!(machine.read(register::DEVICE_ID), 2);
+    assert_eq!(machine.read(register::VENDOR_ID).to_le_bytes(), *b"BRTH");
+    for shared_memory in [0xb0, 0xb4, 0xb8, 0xbc] {
+        assert_eq!(machine.read(shared_memory), u32::MAX, "there is none");
+    }
+    let notify = |value| Doorbell { address: BASE + 0x50, value: Some(value) };
+    assert_eq!(machine.host.doorbells(), [notify(0), notify(1)]);
     machine.write(register::DEVICE_FEATURES_SEL, 0);
     assert_eq!(u64::from(machine.read(register::DEVICE_FEATURES)), EVENT_IDX | ODD_FEATURE);
     machine.write(register::DEVICE_FEATURES_SEL, 1);

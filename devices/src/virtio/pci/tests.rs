@@ -10,7 +10,7 @@ use crate::pci::root::{Root, Windows};
 use crate::testing::FakeHost;
 use crate::virtio::echo::{Echo, ODD_FEATURE};
 use crate::virtio::rng::{self, Rng};
-use crate::virtio::testing::{Driver, EVENT_IDX, ram};
+use crate::virtio::testing::{ABOVE_4G, Driver, EVENT_IDX, ram_above_4g};
 use crate::virtio::transport::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET};
 
 const ECAM: u64 = 0xe000_0000;
@@ -20,7 +20,7 @@ const WINDOW: u64 = 0x10_0000;
 const VERSION_1: u64 = 1 << 32;
 /// Where LAPIC messages go.
 const MESSAGES: u64 = 0xfee0_0000;
-const RINGS: u64 = 0x1_0000;
+const RINGS: u64 = ABOVE_4G + 0x1_0000;
 const FAR: u64 = 0x4000;
 
 /// A machine with one echo device in slot 1.
@@ -34,7 +34,7 @@ struct Machine {
 }
 
 fn machine() -> Machine {
-    build(ram(0x10_0000), None).unwrap()
+    build(ram_above_4g(0x10_0000), None).unwrap()
 }
 
 fn build(memory: Memory, state: Option<State>) -> Result<Machine, PciError> {
@@ -113,16 +113,18 @@ impl<'a> Guest<'a> {
     fn probe(machine: &'a Machine) -> Self {
         let m = machine;
         assert_eq!(m.read(m.config(0), 4), 0x1042_1af4);
-        assert_eq!(m.read(m.config(8), 1), 1, "not transitional");
+        assert_eq!(m.read(m.config(8), 4), 0x0180_0001, "mass storage; not transitional");
         let bar = m.read(m.config(0x10), 4) & !0xf | m.read(m.config(0x14), 4) << 32;
         m.write(m.config(0x10), 4, 0xffff_ffff);
         assert_eq!(m.read(m.config(0x10), 4), 0xffff_8004, "32 KiB, 64-bit, not prefetchable");
         m.write(m.config(0x10), 4, bar | 4);
         m.write(m.config(4), 2, 6);
 
-        let (common, _) = m.structure(bar, CFG_COMMON).unwrap();
+        let (common, capability) = m.structure(bar, CFG_COMMON).unwrap();
+        assert_eq!(m.read(capability + 2, 1), 16, "its own length");
         let (isr, _) = m.structure(bar, CFG_ISR).unwrap();
         let (notify, capability) = m.structure(bar, CFG_NOTIFY).unwrap();
+        assert_eq!(m.read(capability + 2, 1), 20, "with the multiplier");
         let (device, _) = m.structure(bar, CFG_DEVICE).unwrap();
         let msix = m.capabilities().iter().find(|(id, _)| *id == 0x11).unwrap().1;
         let table = bar + m.read(msix + 4, 4);
@@ -203,8 +205,15 @@ impl<'a> Guest<'a> {
             (common::QUEUE_DRIVER, ring.avail_ring),
             (common::QUEUE_DEVICE, ring.used_ring),
         ] {
-            self.set(field, 4, value & 0xffff_ffff);
-            self.set(field + 4, 4, value >> 32);
+            // In halves, each of which replaces what was there, or as a whole.
+            self.set(field, 8, u64::MAX);
+            if index == 0 {
+                self.set(field, 8, value);
+            } else {
+                self.set(field, 4, value & 0xffff_ffff);
+                self.set(field + 4, 4, value >> 32);
+            }
+            assert_eq!(self.get(field, 8), value);
         }
         self.set(common::QUEUE_MSIX_VECTOR, 2, u64::from(index) + 1);
         assert_eq!(self.get(common::QUEUE_MSIX_VECTOR, 2), u64::from(index) + 1);
@@ -383,6 +392,39 @@ fn a_vector_that_does_not_exist_reads_back_as_none() {
 }
 
 #[test]
+fn vectors_are_set_up_in_the_table_and_pending_ones_seen() {
+    let machine = machine();
+    let mut guest = Guest::start(&machine);
+    let entry = guest.at.table + 16;
+    assert_eq!(machine.read(entry, 8), MESSAGES);
+    assert_eq!(machine.read(entry + 8, 8), 0x41);
+    machine.write(entry + 12, 4, 1);
+    guest.offer(0);
+    machine.write(guest.doorbell(0), 2, 0);
+    machine.host.run(10);
+    assert_eq!(machine.host.take_messages(), []);
+    let bar = guest.at.common;
+    let pending = bar + machine.read(guest.at.msix + 8, 4);
+    assert_eq!(machine.read(pending, 8), 1 << 1);
+    machine.write(entry + 12, 4, 0);
+    assert_eq!(machine.host.take_messages(), [(MESSAGES, 0x41)]);
+    assert_eq!(machine.read(pending, 8), 0);
+}
+
+#[test]
+fn registers_take_no_byte_but_the_status() {
+    let machine = machine();
+    let guest = Guest::start(&machine);
+    let registers = || (0..common::LEN).map(|at| guest.get(at, 1)).collect::<Vec<_>>();
+    let before = registers();
+    for offset in (0..common::LEN).filter(|&at| at != common::DEVICE_STATUS) {
+        guest.set(offset, 1, 0x5a);
+        guest.set(offset, 1, 0);
+    }
+    assert_eq!(registers(), before);
+}
+
+#[test]
 fn doorbells_follow_the_bar() {
     let machine = machine();
     let bound = || machine.host.doorbells().iter().map(|doorbell| doorbell.address).collect::<Vec<_>>();
@@ -498,6 +540,7 @@ fn a_change_of_the_configuration_is_seen_and_told() {
     assert_eq!(machine.read(guest.at.device + 3, 1), 7);
     machine.write(guest.at.device + 4, 4, 0x0403_0201);
     assert_eq!(machine.read(guest.at.device, 8), 0x0403_0201_0700_0000);
+    assert_eq!(machine.read(guest.at.isr + 1, 1), 0, "which is not the register");
     assert_eq!(machine.read(guest.at.isr, 1), 2);
     assert_eq!(machine.read(guest.at.isr, 1), 0, "reading clears it");
 }
@@ -642,8 +685,10 @@ fn registers_can_be_reached_through_the_configuration_space() {
     select(common::DEVICE_STATUS as u64, 1);
     assert_eq!(machine.read(access + 16, 4) as u8, guest.status());
     select(common::QUEUE_SELECT as u64, 2);
-    machine.write(access + 16, 4, 1);
-    assert_eq!(guest.get(common::QUEUE_SELECT, 2), 1);
+    for queue in [1, 0] {
+        machine.write(access + 16, 4, queue);
+        assert_eq!(guest.get(common::QUEUE_SELECT, 2), queue);
+    }
     for (offset, len) in [(0x7fff, 2), (0xffff_ffff, 4), (0, 3), (0, 0), (0x8000, 1)] {
         select(offset, len);
         machine.write(access + 16, 4, 0x5555_5555);
@@ -676,7 +721,7 @@ fn a_host_without_interrupts_left_is_an_error() {
     let host = FakeHost::new();
     host.fail_msis(true);
     let echo = Arc::new(Mutex::new(Echo::default()));
-    assert!(Pci::new(echo, Arc::new(host), ram(0x1000), None).is_err());
+    assert!(Pci::new(echo, Arc::new(host), ram_above_4g(0x1000), None).is_err());
 }
 
 #[test]
