@@ -1,7 +1,8 @@
 //! Signals: those that ask the process to end become a descriptor of the control loop; those that end it for a fault say
 //! so and leave with the exit code that callers know.
 //!
-//! SIGPIPE stays ignored, as the Rust runtime sets it: a reader that hangs up is an error of one write.
+//! SIGPIPE stays ignored, as the Rust runtime sets it, and so is SIGXFSZ: a reader that hangs up and a file that may not
+//! grow are errors of one write. A guest would otherwise end its VMM by saying more than its log or its console may hold.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -10,18 +11,21 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use vmm_sys_util::signal::{block_signal, create_sigset, register_signal_handler};
 
 /// A signal that ends the process at once, its exit code (docs/vmm.md), and what is said of it.
-const FATAL: [(libc::c_int, i32, &str); 7] = [
+const FATAL: [(libc::c_int, i32, &str); 6] = [
     (libc::SIGSYS, 148, "SIGSYS: a system call that the filter does not allow"),
     (libc::SIGBUS, 149, "SIGBUS: a file was cut short under its mapping, or huge pages ran out"),
     (libc::SIGSEGV, 150, "SIGSEGV"),
-    (libc::SIGXFSZ, 151, "SIGXFSZ: the limit on file sizes was reached"),
     (libc::SIGXCPU, 154, "SIGXCPU: the limit on CPU time was reached"),
     (libc::SIGHUP, 156, "SIGHUP: the terminal is gone"),
     (libc::SIGILL, 157, "SIGILL"),
 ];
 
-/// Makes every signal of [`FATAL`] end the process with its code. Once, before threads start.
+/// Makes every signal of [`FATAL`] end the process with its code, and SIGXFSZ nothing. Once, before threads start.
 pub fn install_fatal_handlers() -> io::Result<()> {
+    // SAFETY: SIG_IGN is a disposition that calls nothing of this process.
+    if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
     for (signal, _, _) in FATAL {
         register_signal_handler(signal, fatal)?;
     }

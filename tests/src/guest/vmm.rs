@@ -134,6 +134,18 @@ impl Vmm {
         number.unwrap_or_else(|| panic!("no {name} in KiB in the VMM's status"))
     }
 
+    /// The names of its threads and the processor time that each used, in clock ticks.
+    pub fn thread_ticks(&self) -> Vec<(String, u64)> {
+        let tasks = fs::read_dir(self.proc("task")).expect("the VMM's threads");
+        let of = |task: fs::DirEntry| {
+            let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            // A thread that has just ended has used nothing since.
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            (name.trim_end().to_owned(), ticks(&stat).unwrap_or_default())
+        };
+        tasks.flatten().map(of).collect()
+    }
+
     /// Memory that no other process has part in, guest memory aside, in KiB: that is shared with its file.
     pub fn private_kib(&self) -> u64 {
         let smaps = fs::read_to_string(self.proc("smaps")).expect("the VMM's mappings");
@@ -155,10 +167,7 @@ impl Vmm {
     /// Processor time it used, guest included, in clock ticks (hundredths of a second).
     pub fn cpu_ticks(&self) -> u64 {
         let stat = fs::read_to_string(self.proc("stat")).expect("the VMM's stat");
-        // Fields 14 and 15 of proc_pid_stat(5); the second, in parentheses, may hold anything.
-        let fields: Vec<_> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let field = |number: usize| fields.get(number - 3).and_then(|field| field.parse::<u64>().ok());
-        field(14).zip(field(15)).map(|(user, system)| user + system).expect("processor times")
+        ticks(&stat).expect("processor times")
     }
 
     /// What it logged so far.
@@ -190,6 +199,13 @@ impl Drop for Vmm {
             eprintln!("--- end of the VMM's standard error\n{}", tail(&self.errors()));
         }
     }
+}
+
+/// User and system time: fields 14 and 15 of proc_pid_stat(5); the second, in parentheses, may hold anything.
+fn ticks(stat: &str) -> Option<u64> {
+    let fields: Vec<_> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3).and_then(|field| field.parse::<u64>().ok());
+    field(14).zip(field(15)).map(|(user, system)| user + system)
 }
 
 const API_SOCKET: &str = "api.sock";

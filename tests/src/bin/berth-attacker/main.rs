@@ -9,10 +9,12 @@
 //!     berth-attacker cage without=LAYER,... [KEY=VALUE]... [ATTEMPT]...    in a cell of its own making, see `cage.rs`
 //!     berth-attacker neighbour [KEY=VALUE]...                              be attacked
 //!     berth-attacker swap root=DIR name=NAME victim=PATH                   be in the way of a jailer
+//!     berth-attacker blast seconds=N                                       be a guest that gives its VMM work
 //!     berth-attacker with-key PROGRAM [ARGUMENT]...                        run with a key in the session's keyring
 //!     berth-attacker handle FILE                                           print what open-by-handle needs
 
 mod aims;
+mod blast;
 mod cage;
 mod call;
 mod files;
@@ -130,6 +132,7 @@ fn run(command: &str, words: Vec<String>) -> io::Result<()> {
             attack(&aims, &names)
         }
         "neighbour" => neighbours::be_neighbour(&Aims::take(words).0),
+        "blast" => blast::run(&Aims::take(words).0),
         "swap" => swap::run(&Aims::take(words).0),
         "with-key" => {
             neighbours::get_key()?;
