@@ -10,7 +10,7 @@ SHELL   := /bin/bash
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test bench soak host-shell lint fmt unit host-tests guests fuzz-smoke tools programs clean-cache
+.PHONY: help setup run check test bench soak host-shell lint deny fmt unit host-tests guests fuzz-smoke tools programs clean-cache
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,6 +26,7 @@ check: lint unit ## the inner loop: lint and unit tests
 # In one recipe, for the order. The guests' count comes last but for the fuzzers.
 test: setup ## everything: lint, unit tests, the host's tests, tests with guests, a short run of each fuzzer
 	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory deny
 	$(MAKE) --no-print-directory unit
 	$(MAKE) --no-print-directory host-tests
 	$(MAKE) --no-print-directory guests
@@ -44,6 +45,16 @@ host-shell: setup programs ## a shell in the host that guests run in
 lint: ## formatting and clippy, no warning allowed
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+# Built once, in about five minutes; no package of Debian's has it.
+DENY_VERSION := 0.20.2
+DENY := $(CACHE)/cargo-deny-$(DENY_VERSION)
+
+deny: $(DENY)/bin/cargo-deny ## licences, sources and versions of the dependencies
+	$< --log-level error check --hide-inclusion-graph licenses bans sources
+
+$(DENY)/bin/cargo-deny:
+	cargo install --locked --quiet --root $(DENY) cargo-deny --version $(DENY_VERSION)
 
 fmt: ## format the code
 	cargo fmt --all
