@@ -32,10 +32,15 @@ fn seeds() -> Vec<Seed> {
         ("blk_request", "discard-end", blk_end(11)),
         ("blk_request", "zeroes-end", blk_end(13)),
         ("blk_request", "broken", hostile(&[0])),
-        ("rng", "requests", chains(&[(0, &[(0x2000, 64, true)])], &[])),
-        ("rng", "broken", hostile(&[])),
-        ("console", "in-and-out", chains(&[(0, &[(0x2000, 64, true)]), (1, &[(0x3000, 500, false)])], &[])),
-        ("console", "broken", hostile(&[])),
+        ("blk_request", "limited", blk_requests(12)),
+        ("rng", "requests", rng_requests(0)),
+        ("rng", "limited", rng_requests(12)),
+        ("rng", "broken", hostile(&[0])),
+        ("console", "in-and-out", console_in_and_out(0)),
+        ("console", "typed", console_in_and_out(1)),
+        ("console", "broken", hostile(&[0])),
+        ("ports", "uart", ports_uart()),
+        ("ports", "others", ports_others()),
         ("pci_config", "scan", pci_scan()),
         ("virtio_pci", "driver", pci_driver()),
         ("virtio_mmio", "driver", mmio_driver()),
@@ -140,6 +145,15 @@ fn chains(chains: &[(u8, &[Buffer])], memory: &[(u16, &[u8])]) -> Vec<u8> {
     data
 }
 
+fn rng_requests(flags: u8) -> Vec<u8> {
+    let request: (u8, &[Buffer]) = (0, &[(0x2000, 64, true)]);
+    [vec![flags], chains(&[request; 3], &[])].concat()
+}
+
+fn console_in_and_out(flags: u8) -> Vec<u8> {
+    [vec![flags], chains(&[(0, &[(0x2000, 64, true)]), (1, &[(0x3000, 500, false)])], &[])].concat()
+}
+
 fn blk_requests(flags: u8) -> Vec<u8> {
     let header = |kind: u32, sector: u64| [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
     let range =
@@ -185,6 +199,37 @@ fn hostile(prefix: &[u8]) -> Vec<u8> {
     data.extend([set(0, 1, 1), set(1, 1, 0), vec![2, 0, 0, 4, 10]].concat());
     data.extend([2, 16, 0, 4, 10]);
     data.extend([3, 0x40, 0x01, 7, 4, 9, 4, 10]);
+    data
+}
+
+/// Interrupts on, some typing, both read, saved in the middle of it; the loopback, the divisor.
+fn ports_uart() -> Vec<u8> {
+    let write = |register: u8, value: u8| [0, register, value];
+    let read = |register: u8| [4, register];
+    let typing = [6, 3, b'a', b'b', b'c'];
+    let mut data = [write(3, 3), write(1, 3), write(0, b'x')].concat();
+    data.extend([&typing[..], &read(2), &read(0), &[7], &read(2), &read(0), &read(5), &read(2)].concat());
+    data.extend([write(4, 0x13), write(0, b'y'), write(3, 0x83), write(0, 1), write(1, 0)].concat());
+    data.extend([read(0), read(2), read(6), read(7)].concat());
+    data.push(7);
+    data
+}
+
+/// The keyboard listens and has Ctrl-Alt-Del typed; the time is read and set; events are read; off and on.
+fn ports_others() -> Vec<u8> {
+    let write = |chip: u8, offset: u8, value: u8| [chip << 3, offset, value];
+    let read = |chip: u8, offset: u8| [chip << 3 | 4, offset];
+    let mut data = [write(1, 4, 0x60), write(1, 0, 0x45), write(1, 0, 0xf2)].concat();
+    data.extend([&[6, 0, 7][..], &read(1, 4), &read(1, 0), &read(1, 0)].concat());
+    for register in [0x00, 0x04, 0x07, 0x09, 0x32, 0x0a, 0x0b, 0x0c, 0x0d] {
+        data.extend([&write(2, 0, register)[..], &read(2, 1)].concat());
+    }
+    data.extend([write(2, 0, 0x0b), write(2, 1, 0x82), write(2, 0, 0x07), write(2, 1, 0x31)].concat());
+    data.extend([write(2, 0, 0x0b), write(2, 1, 0x02)].concat());
+    data.extend(
+        [&[2 << 6 | 3 << 3 | 4, 4][..], &write(3, 0, 0x34), &write(3, 2, 1), &write(4, 0, 1)].concat(),
+    );
+    data.extend([&write(1, 4, 0xfe)[..], &[7]].concat());
     data
 }
 

@@ -4,9 +4,10 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-use devices::backend::rate_limiter::Limits;
+use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::memory::Memory;
 use devices::virtio::blk::{self, Blk, Cache};
 use devices::virtio::console::{self, Console, Size};
@@ -54,7 +55,7 @@ fn new_blk(disk: &File, flags: u8, state: Option<DeviceState>) -> Blk {
         read_only: flags & 1 != 0,
         cache: if flags & 2 != 0 { Cache::Unsafe } else { Cache::Writeback },
         serial: "fuzz".into(),
-        limits: Limits::default(),
+        limits: limits(flags),
     };
     let state = state.map(|state| match state {
         DeviceState::Block(state) => state,
@@ -65,20 +66,30 @@ fn new_blk(disk: &File, flags: u8, state: Option<DeviceState>) -> Blk {
 
 pub fn rng(data: &[u8]) {
     crate::log_to_nowhere();
-    drive(data, |state| {
+    let flags = data.first().copied().unwrap_or(0);
+    drive(data.get(1..).unwrap_or_default(), |state| {
         let state = state.map(|state| match state {
             DeviceState::Entropy(state) => state,
             other => panic!("{other:?}"),
         });
-        Rng::new(rng::Config { limits: Limits::default() }, state).unwrap()
+        Rng::new(rng::Config { limits: limits(flags) }, state).unwrap()
     });
+}
+
+/// None, or such that a few requests pass in each millisecond.
+fn limits(flags: u8) -> Limits {
+    let bucket = |size| Some(Bucket { size, one_time_burst: size, refill_ms: 1 });
+    Limits { bandwidth: bucket(1024).filter(|_| flags & 4 != 0), ops: bucket(3).filter(|_| flags & 8 != 0) }
 }
 
 pub fn console(data: &[u8]) {
     crate::log_to_nowhere();
-    drive(data, |state| {
+    // Input that is always readable, or typed in advance and then at its end.
+    let typed = data.first().is_some_and(|flags| flags & 1 != 0);
+    let input = || if typed { keyboard() } else { File::open("/dev/zero").unwrap().into() };
+    drive(data.get(1..).unwrap_or_default(), |state| {
         let config = console::Config {
-            input: Some(File::open("/dev/zero").unwrap().into()),
+            input: Some(input()),
             output: Box::new(Moody(0)),
             size: Size { columns: 80, rows: 25 },
         };
@@ -88,6 +99,12 @@ pub fn console(data: &[u8]) {
         });
         Console::new(config, state).unwrap()
     });
+}
+
+fn keyboard() -> OwnedFd {
+    let (reader, mut writer) = io::pipe().unwrap();
+    writer.write_all(&[b'k'; 100]).unwrap();
+    reader.into()
 }
 
 /// A writer that takes a little, or fails in one of its ways.

@@ -9,6 +9,7 @@ pub mod device;
 pub mod input;
 pub mod kernel;
 pub mod pci;
+pub mod ports;
 pub mod queue;
 pub mod saved_state;
 

@@ -1,19 +1,19 @@
 //! PCI as a hostile guest uses it: configuration space, and the registers of virtio devices behind BARs, in any order,
 //! width and alignment, in between paused, saved and built again.
 
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 
-use devices::backend::rate_limiter::Limits;
 use devices::bus::BusDevice;
 use devices::host::Host;
 use devices::memory::Memory;
 use devices::pci::Function;
 use devices::pci::root::{Root, Windows};
 use devices::testing::FakeHost;
+use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::DeviceState;
 use devices::virtio::mmio::{self, Mmio};
 use devices::virtio::pci::{self, Pci};
-use devices::virtio::rng::{self, Rng};
 use devices::virtio::testing;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -145,19 +145,24 @@ impl PciMachine {
     }
 }
 
-/// An entropy device, the simplest that has a queue.
+/// A console: two queues and a configuration space.
 pub fn new_pci(host: &FakeHost, memory: &Memory, state: Option<pci::State>) -> Pci {
-    let device = new_rng(state.as_ref().map(|state| state.transport.device.clone()));
+    let device = new_console(state.as_ref().map(|state| state.transport.device.clone()));
     let host: Arc<dyn Host> = Arc::new(host.clone());
     Pci::new(device, host, memory.clone(), state).unwrap()
 }
 
-fn new_rng(state: Option<DeviceState>) -> Arc<Mutex<Rng>> {
+fn new_console(state: Option<DeviceState>) -> Arc<Mutex<Console>> {
     let state = state.map(|state| match state {
-        DeviceState::Entropy(state) => state,
+        DeviceState::Console(state) => state,
         other => panic!("{other:?}"),
     });
-    Arc::new(Mutex::new(Rng::new(rng::Config { limits: Limits::default() }, state).unwrap()))
+    let config = console::Config {
+        input: Some(File::open("/dev/zero").unwrap().into()),
+        output: Box::new(std::io::sink()),
+        size: Size { columns: 80, rows: 25 },
+    };
+    Arc::new(Mutex::new(Console::new(config, state).unwrap()))
 }
 
 /// The registers of virtio-mmio, likewise.
@@ -177,7 +182,7 @@ struct MmioMachine {
 
 impl MmioMachine {
     fn new_mmio(&self, state: Option<mmio::State>) -> Mmio {
-        let device = new_rng(state.as_ref().map(|state| state.transport.device.clone()));
+        let device = new_console(state.as_ref().map(|state| state.transport.device.clone()));
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         Mmio::new(LOW, device, Arc::new(self.host.clone()), self.memory.clone(), line, state).unwrap()
     }
