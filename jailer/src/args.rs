@@ -1,10 +1,15 @@
 //! The command line, which is that of Firecracker's jailer, and what our exit codes mean.
 //!
-//! Pure: no file is opened and nothing is written. One table holds the flags; `--help` and the parser both read it.
+//! Pure: no file is opened and nothing is written. `flags` has the table that `--help` and the parser both read.
 
+mod flags;
+
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
+use std::os::fd::RawFd;
 use std::path::{Component, Path, PathBuf};
 
+use flags::Given;
 use rustix::fs::{Gid, Uid};
 
 /// The release of Firecracker whose jailer we follow.
@@ -19,6 +24,11 @@ pub const DEFAULT_BASE: &str = "/srv/jailer";
 pub const DEFAULT_FILES: u64 = 2048;
 /// The smallest `--resource-limit fsize`, in bytes: the pid file is written under it.
 pub const MIN_FILE_BYTES: u64 = 16;
+
+/// How often `--file` and `--fd` may be given together, as the VMM's `--fd`.
+pub const MAX_HANDED: usize = 64;
+/// The longest name of a file that is handed over, in characters.
+pub const MAX_HANDED_NAME_LENGTH: usize = 64;
 
 /// Who we are, by the file name we were started under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,16 +109,21 @@ pub struct Args {
     pub program: PathBuf,
     /// The last part of that path as it was given; a link goes by its own name, which tells the VMM who to be.
     pub program_name: OsString,
-    pub uid: Uid,
-    pub gid: Gid,
+    /// Whom the VMM runs as. `None` only with `rootless`: the caller.
+    pub user: Option<(Uid, Gid)>,
+    /// Build the cell as an ordinary user.
+    pub rootless: bool,
     /// Where cells are made.
     pub base: PathBuf,
     /// A network namespace's file.
     pub netns: Option<PathBuf>,
     pub daemonize: bool,
+    /// Always with `rootless`.
     pub new_pid_ns: bool,
     pub cgroups: Cgroups,
     pub limits: Limits,
+    /// At most [`MAX_HANDED`], names and numbers all different.
+    pub handed: Vec<Handed>,
     /// What comes after `--`.
     pub vmm_arguments: Vec<OsString>,
 }
@@ -153,6 +168,22 @@ pub struct Limits {
     pub file_bytes: Option<u64>,
 }
 
+/// A file that the VMM gets as an open descriptor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handed {
+    /// For the VMM's API, which calls it `fd:<name>`.
+    pub name: String,
+    pub source: Source,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// To be opened, as who we are in the beginning.
+    Path { path: PathBuf, is_read_only: bool },
+    /// Left open by the caller; above those of the standard streams.
+    Descriptor(RawFd),
+}
+
 /// A command line that cannot be obeyed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ArgsError {
@@ -166,6 +197,8 @@ pub enum ArgsError {
     Value(&'static str, String),
     #[error("--{0} is needed: {1}")]
     Missing(&'static str, &'static str),
+    #[error("--{0} and --{1} do not go together: {2}")]
+    Conflict(&'static str, &'static str, &'static str),
     #[error("--{flag} is {value:?}, {rule}")]
     Invalid { flag: &'static str, value: String, rule: &'static str },
 }
@@ -179,7 +212,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Command, ArgsEr
     let identity = Identity::of(argv.first().map_or(OsStr::new(""), OsString::as_os_str));
     let given = Given::read(argv)?;
     if given.has("help") {
-        return Ok(Command::Print(help(identity)));
+        return Ok(Command::Print(flags::help(identity)));
     }
     if given.has("version") {
         return Ok(Command::Print(identity.version_text()));
@@ -190,16 +223,23 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Command, ArgsEr
 fn args(given: Given) -> Result<Args, ArgsError> {
     let program = PathBuf::from(given.needed("exec-file")?);
     let program_name = program_name(&program)?;
+    let rootless = given.has("rootless");
+    if rootless && given.has("netns") {
+        let why = "an ordinary user cannot enter one; start the jailer in it";
+        return Err(ArgsError::Conflict("rootless", "netns", why));
+    }
     Ok(Args {
         id: id(&given)?,
-        uid: Uid::from_raw(number_of_user(&given, "uid")?),
-        gid: Gid::from_raw(number_of_user(&given, "gid")?),
+        user: user(&given, rootless)?,
+        rootless,
         base: given.last("chroot-base-dir").map_or_else(|| DEFAULT_BASE.into(), PathBuf::from),
         netns: given.last("netns").map(PathBuf::from),
         daemonize: given.has("daemonize"),
-        new_pid_ns: given.has("new-pid-ns"),
+        // The VMM has the user's number, and could signal all of the user's processes that it can name.
+        new_pid_ns: given.has("new-pid-ns") || rootless,
         cgroups: cgroups(&given, &program_name)?,
         limits: limits(&given)?,
+        handed: handed(&given)?,
         program,
         program_name,
         vmm_arguments: given.rest,
@@ -223,6 +263,14 @@ fn program_name(program: &Path) -> Result<OsString, ArgsError> {
     }
 }
 
+fn user(given: &Given, rootless: bool) -> Result<Option<(Uid, Gid)>, ArgsError> {
+    if rootless && !given.has("uid") && !given.has("gid") {
+        return Ok(None);
+    }
+    let (uid, gid) = (number_of_user(given, "uid")?, number_of_user(given, "gid")?);
+    Ok(Some((Uid::from_raw(uid), Gid::from_raw(gid))))
+}
+
 /// A user or group, by number: a host's names mean nothing in a cell.
 fn number_of_user(given: &Given, flag: &'static str) -> Result<u32, ArgsError> {
     let text = given.needed(flag)?.to_string_lossy().into_owned();
@@ -243,7 +291,8 @@ fn cgroups(given: &Given, program_name: &OsStr) -> Result<Cgroups, ArgsError> {
     let named = given.last("parent-cgroup");
     let parent = PathBuf::from(named.unwrap_or(program_name));
     let is_plain = parent.components().all(|part| matches!(part, Component::Normal(_)));
-    if !is_plain || parent.as_os_str().is_empty() {
+    let is_one_line = !parent.as_os_str().as_encoded_bytes().contains(&b'\n');
+    if !is_plain || !is_one_line || parent.as_os_str().is_empty() {
         let rule =
             "give names with slashes between them, below the root of the control groups, without . and ..";
         return invalid("parent-cgroup", parent.display().to_string(), rule);
@@ -288,302 +337,64 @@ fn limits(given: &Given) -> Result<Limits, ArgsError> {
     Ok(limits)
 }
 
+fn handed(given: &Given) -> Result<Vec<Handed>, ArgsError> {
+    let files = given.all("file").map(|text| named("file", text, file_source));
+    let descriptors = given.all("fd").map(|text| named("fd", text, descriptor_source));
+    let handed: Vec<_> = files.chain(descriptors).collect::<Result<_, _>>()?;
+    let names: BTreeSet<_> = handed.iter().map(|handed| &handed.name).collect();
+    let numbers: Vec<_> = handed.iter().filter_map(Handed::number).collect();
+    let distinct: BTreeSet<_> = numbers.iter().collect();
+    if handed.len() > MAX_HANDED || names.len() < handed.len() || distinct.len() < numbers.len() {
+        let why = "each name and each number may be given once, and 64 in all";
+        return Err(ArgsError::Conflict("file", "fd", why));
+    }
+    Ok(handed)
+}
+
+impl Handed {
+    /// The descriptor that the caller left open.
+    pub fn number(&self) -> Option<RawFd> {
+        match self.source {
+            Source::Descriptor(number) => Some(number),
+            Source::Path { .. } => None,
+        }
+    }
+}
+
+const HANDED_RULE: &str = "give NAME=PATH, NAME=PATH:ro or, with --fd, NAME=NUMBER, a number from 3 on; a name has 1 to \
+                           64 letters, digits, hyphens, underscores and dots";
+
+fn named(
+    flag: &'static str,
+    text: &OsStr,
+    source: impl FnOnce(&[u8]) -> Option<Source>,
+) -> Result<Handed, ArgsError> {
+    let bytes = text.as_encoded_bytes();
+    let legal = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.".contains(byte);
+    let length = bytes.iter().take_while(|byte| legal(byte)).count();
+    let parsed = bytes.split_at_checked(length).and_then(|(name, rest)| {
+        let name = std::str::from_utf8(name).ok()?.to_owned();
+        let source = source(rest.strip_prefix(b"=")?)?;
+        (1..=MAX_HANDED_NAME_LENGTH).contains(&name.len()).then_some(Handed { name, source })
+    });
+    parsed.map_or_else(|| invalid(flag, text.to_string_lossy().into_owned(), HANDED_RULE), Ok)
+}
+
+fn file_source(text: &[u8]) -> Option<Source> {
+    use std::os::unix::ffi::OsStrExt;
+    let (path, is_read_only) = text.strip_suffix(b":ro").map_or((text, false), |path| (path, true));
+    let path = PathBuf::from(OsStr::from_bytes(path));
+    (!path.as_os_str().is_empty()).then_some(Source::Path { path, is_read_only })
+}
+
+fn descriptor_source(text: &[u8]) -> Option<Source> {
+    let number: RawFd = std::str::from_utf8(text).ok()?.parse().ok()?;
+    (number > 2).then_some(Source::Descriptor(number))
+}
+
 fn invalid<T>(flag: &'static str, value: String, rule: &'static str) -> Result<T, ArgsError> {
     Err(ArgsError::Invalid { flag, value, rule })
 }
 
-/// One row of the table of flags.
-struct Flag {
-    name: &'static str,
-    /// What its value is, for the help; `None` takes no value.
-    value: Option<&'static str>,
-    is_repeatable: bool,
-    help: &'static str,
-}
-
-const fn value(name: &'static str, value: &'static str, help: &'static str) -> Flag {
-    Flag { name, value: Some(value), is_repeatable: false, help }
-}
-
-const fn values(name: &'static str, value: &'static str, help: &'static str) -> Flag {
-    Flag { name, value: Some(value), is_repeatable: true, help }
-}
-
-const fn switch(name: &'static str, help: &'static str) -> Flag {
-    Flag { name, value: None, is_repeatable: false, help }
-}
-
-const FLAGS: [Flag; 14] = [
-    value("id", "ID", "The cell's name: 1 to 64 letters, digits and hyphens. Needed."),
-    value("exec-file", "FILE", "The VMM's program, one static file. Needed."),
-    value("uid", "NUMBER", "The user that the VMM runs as. Needed."),
-    value("gid", "NUMBER", "The group that the VMM runs as. Needed."),
-    value("chroot-base-dir", "DIR", "Where cells are made; /srv/jailer if not given."),
-    value("netns", "FILE", "The network namespace to run in, such as /run/netns/NAME."),
-    switch("daemonize", "Run in a session of its own, with standard input and output from and to /dev/null."),
-    switch("new-pid-ns", "Run as process 1 of a new pid namespace."),
-    values("cgroup", "FILE=VALUE", "A control file of the VMM's group and its value; may be repeated."),
-    value("cgroup-version", "1|2", "The kind of control groups; 1 if not given."),
-    value("parent-cgroup", "PATH", "Where the VMM's group is made; the program's name if not given."),
-    values(
-        "resource-limit",
-        "NAME=VALUE",
-        "fsize=BYTES or no-file=NUMBER (2048 if not given); may be repeated.",
-    ),
-    switch("version", "Print the version."),
-    switch("help", "Print this."),
-];
-
-fn help(identity: Identity) -> String {
-    let mut text = format!("Usage: {} [flags] -- [flags of the VMM]\n\n", identity.name());
-    for flag in &FLAGS {
-        let left = format!("--{} {}", flag.name, flag.value.unwrap_or_default());
-        text.push_str(&format!("  {left:<28}{}\n", flag.help));
-    }
-    text
-}
-
-/// The flags that were given, with their values.
-struct Given {
-    flags: Vec<(&'static str, OsString)>,
-    rest: Vec<OsString>,
-}
-
-impl Given {
-    fn read(argv: Vec<OsString>) -> Result<Given, ArgsError> {
-        let mut given = Given { flags: Vec::new(), rest: Vec::new() };
-        let mut parser = lexopt::Parser::from_iter(argv);
-        loop {
-            if let Some(mut raw) = parser.try_raw_args()
-                && raw.next_if(|word| word == "--").is_some()
-            {
-                given.rest = raw.collect();
-                return Ok(given);
-            }
-            let Some(argument) = parser.next().map_err(|error| unexpected_value(&given, error))? else {
-                return Ok(given);
-            };
-            let flag = known(argument)?;
-            if !flag.is_repeatable && given.has(flag.name) {
-                return Err(ArgsError::Twice(flag.name));
-            }
-            let value = match flag.value {
-                Some(value) => parser.value().map_err(|_| ArgsError::NoValue(flag.name, value))?,
-                None => OsString::new(),
-            };
-            given.flags.push((flag.name, value));
-        }
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.flags.iter().any(|(flag, _)| *flag == name)
-    }
-
-    fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a OsStr> {
-        self.flags.iter().filter(move |(flag, _)| *flag == name).map(|(_, value)| value.as_os_str())
-    }
-
-    fn last<'a>(&'a self, name: &'a str) -> Option<&'a OsStr> {
-        self.all(name).last()
-    }
-
-    fn needed<'a>(&'a self, name: &'static str) -> Result<&'a OsStr, ArgsError> {
-        self.last(name).ok_or(ArgsError::Missing(name, help_of(name)))
-    }
-}
-
-fn known(argument: lexopt::Arg) -> Result<&'static Flag, ArgsError> {
-    let (name, shown) = match &argument {
-        lexopt::Arg::Long(name) => ((*name).to_string(), format!("--{name}")),
-        lexopt::Arg::Short('h') => ("help".to_string(), "-h".to_string()),
-        lexopt::Arg::Short(letter) => (String::new(), format!("-{letter}")),
-        lexopt::Arg::Value(value) => (String::new(), format!("{value:?}")),
-    };
-    FLAGS.iter().find(|flag| flag.name == name).ok_or(ArgsError::Unknown(shown))
-}
-
-/// The parser finds out about the value of a flag without one only when it goes on.
-fn unexpected_value(given: &Given, error: lexopt::Error) -> ArgsError {
-    let last = given.flags.last().map_or("", |(flag, _)| flag);
-    match error {
-        lexopt::Error::UnexpectedValue { value, .. } => {
-            ArgsError::Value(last, value.to_string_lossy().into_owned())
-        }
-        error => ArgsError::Unknown(error.to_string()),
-    }
-}
-
-fn help_of(name: &str) -> &'static str {
-    FLAGS.iter().find(|flag| flag.name == name).map_or("", |flag| flag.help)
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const NEEDED: &str = "--id vm-1 --exec-file /bin/berth-vmm --uid 1000 --gid 100";
-
-    fn read(words: &str) -> Result<Command, ArgsError> {
-        parse(["berth-jailer"].into_iter().chain(words.split_whitespace()).map(OsString::from))
-    }
-
-    fn cell(words: &str) -> Args {
-        match read(&format!("{NEEDED} {words}")) {
-            Ok(Command::Confine(args)) => *args,
-            other => panic!("{words}: {other:?}"),
-        }
-    }
-
-    #[track_caller]
-    fn refused(words: &str, expected: &[&str]) {
-        let error = match read(words) {
-            Err(error) => error.to_string(),
-            Ok(command) => panic!("{words}: {command:?}"),
-        };
-        for part in expected {
-            assert!(error.contains(part), "{words}: {part:?} is not in: {error}");
-        }
-    }
-
-    #[test]
-    fn what_is_not_given_is_as_with_firecracker() {
-        let args = cell("");
-        assert_eq!((args.id.as_str(), args.program.as_path()), ("vm-1", Path::new("/bin/berth-vmm")));
-        assert_eq!((args.uid.as_raw(), args.gid.as_raw()), (1000, 100));
-        assert_eq!(args.program_name, "berth-vmm");
-        assert_eq!(args.base, Path::new("/srv/jailer"));
-        assert_eq!((args.netns, args.daemonize, args.new_pid_ns), (None, false, false));
-        assert_eq!(args.limits, Limits { files: 2048, file_bytes: None });
-        let parent = PathBuf::from("berth-vmm");
-        let none = Cgroups { version: Version::V1, parent, is_parent_given: false, settings: vec![] };
-        assert_eq!(args.cgroups, none);
-        assert!(args.vmm_arguments.is_empty());
-    }
-
-    #[test]
-    fn every_flag_is_read() {
-        let args = cell(
-            "--chroot-base-dir /cells --netns /run/netns/a --daemonize --new-pid-ns --cgroup-version 2 \
-             --parent-cgroup a/b --cgroup memory.max=1G --cgroup cpu.weight=5 --resource-limit fsize=4096 \
-             --resource-limit no-file=64",
-        );
-        assert_eq!(
-            (args.base.as_path(), args.netns.as_deref()),
-            (Path::new("/cells"), Some(Path::new("/run/netns/a")))
-        );
-        assert!(args.daemonize && args.new_pid_ns);
-        assert_eq!(args.limits, Limits { files: 64, file_bytes: Some(4096) });
-        let setting = |file: &str, value: &str| Setting { file: file.into(), value: value.into() };
-        let settings = vec![setting("memory.max", "1G"), setting("cpu.weight", "5")];
-        let groups = Cgroups { version: Version::V2, parent: "a/b".into(), is_parent_given: true, settings };
-        assert_eq!(args.cgroups, groups);
-    }
-
-    #[test]
-    fn what_follows_two_hyphens_is_for_the_vmm_alone() {
-        let args = cell("-- --api-sock /a --id x -- y");
-        assert_eq!(args.vmm_arguments, ["--api-sock", "/a", "--id", "x", "--", "y"]);
-        assert_eq!(args.id, "vm-1");
-        assert!(cell("--").vmm_arguments.is_empty());
-        // The same word as a value is one.
-        assert_eq!(cell("--netns -- --daemonize").netns.as_deref(), Some(Path::new("--")));
-    }
-
-    #[test]
-    fn a_flag_that_is_needed_is_named() {
-        for flag in ["id", "exec-file", "uid", "gid"] {
-            let words: Vec<_> = NEEDED.split_whitespace().collect();
-            let at = words.iter().position(|word| *word == format!("--{flag}")).unwrap();
-            let left = [&words[..at], &words[at + 2..]].concat().join(" ");
-            refused(&left, &[&format!("--{flag} is needed")]);
-        }
-    }
-
-    #[test]
-    fn values_that_break_a_rule_are_refused_with_it() {
-        let long = "a".repeat(65);
-        let cases = [
-            ("id", "a/b", "letters"),
-            ("id", "..", "letters"),
-            ("id", "a_b", "letters"),
-            ("id", "\u{e4}", "letters"),
-            ("id", long.as_str(), "1 to 64"),
-            ("exec-file", "/", "file"),
-            ("exec-file", "/bin/..", "file"),
-            ("uid", "root", "number"),
-            ("uid", "-1", "number"),
-            ("uid", "4294967295", "4294967294"),
-            ("gid", "4294967296", "4294967294"),
-        ];
-        for (flag, value, rule) in cases {
-            let words: Vec<_> = NEEDED.split_whitespace().collect();
-            let at = words.iter().position(|word| *word == format!("--{flag}")).unwrap();
-            let mut changed = words.clone();
-            changed[at + 1] = value;
-            refused(&changed.join(" "), &[&format!("--{flag} is {value:?}"), rule]);
-        }
-        assert_eq!(cell("").id.len(), 4);
-    }
-
-    #[test]
-    fn values_of_optional_flags_that_break_a_rule_are_refused_with_it() {
-        let cases = [
-            ("--cgroup-version 3", "1 or 2"),
-            ("--cgroup memory.max", "=<value>"),
-            ("--cgroup memory.max=", "=<value>"),
-            ("--cgroup max=1", "<controller>."),
-            ("--cgroup .max=1", "<controller>."),
-            ("--cgroup memory.=1", "<controller>."),
-            ("--cgroup ../memory.max=1", "<controller>."),
-            ("--parent-cgroup /a", "below the root"),
-            ("--parent-cgroup a/../../b", "below the root"),
-            ("--parent-cgroup ./a", "below the root"),
-            ("--resource-limit fsize", "fsize=<bytes"),
-            ("--resource-limit fsize=x", "fsize=<bytes"),
-            ("--resource-limit fsize=15", "at least 16"),
-            ("--resource-limit core=1", "no-file=<number>"),
-            ("--daemonize=yes", "takes no value"),
-            ("--netns", "wants a value"),
-            ("--netns a --netns b", "twice"),
-            ("--node 0", "no flag --node"),
-            ("-x", "no flag -x"),
-            ("--api-sock /a", "no flag --api-sock"),
-            ("stray", "no flag \"stray\""),
-        ];
-        for (words, rule) in cases {
-            refused(&format!("{NEEDED} {words}"), &[rule]);
-        }
-    }
-
-    #[test]
-    fn the_value_of_a_control_file_may_have_equals_signs_and_the_file_dots() {
-        let parse = |text: &str| setting(OsStr::new(text)).unwrap();
-        assert_eq!(parse("io.max=8:0 rbps=1").value, "8:0 rbps=1");
-        assert_eq!(parse("memory.swap.max=0").file, "memory.swap.max");
-        assert_eq!(parse("hugetlb.2MB.max=0").controller(), "hugetlb");
-    }
-
-    #[test]
-    fn help_and_version_need_nothing_else() {
-        let Ok(Command::Print(help)) = read("--help") else { panic!("no help") };
-        for flag in &FLAGS {
-            assert!(help.contains(&format!("--{}", flag.name)), "{help}");
-        }
-        assert_eq!(read("-h"), Ok(Command::Print(help)));
-        assert_eq!(read("--version"), Ok(Command::Print(format!("berth-jailer {VERSION}\n"))));
-        let Ok(Command::Print(text)) = parse(["/usr/bin/jailer", "--version"].map(OsString::from)) else {
-            panic!("no version")
-        };
-        assert!(text.starts_with("Jailer v1.17.0\n"), "{text}");
-    }
-
-    #[test]
-    fn under_the_name_of_firecrackers_jailer_all_errors_end_with_1() {
-        let jailer = Identity::of(OsStr::new("/usr/bin/jailer"));
-        for code in [ExitCode::NoCell, ExitCode::BadArguments] {
-            assert_eq!(jailer.exit_code(code), ExitCode::Generic);
-            assert_eq!(Identity::of(OsStr::new("berth-jailer")).exit_code(code), code);
-        }
-        assert_eq!(jailer.exit_code(ExitCode::Ok), ExitCode::Ok);
-    }
-}
+mod tests;

@@ -1,4 +1,4 @@
-//! The directory that is the cell's root: how it is made, what is put into it, and when it becomes the VMM's.
+//! What is in a cell: the program, devices, the pid file; and when it becomes the VMM's.
 //!
 //! While we work in it, all of it is root's and closed to everyone else, also when the caller made it for the VMM's user:
 //! that user may have processes, and must not see a half-made cell. It is handed over as the last thing.
@@ -7,22 +7,22 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{Gid, Uid};
+use rustix::fs::Access;
 
-use crate::dir::{Dir, Node};
+use crate::claim::{Claim, DEV, NET, PRIVATE, ROOT, RUN};
+use crate::dir::{Dir, Node, Owner};
 use crate::error::{During, Error, Result};
-use crate::mounts;
+use crate::ids::User;
 
-/// Mode of the directories above the root: the VMM's user comes through to its files.
-const PASSAGE: u32 = 0o755;
-/// Mode of the root and of all directories in it.
-const PRIVATE: u32 = 0o700;
-/// Mode of the VMM's program: nobody writes to it, also not the VMM.
-const PROGRAM: u32 = 0o555;
+/// Mode of the VMM's program. Nobody writes to it, also not the VMM. Nor may it be read, for the kernel makes a process
+/// that executes what it may not read one that other processes of its user's cannot trace, from its first instruction on.
+const PROGRAM: u32 = 0o111;
 /// Mode of the pid file: whoever gets there may read it.
 const PID_FILE: u32 = 0o644;
+/// Mode of the files that the host's nodes are mounted on.
+const PLACE: u32 = 0o600;
 
 /// What a VMM opens by path, from Documentation/admin-guide/devices.txt of Linux.
 const KVM: Node = Node { name: "kvm", major: 10, minor: 232 };
@@ -32,22 +32,6 @@ const TUN: Node = Node { name: "tun", major: 10, minor: 200 };
 const USERFAULTFD: &str = "userfaultfd";
 /// The major number of the devices in /proc/misc.
 const MISC: u32 = 10;
-
-/// Makes `<base>/<program>/<id>/root`, or takes it if it is there, and closes it to everyone but root.
-///
-/// # Errors
-/// The base is none, or a part of the rest is there and is not a directory.
-pub fn make_root(base: &Path, program: &OsStr, id: &str) -> Result<Dir> {
-    let base = Dir::open(base).map_err(|error| {
-        Error::Refused(format!("--chroot-base-dir: {error}; make it first, as a directory of root's"))
-    })?;
-    mounts::check(&base)?;
-    let root =
-        base.enter_or_make(program, PASSAGE)?.enter_or_make(id, PASSAGE)?.enter_or_make("root", PRIVATE)?;
-    mounts::check(&root)?;
-    take(&root)?;
-    Ok(root)
-}
 
 /// A program to be copied, opened and looked at.
 ///
@@ -81,8 +65,8 @@ pub fn copy_program(mut program: File, root: &Dir, name: &OsStr) -> Result<()> {
     Ok(())
 }
 
-/// The device number of /dev/userfaultfd, where the kernel has it. Call while /proc is there.
-pub fn userfaultfd() -> Option<Node> {
+/// The device number of /dev/userfaultfd, where the kernel has it.
+fn userfaultfd() -> Option<Node> {
     // A host without /proc/misc is one without the device.
     let text = std::fs::read_to_string("/proc/misc").ok()?;
     let minor = misc_minor(&text, USERFAULTFD)?;
@@ -96,31 +80,76 @@ fn misc_minor(misc: &str, name: &str) -> Option<u32> {
     })
 }
 
-/// A cell that is ready but for its pid file, and still root's.
+/// Where the cell gets its devices from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// Nodes of its own, which only root can make.
+    Own,
+    /// The host's nodes, mounted on empty files.
+    Hosts,
+}
+
+/// A cell that is ready but for its pid file, and still ours.
 #[derive(Debug)]
 pub struct Cell {
     root: Dir,
     /// The directories in it.
     inner: [Dir; 3],
+    /// Paths of the host's nodes, each to be mounted on the file of the same path in the cell.
+    pub to_mount: Vec<PathBuf>,
 }
 
-/// Makes what the VMM finds in an otherwise empty root: devices of its user's, and room for the API socket.
+/// Puts devices into the directories of a cell.
 ///
 /// # Errors
-/// One of the devices is there already.
-pub fn furnish(root: Dir, userfaultfd: Option<Node>, uid: Uid, gid: Gid) -> Result<Cell> {
-    let dev = private(&root, "dev")?;
-    let net = private(&dev, "net")?;
-    // The API socket's usual place.
-    let run = private(&root, "run")?;
-    for node in [Some(KVM), Some(URANDOM), userfaultfd].into_iter().flatten() {
-        dev.create_node(node, uid, gid)?;
+/// One cannot be made; or the caller may not use KVM, where the host's nodes are used.
+pub fn furnish(claim: &Claim, devices: Devices, user: &User) -> Result<Cell> {
+    let [dev, net, run] = [claim.directory(DEV)?, claim.directory(NET)?, claim.directory(RUN)?];
+    let mut to_mount = Vec::new();
+    match devices {
+        Devices::Own => {
+            for node in [Some(KVM), Some(URANDOM), userfaultfd()].into_iter().flatten() {
+                dev.create_node(node, user.uid, user.gid)?;
+            }
+            net.create_node(TUN, user.uid, user.gid)?;
+        }
+        Devices::Hosts => {
+            let places = [
+                (&dev, "/dev/kvm"),
+                (&dev, "/dev/urandom"),
+                (&dev, "/dev/userfaultfd"),
+                (&net, "/dev/net/tun"),
+            ];
+            for (directory, path) in places.into_iter().filter(|(_, path)| is_usable(path)) {
+                let path = PathBuf::from(path);
+                directory.create(path.file_name().unwrap_or_default(), PLACE)?;
+                to_mount.push(path);
+            }
+        }
     }
-    net.create_node(TUN, uid, gid)?;
-    Ok(Cell { root, inner: [net, dev, run] })
+    Ok(Cell { root: claim.directory(ROOT)?, inner: [net, dev, run], to_mount })
+}
+
+/// Refuses an ordinary user who may not use KVM.
+///
+/// # Errors
+/// The kernel's answer to that user.
+pub fn check_kvm() -> Result<()> {
+    rustix::fs::access("/dev/kvm", Access::READ_OK | Access::WRITE_OK).during(|| {
+        "--rootless: you may not use /dev/kvm; join the group it belongs to (kvm), and log in anew".into()
+    })
+}
+
+fn is_usable(path: &str) -> bool {
+    rustix::fs::access(path, Access::READ_OK | Access::WRITE_OK).is_ok()
 }
 
 impl Cell {
+    /// The directory that is to be all there is.
+    pub fn root(&self) -> &Dir {
+        &self.root
+    }
+
     /// Writes the number of the VMM's process, as it is outside of the cell, into `<program>.pid`: without a line end, as
     /// Firecracker's jailer does.
     ///
@@ -137,27 +166,18 @@ impl Cell {
     ///
     /// # Errors
     /// As fchown(2).
-    pub fn hand_over(self, uid: Uid, gid: Gid) -> Result<()> {
+    pub fn hand_over(&self, user: &User) -> Result<()> {
+        let owner = Owner { uid: user.uid, gid: user.gid, mode: PRIVATE };
         // The root last: as long as it is closed, so is all of it.
-        self.inner.iter().chain([&self.root]).try_for_each(|directory| directory.give_to(uid, gid, PRIVATE))
+        self.inner.iter().chain([&self.root]).try_for_each(|directory| directory.give_to(owner))
     }
-}
-
-fn private(parent: &Dir, name: &str) -> Result<Dir> {
-    let directory = parent.enter_or_make(name, PRIVATE)?;
-    take(&directory)?;
-    Ok(directory)
-}
-
-fn take(directory: &Dir) -> Result<()> {
-    directory.give_to(Uid::ROOT, Gid::ROOT, PRIVATE)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn the_number_of_a_misc_device_is_found_by_its_whole_name() {
@@ -190,53 +210,5 @@ mod tests {
         copy_program(File::open(&path).unwrap(), &root, OsStr::new("vmm")).unwrap();
         assert_eq!(fs::read(place.path().join("vmm")).unwrap(), b"program");
         assert!(copy_program(File::open(&path).unwrap(), &root, OsStr::new("vmm")).is_err());
-    }
-
-    #[test]
-    fn the_root_is_made_where_callers_expect_it_and_is_closed() {
-        let place = tempfile::tempdir().unwrap();
-        if !can_make_cells(place.path()) {
-            return;
-        }
-        make_root(place.path(), OsStr::new("vmm"), "one").unwrap();
-        let root = place.path().join("vmm/one/root");
-        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
-        assert_eq!(mode(&root), 0o700);
-        // What a caller prepared is taken over.
-        rustix::fs::chown(&root, Some(Uid::from_raw(1234)), None).unwrap();
-        fs::set_permissions(&root, fs::Permissions::from_mode(0o777)).unwrap();
-        make_root(place.path(), OsStr::new("vmm"), "one").unwrap();
-        assert_eq!((mode(&root), fs::metadata(&root).unwrap().uid()), (0o700, 0));
-    }
-
-    #[test]
-    fn a_link_in_the_place_of_any_part_of_the_root_is_refused() {
-        for part in ["vmm", "vmm/one", "vmm/one/root"] {
-            let place = tempfile::tempdir().unwrap();
-            if !can_make_cells(place.path()) {
-                return;
-            }
-            let elsewhere = tempfile::tempdir().unwrap();
-            let link = place.path().join(part);
-            fs::create_dir_all(link.parent().unwrap()).unwrap();
-            symlink(elsewhere.path(), &link).unwrap();
-            let error = make_root(place.path(), OsStr::new("vmm"), "one").unwrap_err().to_string();
-            assert!(error.contains("symbolic link"), "{part}: {error}");
-            assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
-        }
-    }
-
-    #[test]
-    fn a_base_that_is_none_is_named() {
-        let error = make_root(Path::new("/no/such/base"), OsStr::new("vmm"), "one").unwrap_err().to_string();
-        assert!(error.contains("--chroot-base-dir") && error.contains("/no/such/base"), "{error}");
-    }
-
-    fn can_make_cells(place: &Path) -> bool {
-        let able = rustix::process::geteuid().is_root() && mounts::check(&Dir::open(place).unwrap()).is_ok();
-        if !able {
-            println!("SKIPPED: needs root and a temporary directory without nodev and noexec");
-        }
-        able
     }
 }

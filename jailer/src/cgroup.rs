@@ -1,11 +1,15 @@
 //! The control group of a VMM: found among the mounted hierarchies, made, limited, and entered.
 //!
 //! With settings, the group is `<hierarchy>/<parent>/<id>`, in version 1 once for each controller. Without settings,
-//! version 2 means an existing parent to be entered, and version 1 nothing. No group is ever removed here: the VMM is in
-//! it when we are gone.
+//! version 2 means an existing parent to be entered, and version 1 nothing. No group is removed here: the VMM is in it
+//! when we are gone, and what a failed start made is taken back with all else (`claim`).
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
+
+use rustix::io::Errno;
 
 use crate::args::{Cgroups, Setting, Version};
 use crate::dir::Dir;
@@ -20,6 +24,8 @@ pub struct Plan {
     hierarchy: PathBuf,
     parent: PathBuf,
     kind: Kind,
+    /// Which group of this hierarchy we are in.
+    now: PathBuf,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,12 +46,61 @@ pub fn plan(cgroups: &Cgroups) -> Result<Vec<Plan>> {
     if cgroups.version == Version::V1 && cgroups.settings.is_empty() {
         return Ok(Vec::new());
     }
-    let mounts =
-        std::fs::read_to_string("/proc/self/mounts").during(|| "cannot read /proc/self/mounts".into())?;
+    let read = |path: &str| std::fs::read_to_string(path).during(|| format!("cannot read {path}"));
+    let host = Host { mounts: read("/proc/self/mounts")?, groups: read("/proc/self/cgroup")? };
     match cgroups.version {
-        Version::V1 => plan_v1(cgroups, &mounts),
-        Version::V2 => plan_v2(cgroups, &mounts),
+        Version::V1 => plan_v1(cgroups, &host),
+        Version::V2 => plan_v2(cgroups, &host),
     }
+}
+
+/// What the host says of control groups.
+struct Host {
+    /// proc_pid_mounts(5)
+    mounts: String,
+    /// /proc/PID/cgroup of cgroups(7): those we are in.
+    groups: String,
+}
+
+/// The groups that [`enter`] is going to make below the parents, by path.
+///
+/// # Errors
+/// What is there cannot be looked at.
+pub fn to_be_made(plans: &[Plan], id: &str) -> Result<Vec<PathBuf>> {
+    let mut paths = BTreeSet::new();
+    for plan in plans.iter().filter(|plan| !matches!(plan.kind, Kind::Existing { .. })) {
+        let is_there = match plan.open_parent() {
+            Ok(parent) => parent.has(id)?,
+            Err(error) if error.is_not_found() => false,
+            Err(error) => return Err(error),
+        };
+        if !is_there {
+            paths.insert(plan.hierarchy.join(&plan.parent).join(id));
+        }
+    }
+    Ok(paths.into_iter().collect())
+}
+
+/// The ways back to where we are, for [`leave`]. A group that is not there is none.
+pub fn ways_back(plans: &[Plan]) -> Vec<File> {
+    let open = |plan: &Plan| {
+        let group = plan.hierarchy.join(plan.now.strip_prefix("/").unwrap_or(&plan.now));
+        File::options().write(true).open(group.join("cgroup.procs")).ok()
+    };
+    plans.iter().filter_map(open).collect()
+}
+
+/// Goes back to where we were before [`enter`].
+///
+/// # Errors
+/// The kernel does not let us.
+pub fn leave(ways_back: &[File]) -> Result<()> {
+    ways_back.iter().try_for_each(|mut procs| {
+        // Zero is the process that writes.
+        procs
+            .write_all(b"0")
+            .during(|| "cannot go back to the control group that this process came from".into())
+    })
 }
 
 /// Moves this process into its group, or groups. What was made stays when a later step fails.
@@ -56,10 +111,10 @@ pub fn enter(plans: &[Plan], id: &str) -> Result<()> {
     plans.iter().try_for_each(|plan| plan.enter(id))
 }
 
-fn plan_v1(cgroups: &Cgroups, mounts: &str) -> Result<Vec<Plan>> {
+fn plan_v1(cgroups: &Cgroups, host: &Host) -> Result<Vec<Plan>> {
     let controllers: BTreeSet<_> = cgroups.settings.iter().map(Setting::controller).collect();
     let plan = |controller: &str| {
-        let hierarchy = find_v1(mounts, controller).ok_or_else(|| {
+        let hierarchy = find_v1(&host.mounts, controller).ok_or_else(|| {
             Error::Refused(format!(
                 "--cgroup {controller}.*: no version 1 hierarchy with this controller is mounted; mount it, or give \
                  --cgroup-version 2"
@@ -67,17 +122,18 @@ fn plan_v1(cgroups: &Cgroups, mounts: &str) -> Result<Vec<Plan>> {
         })?;
         let of_this = |setting: &&Setting| setting.controller() == controller;
         let settings = cgroups.settings.iter().filter(of_this).cloned().collect();
-        Ok(Plan { hierarchy, parent: cgroups.parent.clone(), kind: Kind::Single(settings) })
+        let now = group_v1(&host.groups, controller);
+        Ok(Plan { hierarchy, parent: cgroups.parent.clone(), kind: Kind::Single(settings), now })
     };
     controllers.into_iter().map(plan).collect()
 }
 
-fn plan_v2(cgroups: &Cgroups, mounts: &str) -> Result<Vec<Plan>> {
+fn plan_v2(cgroups: &Cgroups, host: &Host) -> Result<Vec<Plan>> {
     let kind = match cgroups.settings.is_empty() {
         true => Kind::Existing { is_needed: cgroups.is_parent_given },
         false => Kind::Unified(cgroups.settings.clone()),
     };
-    let Some(hierarchy) = find_v2(mounts) else {
+    let Some(hierarchy) = find_v2(&host.mounts) else {
         let is_needed = kind != Kind::Existing { is_needed: false };
         return match is_needed {
             true => Err(Error::Refused(
@@ -87,7 +143,8 @@ fn plan_v2(cgroups: &Cgroups, mounts: &str) -> Result<Vec<Plan>> {
         };
     };
     check_controllers(&Dir::open(&hierarchy)?, &controllers_of(&cgroups.settings))?;
-    Ok(vec![Plan { hierarchy, parent: cgroups.parent.clone(), kind }])
+    let now = group_v2(&host.groups);
+    Ok(vec![Plan { hierarchy, parent: cgroups.parent.clone(), kind, now }])
 }
 
 /// What the settings of a version 2 group need. The files named cgroup.* are the core's, in every group.
@@ -111,7 +168,8 @@ impl Plan {
             Kind::Unified(settings) => self.make_unified(settings, id)?,
             Kind::Single(settings) => self.make_single(settings, id)?,
         };
-        group.control("cgroup.procs", &std::process::id().to_string())
+        // Zero is the process that writes.
+        group.control("cgroup.procs", "0").map_err(|error| explained(error, &group))
     }
 
     fn open_parent(&self) -> Result<Dir> {
@@ -161,11 +219,42 @@ fn check_controllers(root: &Dir, controllers: &BTreeSet<&str>) -> Result<()> {
     }
 }
 
-/// Lets the groups below this one have these controllers.
+/// Lets the groups below this one have these controllers, where they do not: an ordinary user may not write it in groups
+/// that were not delegated to it.
 fn enable(group: &Dir, controllers: &BTreeSet<&str>) -> Result<()> {
-    controllers
-        .iter()
-        .try_for_each(|controller| group.control("cgroup.subtree_control", &format!("+{controller}")))
+    const FILE: &str = "cgroup.subtree_control";
+    let enabled = group.read(FILE)?;
+    let missing =
+        controllers.iter().filter(|wanted| !enabled.split_whitespace().any(|name| name == **wanted));
+    let mut missing = missing.copied();
+    missing.try_for_each(|name| {
+        group.control(FILE, &format!("+{name}")).map_err(|error| explained(error, group))
+    })
+}
+
+/// Adds to what the kernel said about a group what it means by it, by Documentation/admin-guide/cgroup-v2.rst of Linux.
+fn explained(error: Error, group: &Dir) -> Error {
+    let Error::System { what, error } = error else { return error };
+    let kind = group.read("cgroup.type").unwrap_or_default();
+    let why = match Errno::from_io_error(&error) {
+        Some(Errno::BUSY) => {
+            ": a group has either processes of its own or groups below it that have controllers; give a --parent-cgroup \
+             without processes, and with --cgroup, so that the VMM gets a group below it"
+        }
+        Some(Errno::OPNOTSUPP) if kind.trim() == "domain invalid" => {
+            ": the group is below a threaded one, and has threads only; give another --parent-cgroup"
+        }
+        Some(Errno::OPNOTSUPP) => {
+            ": the group is threaded, and a process with all its threads cannot enter it; give another --parent-cgroup"
+        }
+        Some(Errno::NOENT) => ": the group has no such controller; enable it in the groups above",
+        Some(Errno::NOSPC) => ": the group has no CPUs or no memory nodes; set cpuset.cpus and cpuset.mems",
+        Some(Errno::ACCESS | Errno::PERM) => {
+            ": an ordinary user needs a --parent-cgroup that was delegated to it, and has to be below it already"
+        }
+        _ => "",
+    };
+    Error::System { what: format!("{what}{why}"), error }
 }
 
 /// In version 1 a new cpuset has neither CPUs nor memory, and no process can enter it so.
@@ -193,6 +282,21 @@ fn find_v1(mounts: &str, controller: &str) -> Option<PathBuf> {
         *kind == "cgroup" && options.split(',').any(|option| option == controller)
     };
     mount_points(mounts).find(has_it).map(|(_, point, _)| unescaped(point))
+}
+
+/// The one group of version 2 that we are in.
+fn group_v2(groups: &str) -> PathBuf {
+    groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").into()
+}
+
+/// The group that we are in, in the hierarchy of version 1 with this controller.
+fn group_v1(groups: &str, controller: &str) -> PathBuf {
+    let group = |line: &str| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let has_it = fields.next()?.split(',').any(|name| name == controller);
+        fields.next().filter(|_| has_it).map(PathBuf::from)
+    };
+    groups.lines().find_map(group).unwrap_or_else(|| "/".into())
 }
 
 /// Type, mount point and options of each line of proc_pid_mounts(5).
@@ -236,6 +340,21 @@ cgroup2 /sys/fs/cgroup/uni\\040fied cgroup2 rw,relatime,nsdelegate 0 0
 broken
 ";
 
+    const GROUPS: &str = "2:cpu,cpuacct:/a:b\n1:name=systemd:/user\n0::/user.slice/x\n";
+
+    fn host(mounts: &str) -> Host {
+        Host { mounts: mounts.into(), groups: GROUPS.into() }
+    }
+
+    #[test]
+    fn the_groups_that_we_are_in_are_found_by_controller() {
+        assert_eq!(group_v2(GROUPS), Path::new("/user.slice/x"));
+        assert_eq!(group_v1(GROUPS, "cpuacct"), Path::new("/a:b"));
+        for (groups, controller) in [(GROUPS, "memory"), ("", "cpu"), ("broken", "cpu")] {
+            assert_eq!(group_v1(groups, controller), Path::new("/"));
+        }
+    }
+
     fn wish(version: Version, settings: &[(&str, &str)]) -> Cgroups {
         let setting = |(file, value): &(&str, &str)| Setting { file: (*file).into(), value: (*value).into() };
         let settings = settings.iter().map(setting).collect();
@@ -263,7 +382,7 @@ broken
     #[test]
     fn version_1_has_a_group_for_each_controller() {
         let wish = wish(Version::V1, &[("cpuset.cpus", "0"), ("cpu.shares", "2"), ("cpuset.mems", "0")]);
-        let plans = plan_v1(&wish, MOUNTS).unwrap();
+        let plans = plan_v1(&wish, &host(MOUNTS)).unwrap();
         let hierarchies: Vec<_> = plans.iter().map(|plan| plan.hierarchy.to_str().unwrap()).collect();
         assert_eq!(hierarchies, ["/sys/fs/cgroup/cpu,cpuacct", "/sys/fs/cgroup/cpuset"]);
         assert!(matches!(&plans[1].kind, Kind::Single(settings) if settings.len() == 2));
@@ -271,10 +390,11 @@ broken
 
     #[test]
     fn a_controller_that_is_not_there_is_named() {
-        let error =
-            plan_v1(&wish(Version::V1, &[("memory.limit_in_bytes", "1")]), MOUNTS).unwrap_err().to_string();
+        let error = plan_v1(&wish(Version::V1, &[("memory.limit_in_bytes", "1")]), &host(MOUNTS))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("--cgroup memory.*"), "{error}");
-        let error = plan_v2(&wish(Version::V2, &[("memory.max", "1")]), "").unwrap_err().to_string();
+        let error = plan_v2(&wish(Version::V2, &[("memory.max", "1")]), &host("")).unwrap_err().to_string();
         assert!(error.contains("no version 2 hierarchy"), "{error}");
     }
 
@@ -283,21 +403,18 @@ broken
         let mut wish = wish(Version::V2, &[]);
         let place = tempfile::tempdir().unwrap();
         let mounts = format!("cgroup2 {} cgroup2 rw 0 0\n", place.path().display());
-        let enter = |wish: &Cgroups| enter(&plan_v2(wish, &mounts).unwrap(), "vm");
+        let enter = |wish: &Cgroups| enter(&plan_v2(wish, &host(&mounts)).unwrap(), "vm");
 
         let error = enter(&wish).unwrap_err().to_string();
         assert!(error.contains("--parent-cgroup a/b"), "{error}");
         wish.is_parent_given = false;
         enter(&wish).unwrap();
-        assert_eq!(plan_v2(&wish, "").unwrap(), []);
+        assert_eq!(plan_v2(&wish, &host("")).unwrap(), []);
 
         fs::create_dir_all(place.path().join("a/b")).unwrap();
         fs::write(place.path().join("a/b/cgroup.procs"), "").unwrap();
         enter(&wish).unwrap();
-        assert_eq!(
-            fs::read_to_string(place.path().join("a/b/cgroup.procs")).unwrap(),
-            std::process::id().to_string()
-        );
+        assert_eq!(fs::read_to_string(place.path().join("a/b/cgroup.procs")).unwrap(), "0");
         assert!(!place.path().join("a/b/vm").exists());
     }
 
@@ -316,16 +433,16 @@ broken
         }
         let mounts = format!("cgroup2 {} cgroup2 rw 0 0\n", place.path().display());
         let wished = wish(Version::V2, &[("memory.max", "1G"), ("cgroup.max.depth", "0")]);
-        enter(&plan_v2(&wished, &mounts).unwrap(), "vm").unwrap();
+        enter(&plan_v2(&wished, &host(&mounts)).unwrap(), "vm").unwrap();
         let text = |path: &str| fs::read_to_string(at(path)).unwrap();
         for group in ["", "a/", "a/b/"] {
             assert_eq!(text(&format!("{group}cgroup.subtree_control")), "+memory");
         }
         assert_eq!((text("a/b/vm/memory.max"), text("a/b/vm/cgroup.max.depth")), ("1G".into(), "0".into()));
-        assert_eq!(text("a/b/vm/cgroup.procs"), std::process::id().to_string());
+        assert_eq!(text("a/b/vm/cgroup.procs"), "0");
 
         let wished = wish(Version::V2, &[("io.max", "1")]);
-        let error = plan_v2(&wished, &mounts).unwrap_err().to_string();
+        let error = plan_v2(&wished, &host(&mounts)).unwrap_err().to_string();
         assert!(error.contains("--cgroup io.*") && error.contains("cpu memory"), "{error}");
     }
 
@@ -340,7 +457,7 @@ broken
         }
         fs::write(at("a/b/vm/cgroup.procs"), "").unwrap();
         let mounts = format!("cgroup {} cgroup rw,cpuset 0 0\n", place.path().display());
-        enter(&plan_v1(&wish(Version::V1, &[("cpuset.cpus", "1")]), &mounts).unwrap(), "vm").unwrap();
+        enter(&plan_v1(&wish(Version::V1, &[("cpuset.cpus", "1")]), &host(&mounts)).unwrap(), "vm").unwrap();
         assert_eq!(fs::read_to_string(at("a/b/cpuset.cpus")).unwrap(), "0-1");
         // What was inherited was replaced; a plain file keeps its tail.
         assert_eq!(fs::read_to_string(at("a/b/vm/cpuset.cpus")).unwrap(), "1-1");

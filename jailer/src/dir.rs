@@ -41,6 +41,14 @@ pub struct Node {
     pub minor: u32,
 }
 
+/// Whose a directory is, and its mode without the file type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    pub uid: Uid,
+    pub gid: Gid,
+    pub mode: u32,
+}
+
 impl Dir {
     /// Opens a directory that the administrator named.
     ///
@@ -66,16 +74,97 @@ impl Dir {
         }
     }
 
+    /// Opens a directory that is below this one, name by name.
+    ///
+    /// # Errors
+    /// As [`Dir::enter`].
+    pub fn descend(&self, path: &Path) -> Result<Dir> {
+        let here = self.fd.try_clone().during(|| format!("cannot duplicate {}", self.path.display()))?;
+        path.iter().try_fold(Dir { fd: here, path: self.path.clone() }, |dir, name| dir.enter(name))
+    }
+
+    /// Makes a directory in this one, and tells whether it did; something of this name may be there.
+    ///
+    /// # Errors
+    /// As mkdir(2).
+    pub fn make(&self, name: impl AsRef<OsStr>, mode: u32) -> Result<bool> {
+        let name = name.as_ref();
+        self.check(name)?;
+        match rustix::fs::mkdirat(&self.fd, name, Mode::from_raw_mode(mode)) {
+            Ok(()) => Ok(true),
+            Err(Errno::EXIST) => Ok(false),
+            Err(error) => Err(error).during(|| format!("cannot make the directory {}", self.shown(name))),
+        }
+    }
+
     /// Opens a directory in this one, which is made if there is nothing of this name.
     ///
     /// # Errors
     /// What is there is no directory, or none can be made.
     pub fn enter_or_make(&self, name: impl AsRef<OsStr>, mode: u32) -> Result<Dir> {
         let name = name.as_ref();
+        self.make(name, mode)?;
+        self.enter(name)
+    }
+
+    /// Whether there is something of this name.
+    ///
+    /// # Errors
+    /// As stat(2), but that nothing is there is none.
+    pub fn has(&self, name: impl AsRef<OsStr>) -> Result<bool> {
+        let name = name.as_ref();
         self.check(name)?;
-        match rustix::fs::mkdirat(&self.fd, name, Mode::from_raw_mode(mode)) {
-            Ok(()) | Err(Errno::EXIST) => self.enter(name),
-            Err(error) => Err(error).during(|| format!("cannot make the directory {}", self.shown(name))),
+        match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(error) => Err(error).during(|| format!("cannot look at {}", self.shown(name))),
+        }
+    }
+
+    /// Removes a name that is not a directory's; nothing need be there.
+    ///
+    /// # Errors
+    /// As unlink(2), but that nothing is there is none.
+    pub fn remove_file(&self, name: impl AsRef<OsStr>) -> Result<()> {
+        self.remove(name.as_ref(), AtFlags::empty())
+    }
+
+    /// Removes an empty directory; nothing need be there. One that is not empty holds what somebody else put there, and
+    /// stays.
+    ///
+    /// # Errors
+    /// As rmdir(2), but for these two.
+    pub fn remove_dir(&self, name: impl AsRef<OsStr>) -> Result<()> {
+        self.remove(name.as_ref(), AtFlags::REMOVEDIR)
+    }
+
+    fn remove(&self, name: &OsStr, flags: AtFlags) -> Result<()> {
+        self.check(name)?;
+        match rustix::fs::unlinkat(&self.fd, name, flags) {
+            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY) => Ok(()),
+            Err(error) => Err(error).during(|| format!("cannot remove {}", self.shown(name))),
+        }
+    }
+
+    /// Opens a file that only its owner reads and writes, ourselves; it is made if there is nothing of this name.
+    ///
+    /// # Errors
+    /// What is there is another's, or has another mode or other names, or is no file.
+    pub fn open_own(&self, name: &str) -> Result<File> {
+        const OWN: u32 = libc::S_IFREG | 0o600;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
+        let fd = self.look_up(OsStr::new(name), flags, Mode::RUSR | Mode::WUSR);
+        let fd = fd.map_err(|error| self.unusable(OsStr::new(name), error))?;
+        let stat =
+            rustix::fs::fstat(&fd).during(|| format!("cannot look at {}", self.shown(OsStr::new(name))))?;
+        let is_own = stat.st_mode == OWN && stat.st_uid == rustix::process::geteuid().as_raw();
+        // No name is left of a file whose last holder has just removed it.
+        match is_own && stat.st_nlink <= 1 {
+            true => Ok(fd.into()),
+            false => Err(Error::Refused(format!(
+                "{} is not a file that a jailer made; look who put it there, then remove it",
+                self.shown(OsStr::new(name))
+            ))),
         }
     }
 
@@ -138,10 +227,21 @@ impl Dir {
     ///
     /// # Errors
     /// As fchown(2) and fchmod(2).
-    pub fn give_to(&self, uid: Uid, gid: Gid, mode: u32) -> Result<()> {
-        rustix::fs::fchown(&self.fd, Some(uid), Some(gid))
-            .and_then(|()| rustix::fs::fchmod(&self.fd, Mode::from_raw_mode(mode)))
+    pub fn give_to(&self, owner: Owner) -> Result<()> {
+        rustix::fs::fchown(&self.fd, Some(owner.uid), Some(owner.gid))
+            .and_then(|()| rustix::fs::fchmod(&self.fd, Mode::from_raw_mode(owner.mode)))
             .during(|| format!("cannot change the owner and mode of {}", self.path.display()))
+    }
+
+    /// Who owns this directory, and its mode.
+    ///
+    /// # Errors
+    /// As fstat(2).
+    pub fn owner(&self) -> Result<Owner> {
+        let stat =
+            rustix::fs::fstat(&self.fd).during(|| format!("cannot look at {}", self.path.display()))?;
+        let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+        Ok(Owner { uid, gid, mode: stat.st_mode & 0o7777 })
     }
 
     /// Where it was opened; another directory may be there by now.
@@ -280,6 +380,46 @@ mod tests {
         made.create("file", 0o600).unwrap();
         assert!(place.path().join("moved/file").exists());
         assert!(!Path::new("/etc/file").exists());
+    }
+
+    #[test]
+    fn what_is_removed_is_one_name_and_an_empty_directory() {
+        let (place, dir) = dir();
+        let victim = place.path().join("victim");
+        fs::write(&victim, "precious").unwrap();
+        fs::hard_link(&victim, place.path().join("hard")).unwrap();
+        symlink("victim", place.path().join("link")).unwrap();
+        for name in ["hard", "link", "absent"] {
+            dir.remove_file(name).unwrap();
+            assert!(!dir.has(name).unwrap(), "{name}");
+        }
+        assert_eq!(fs::read(&victim).unwrap(), b"precious");
+        fs::create_dir_all(place.path().join("full/empty")).unwrap();
+        for name in ["full", "absent"] {
+            dir.remove_dir(name).unwrap();
+        }
+        assert!(dir.remove_file("full").is_err() && dir.remove_dir("victim").is_err());
+        let full = dir.descend(Path::new("full")).unwrap();
+        full.remove_dir("empty").unwrap();
+        dir.remove_dir("full").unwrap();
+        assert!(!dir.has("full").unwrap() && dir.has("victim").unwrap());
+    }
+
+    #[test]
+    fn an_own_file_is_no_others_and_has_no_other_name() {
+        let (place, dir) = dir();
+        let path = place.path().join("own");
+        for _ in 0..2 {
+            dir.open_own("own").unwrap();
+        }
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+        fs::hard_link(&path, place.path().join("hard")).unwrap();
+        symlink("hard", place.path().join("link")).unwrap();
+        fs::write(place.path().join("open"), "").unwrap();
+        fs::create_dir(place.path().join("directory")).unwrap();
+        for name in ["own", "link", "open", "directory"] {
+            assert!(dir.open_own(name).is_err(), "{name}");
+        }
     }
 
     #[test]

@@ -11,6 +11,21 @@ pub enum Error {
     /// We refused.
     #[error("{0}")]
     Refused(String),
+    /// Another process of ours has said it already, with its name before it.
+    #[error("{0}")]
+    Told(String),
+}
+
+impl Error {
+    /// Whether the kernel refused with this.
+    pub fn is(&self, errno: rustix::io::Errno) -> bool {
+        matches!(self, Error::System { error, .. } if error.raw_os_error() == Some(errno.raw_os_error()))
+    }
+
+    /// Whether something was not there.
+    pub fn is_not_found(&self) -> bool {
+        self.is(rustix::io::Errno::NOENT)
+    }
 }
 
 pub type Result<T> = std::result::Result<T, Error>;

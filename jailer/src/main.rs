@@ -4,16 +4,19 @@
 use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
 
 use jailer::args::{self, Args, Command, ExitCode as Code, Identity};
+use jailer::cell::{self, Devices};
+use jailer::claim::{Claim, PRIVATE, ROOT};
+use jailer::dir::{Dir, Owner};
 use jailer::error::{During, Result};
-use jailer::process::{self, Times, Voice};
-use jailer::{cell, cgroup, ids, limits, mounts};
+use jailer::family::{self, Voice};
+use jailer::undo::Undo;
+use jailer::vmm::{self, Launch, Times};
+use jailer::{cgroup, handed, ids, inherited, limits, mounts, namespaces};
 use rustix::fs::Mode;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 fn main() -> ExitCode {
     let mut times = Times::start();
@@ -30,67 +33,85 @@ fn main() -> ExitCode {
             return identity.exit_code(Code::BadArguments).into();
         }
     };
-    let mut voice = Voice::new(identity);
-    let Err(error) = confine(&args, &mut times, &mut voice);
+    let (mut voice, mut undo) = (Voice::new(identity), Undo::default());
+    let Err(mut error) = confine(&args, &mut times, &mut voice, &mut undo);
+    if voice.is_callers() {
+        error = undo.after(error);
+    }
     voice.last_word(&error)
 }
 
-fn confine(args: &Args, times: &mut Times, voice: &mut Voice) -> Result<Infallible> {
-    let Args { uid, gid, program_name, .. } = args;
+fn confine(args: &Args, times: &mut Times, voice: &mut Voice, undo: &mut Undo) -> Result<Infallible> {
+    let Args { id, program_name, .. } = args;
 
-    // We are root in the host, and have whatever our caller had open. The environment is still there; nothing reads it,
-    // and the exec leaves it behind.
-    process::close_inherited()?;
-    process::leave_keyring()?;
-    ids::require_root()?;
+    // We are root in the host, or with --rootless an ordinary user, and have whatever our caller had open. The environment
+    // is still there; nothing reads it, and the exec leaves it behind.
+    let numbers: Vec<_> = args.handed.iter().filter_map(args::Handed::number).collect();
+    inherited::close_descriptors(&numbers)?;
+    inherited::leave_keyring()?;
+    let handed = handed::open(&args.handed)?;
+    let user = ids::user(args)?;
     // Each file gets the mode that is said where it is made. The VMM has the caller's mask back.
     let umask = rustix::process::umask(Mode::empty());
 
     // We see the whole host. What the cell needs of it is opened now, and what can be refused is refused before anything
     // is made.
+    if user.is_own {
+        cell::check_kvm()?;
+        voice.note(&ids::weaknesses(args, &user));
+    }
     let program = cell::open_program(&args.program)?;
-    let network = args.netns.as_deref().map(open_network).transpose()?;
+    let network = args.netns.as_deref().map(namespaces::open_network).transpose()?;
     let groups = cgroup::plan(&args.cgroups)?;
     let null = args.daemonize.then(open_null).transpose()?;
-    let userfaultfd = cell::userfaultfd();
-    let root = cell::make_root(&args.base, program_name, &args.id)?;
+    let processes = Dir::open(Path::new("/proc"))?;
+
+    // The cell of this id is ours to make, and what we make is taken back if we fail.
+    let claim = undo.claim.insert(Claim::stake(&args.base, program_name, id)?);
+    if claim.has_cleaned {
+        voice.note("a jailer was killed while it made this cell; what it left has been removed");
+    }
+    let owner = Owner { uid: rustix::process::geteuid(), gid: rustix::process::getegid(), mode: PRIVATE };
+    claim.make_directories(owner, cgroup::to_be_made(&groups, id)?)?;
+    let root = claim.directory(ROOT)?;
+    mounts::check(&root, !user.is_own)?;
     cell::copy_program(program, &root, program_name)?;
+    let devices = if user.is_own { Devices::Hosts } else { Devices::Own };
+    let cell = cell::furnish(claim, devices, &user)?;
 
     // We are root in the host, in the VMM's network, under the VMM's limits, in the VMM's control group.
     if let Some(network) = network {
-        move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))
-            .during(|| "--netns: cannot enter the network namespace".into())?;
+        namespaces::enter_network(&network)?;
     }
     limits::apply(&args.limits)?;
-    cgroup::enter(&groups, &args.id)?;
+    undo.ways_back = cgroup::ways_back(&groups);
+    cgroup::enter(&groups, id)?;
 
-    // We are root, and the cell is all there is.
-    let root = mounts::enter(root)?;
-    let cell = cell::furnish(root, userfaultfd, *uid, *gid)?;
+    // We are root, or have root's rights where there is only us, and the cell is all there is.
+    if user.is_own {
+        ids::enter_user_namespace(&user)?;
+    }
+    namespaces::leave_host(id)?;
+    mounts::enter(&root, &cell.to_mount)?;
+    undo.is_in_cell = true;
 
-    // We may be another process than the one that was started.
+    // We may be another process than the one that was started, which hears us until we are the VMM.
     if args.daemonize {
-        process::daemonize(voice, times)?;
+        family::daemonize(&processes, voice, times)?;
     }
     let open_up = |pid| {
         cell.write_pid(program_name, pid)?;
-        cell.hand_over(*uid, *gid)
+        cell.hand_over(&user)?;
+        claim.release()
     };
     match args.new_pid_ns {
-        true => process::enter_pid_namespace(voice, times, open_up)?,
+        true => family::enter_pid_namespace(&processes, voice, times, open_up)?,
         false => open_up(std::process::id())?,
     }
 
-    // We are the VMM's user, with no capability and no way to one.
-    rustix::process::umask(umask);
-    ids::become_user(*uid, *gid)?;
-
-    // We are the VMM.
-    Err(process::become_vmm(args, times, null.as_ref()))
-}
-
-fn open_network(path: &Path) -> Result<File> {
-    File::open(path).during(|| format!("--netns {} cannot be opened", path.display()))
+    // We are the VMM's user, and then the VMM.
+    let launch = Launch { user: &user, umask, times, null: null.as_ref(), handed: &handed };
+    Err(vmm::become_vmm(args, &launch))
 }
 
 fn open_null() -> Result<File> {

@@ -1,0 +1,120 @@
+//! Files that the VMM gets as open descriptors, so that they need not be in the cell and the VMM needs no right to open
+//! them. The kinds of file are those that lead to no other: a directory would lead out of the cell.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use crate::args::{self, Source};
+use crate::error::{During, Error, Result};
+
+/// An open file and the name that it has for the VMM.
+#[derive(Debug)]
+pub struct Handed {
+    pub name: String,
+    pub file: File,
+}
+
+impl Handed {
+    /// The value of the VMM's `--fd`.
+    pub fn argument(&self) -> String {
+        format!("{}={}", self.name, self.file.as_fd().as_raw_fd())
+    }
+}
+
+/// Opens what is to be handed over. Call before anything else is opened: a number that is open now was left open by the
+/// caller.
+///
+/// # Errors
+/// What is named cannot be opened, or is not a file or a block device.
+pub fn open(wanted: &[args::Handed]) -> Result<Vec<Handed>> {
+    // First those that are open, before another file gets their numbers.
+    let (descriptors, paths): (Vec<_>, Vec<_>) = wanted.iter().partition(|wanted| wanted.number().is_some());
+    descriptors.into_iter().chain(paths).map(open_one).collect()
+}
+
+fn open_one(wanted: &args::Handed) -> Result<Handed> {
+    let name = wanted.name.clone();
+    let (shown, file) = match &wanted.source {
+        Source::Descriptor(number) => (format!("--fd {name}={number}"), take(*number)),
+        Source::Path { path, is_read_only } => {
+            (format!("--file {name}={}", path.display()), open_path(path, *is_read_only))
+        }
+    };
+    let file = file.during(|| format!("{shown} cannot be opened"))?;
+    let kind = file.metadata().during(|| shown.clone())?.file_type();
+    match kind.is_file() || kind.is_block_device() {
+        true => Ok(Handed { name, file }),
+        false => Err(Error::Refused(format!(
+            "{shown} is neither a file nor a block device; only these are handed over"
+        ))),
+    }
+}
+
+fn open_path(path: &Path, is_read_only: bool) -> std::io::Result<File> {
+    // A pipe of that name must not hold us up.
+    File::options().read(true).write(!is_read_only).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
+fn take(number: RawFd) -> std::io::Result<File> {
+    // SAFETY: the descriptor must stay open while it is borrowed; this is for one call, which says whether it is open.
+    rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) })?;
+    // SAFETY: a File must be the only owner of an open descriptor. This one is open, as fcntl has just said. Nothing in
+    // this process owns it, for nothing was opened yet, and the numbers on a command line are above those of the standard
+    // streams and all different (`args`).
+    Ok(unsafe { File::from_raw_fd(number) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::fd::IntoRawFd;
+    use std::path::PathBuf;
+
+    fn path(path: PathBuf, is_read_only: bool) -> args::Handed {
+        args::Handed { name: "disk".into(), source: Source::Path { path, is_read_only } }
+    }
+
+    #[test]
+    fn a_file_is_opened_as_it_was_asked_for() {
+        let place = tempfile::tempdir().unwrap();
+        let image = place.path().join("image");
+        std::fs::write(&image, "content").unwrap();
+        let mut opened = open(&[path(image.clone(), false), path(image.clone(), true)]).unwrap();
+        opened[0].file.write_all(b"CON").unwrap();
+        let mut text = String::new();
+        opened[1].file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "CONtent");
+        assert!(opened[1].file.write_all(b"x").is_err());
+        assert_eq!(opened[0].argument(), format!("disk={}", opened[0].file.as_raw_fd()));
+    }
+
+    #[test]
+    fn a_descriptor_that_is_open_is_taken() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"content").unwrap();
+        let number = file.into_raw_fd();
+        let wanted = args::Handed { name: "disk".into(), source: Source::Descriptor(number) };
+        assert_eq!(open(&[wanted]).unwrap()[0].file.metadata().unwrap().len(), 7);
+        let wanted = args::Handed { name: "disk".into(), source: Source::Descriptor(libc::c_int::MAX) };
+        assert!(open(&[wanted]).unwrap_err().to_string().contains("--fd disk=2147483647 cannot be opened"));
+    }
+
+    #[test]
+    fn what_leads_to_other_files_is_refused() {
+        let place = tempfile::tempdir().unwrap();
+        let (socket, pipe) = (place.path().join("socket"), place.path().join("pipe"));
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+            .unwrap();
+        for wrong in [place.path().into(), socket, pipe, "/dev/null".into(), place.path().join("absent")] {
+            let error = open(&[path(wrong.clone(), true)]).unwrap_err().to_string();
+            assert!(error.contains(&format!("--file disk={}", wrong.display())), "{error}");
+        }
+        let directory = File::open(place.path()).unwrap().into_raw_fd();
+        let wanted = args::Handed { name: "disk".into(), source: Source::Descriptor(directory) };
+        assert!(open(&[wanted]).unwrap_err().to_string().contains("neither a file nor a block device"));
+    }
+}
