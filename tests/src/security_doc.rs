@@ -31,3 +31,38 @@ fn the_table_of_attempts_is_that_of_the_attacker() {
     let expected: Vec<_> = ATTEMPTS.iter().map(row).collect();
     assert_eq!(table("| Attempt | | Stopped by |"), expected, "{PAGE} should have\n{}", expected.join("\n"));
 }
+
+#[test]
+fn the_tests_that_hold_the_lessons_exist() {
+    let page = page();
+    let (_, lessons) = page.split_once("\n## Lessons that others paid for\n").unwrap();
+    let lessons = lessons.split("\n## ").next().unwrap();
+    let mut named = 0;
+    for lesson in lessons.split("\n- ").skip(1) {
+        let (mut files, mut is_complete) = (Vec::new(), true);
+        for words in lesson.split('`').skip(1).step_by(2) {
+            if words.ends_with(".rs") {
+                // Several files in a row share the tests that follow.
+                if std::mem::take(&mut is_complete) {
+                    files.clear();
+                }
+                files.push(words);
+            } else if !files.is_empty() && words.contains('_') {
+                is_complete = true;
+                for file in &files {
+                    assert!(has_test(file, words), "{file} has no test {words}");
+                    named += 1;
+                }
+            }
+        }
+        assert!(is_complete && !files.is_empty(), "no test is named for: {lesson}");
+    }
+    assert!(named > 0);
+}
+
+/// Whether there is such a test: also one that a macro makes, whose attribute may be a few lines above.
+fn has_test(file: &str, name: &str) -> bool {
+    let text = fs::read_to_string(root().join(file)).unwrap_or_else(|error| panic!("{file}: {error}"));
+    let Some((before, _)) = text.split_once(&format!("fn {name}(")) else { return false };
+    before.lines().rev().take(4).any(|line| line.trim() == "#[test]")
+}

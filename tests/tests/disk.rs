@@ -5,6 +5,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use api_socket::{CacheType, Drive};
@@ -177,6 +178,32 @@ fn zeroes_are_written_without_being_sent() {
     assert_eq!(&bytes[4090..4096], b"full\nf");
     assert!(bytes[4096..4096 + (8 * MIB) as usize].iter().all(|byte| *byte == 0));
     assert!(bytes[4096 + (8 * MIB) as usize..].iter().all(|byte| *byte != 0));
+}
+
+#[test]
+fn a_disk_is_raw_whatever_its_first_bytes_say() {
+    let directory = tempfile::tempdir().unwrap();
+    let [secret, image] = ["secret", "image"].map(|name| directory.path().join(name));
+    fs::write(&secret, vec![b's'; MIB as usize]).unwrap();
+    // An image that consists of another file, for who believes its header.
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&secret).arg(&image);
+    assert!(make.status().unwrap().success());
+    let header = fs::read(&image).unwrap()[..64].to_vec();
+    let size = fs::metadata(&image).unwrap().len();
+    let disk = Disk::blank(MIB);
+    let drives = vec![disk_drive("image", image), disk_drive("disk", disk.path.clone())];
+    let mut guest = Guest::booted(Setup { drives, ..Setup::default() });
+    assert_eq!(guest.number("blockdev --getsize64 /dev/vda"), size / 512 * 512);
+    assert!(guest.run("head -c 3 /dev/vda").starts_with("QFI"));
+    // What a guest has written counts for no more when its disk is opened again.
+    guest.run("dd if=/dev/vda of=/dev/vdb conv=fsync");
+    guest.power_off();
+    assert_eq!(fs::read(&disk.path).unwrap()[..64], header);
+    let mut guest = Guest::booted(disk.setup());
+    assert_eq!(guest.number("blockdev --getsize64 /dev/vda"), MIB);
+    assert!(guest.run("head -c 3 /dev/vda").starts_with("QFI"));
+    guest.power_off();
 }
 
 #[test]

@@ -97,6 +97,7 @@ fn readable(fd: RawFd, token: u32) -> Events {
 mod tests {
     use super::*;
     use std::os::fd::AsRawFd;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc::{Sender, channel};
     use std::time::Duration;
     use vmm_sys_util::eventfd::EventFd;
@@ -125,5 +126,49 @@ mod tests {
         fd.write(1).unwrap();
         assert!(told.recv().is_err(), "the handler is gone with its watch");
         io.unwatch(id);
+    }
+
+    /// Is always ready, and wakes another in its fifth turn.
+    struct Busy {
+        own: EventFd,
+        other: EventFd,
+        turns: Arc<AtomicUsize>,
+    }
+
+    impl Handler for Busy {
+        fn ready(&mut self, _: u32) {
+            if self.turns.fetch_add(1, Ordering::SeqCst) == 5 {
+                self.other.write(1).unwrap();
+            }
+        }
+    }
+
+    struct Quiet {
+        own: EventFd,
+        turns: Arc<AtomicUsize>,
+        told: Sender<usize>,
+    }
+
+    impl Handler for Quiet {
+        fn ready(&mut self, _: u32) {
+            self.own.read().unwrap();
+            self.told.send(self.turns.load(Ordering::SeqCst)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_handler_that_is_always_ready_does_not_keep_another_from_its_turn() {
+        let io = IoThread::spawn("io-test").unwrap();
+        let [always, sometimes] = [(), ()].map(|()| EventFd::new(0).unwrap());
+        always.write(1).unwrap();
+        let turns = Arc::<AtomicUsize>::default();
+        let (told, telling) = channel();
+        let quiet = Quiet { own: sometimes.try_clone().unwrap(), turns: turns.clone(), told };
+        let busy = Busy { own: always.try_clone().unwrap(), other: sometimes.try_clone().unwrap(), turns };
+        io.watch(Arc::new(Mutex::new(quiet)), &[Source { fd: sometimes.as_raw_fd(), token: 0 }]).unwrap();
+        let fd = busy.own.as_raw_fd();
+        io.watch(Arc::new(Mutex::new(busy)), &[Source { fd, token: 0 }]).unwrap();
+        let turns_of_the_other = telling.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert!(turns_of_the_other <= 5 + 2, "{turns_of_the_other}");
     }
 }

@@ -885,6 +885,20 @@ mod tests {
     }
 
     #[test]
+    fn a_whole_queue_of_requests_that_fail_comes_back_and_the_next_are_served() {
+        let mut rig = rig();
+        for (sector, expected) in [(SECTORS, IOERR), (0, OK), (SECTORS, IOERR), (0, OK)] {
+            let room = rig.driver.room(512);
+            // A request has a header, a buffer and a status: as many as the queue holds.
+            let statuses: Vec<_> =
+                (0..QUEUE_SIZE / 3).map(|_| rig.submit(spec::VIRTIO_BLK_T_IN, sector, &[room])).collect();
+            rig.slot.run(100);
+            assert_eq!(rig.driver.reap_all().len(), statuses.len());
+            assert!(statuses.iter().all(|status| rig.driver.read(*status) == [expected]));
+        }
+    }
+
+    #[test]
     fn a_limited_disk_is_slow_but_gets_done() {
         let fast = Bucket { size: 1024, one_time_burst: 0, refill_ms: 5 };
         let mut rig = rig_with(|config| config.limits.bandwidth = Some(fast));
