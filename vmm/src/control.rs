@@ -148,6 +148,9 @@ impl Control {
             return;
         }
         self.listening = true;
+        if self.sources.input.is_anothers() {
+            return log::info!("Started in the background: the serial port has no input.");
+        }
         self.sources.input.set_raw();
         if let Err(error) = ops.add(self.input_events()) {
             // A plain file or /dev/null cannot be waited for.

@@ -16,7 +16,7 @@ use vmm::signals::Requests;
 use vmm::terminal::Input;
 use vmm::vcpu::EndingSender;
 use vmm::vm::Vm;
-use vmm::{heap, signals, vcpu};
+use vmm::{heap, signals, terminal, vcpu};
 use vmm_sys_util::eventfd::EventFd;
 
 fn main() -> ExitCode {
@@ -69,6 +69,7 @@ fn live(args: Args, handed: Handed) -> Result<Code, Death> {
     } else {
         log::warn!("This version has no seccomp filters: run it where its guest may do what its user may.");
     }
+    restore_terminal_at_panic();
     signals::install_fatal_handlers().map_err(Death::host("signal handlers"))?;
     vcpu::install_kick_signal().map_err(Death::host("signal handlers"))?;
     let signals = Requests::new().map_err(Death::host("signal descriptor"))?;
@@ -91,11 +92,21 @@ fn live(args: Args, handed: Handed) -> Result<Code, Death> {
         serve(&args, api, call, wake.clone(), &mut vm)?;
     }
 
-    let sources = Sources { calls, endings, wake, signals, room, input: Input::new() };
+    let input = Input::new().map_err(Death::host("standard input"))?;
+    let sources = Sources { calls, endings, wake, signals, room, input };
     let control = Control::new(vm, sources).map_err(Death::host("the control loop"))?;
     let ending = control.run().map_err(Death::host("the control loop"))?;
     log::info!("The guest has ended: {ending}.");
     Ok(args.identity.exit_code(&ending))
+}
+
+/// A panic aborts, so nothing is dropped.
+fn restore_terminal_at_panic() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        terminal::restore();
+        usual(panic);
+    }));
 }
 
 /// A request that must succeed: without a client there is nobody to mend it.

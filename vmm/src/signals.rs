@@ -10,6 +10,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use vmm_sys_util::signal::{block_signal, create_sigset, register_signal_handler};
 
+use crate::terminal;
+
 /// A signal that ends the process at once, its exit code (docs/vmm.md), and what is said of it.
 const FATAL: [(libc::c_int, i32, &str); 6] = [
     (libc::SIGSYS, 148, "SIGSYS: a system call that the filter does not allow"),
@@ -41,6 +43,7 @@ extern "C" fn fatal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::
         // SAFETY: write(2) is async-signal-safe; pointer and length are those of one live string.
         unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
     }
+    terminal::restore();
     // SAFETY: _exit(2) is async-signal-safe and does not return.
     unsafe { libc::_exit(code) }
 }
