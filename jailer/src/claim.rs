@@ -106,8 +106,8 @@ impl Claim {
         self.before.groups = groups;
         self.before.write(&self.marker, Stage::Directories)?;
         for path in DIRECTORIES {
-            let (parent, name) = self.parent_of(Path::new(path))?;
-            parent.enter_or_make(name, PRIVATE)?.give_to(owner)?;
+            let made = self.in_parent(Path::new(path), |parent, name| parent.enter_or_make(name, PRIVATE))?;
+            made.give_to(owner)?;
         }
         // Closed as they are now, nobody else puts a file there between this and what makes the files.
         if let Some(path) = self.files().find_map(|path| self.is_there(&path).transpose()) {
@@ -159,20 +159,21 @@ impl Claim {
     }
 
     fn remove_file(&self, path: &Path) -> Result<()> {
-        match self.parent_of(path) {
-            Ok((parent, name)) => parent.remove_file(name),
+        match self.in_parent(path, |parent, name| parent.remove_file(name)) {
             // Killed before it made the directory, or while it took back.
             Err(error) if error.is_not_found() => Ok(()),
-            Err(error) => Err(error),
+            done => done,
         }
     }
 
     fn restore_directory(&self, path: &str) -> Result<()> {
-        match (self.parent_of(Path::new(path)), self.before.owner_of(path)) {
-            (Ok((parent, name)), Some(owner)) => parent.enter(name)?.give_to(owner),
-            (Ok((parent, name)), None) => parent.remove_dir(name),
-            (Err(error), _) if error.is_not_found() => Ok(()),
-            (Err(error), _) => Err(error),
+        let restored = self.in_parent(Path::new(path), |parent, name| match self.before.owner_of(path) {
+            Some(owner) => parent.enter(name)?.give_to(owner),
+            None => parent.remove_dir(name),
+        });
+        match restored {
+            Err(error) if error.is_not_found() => Ok(()),
+            done => done,
         }
     }
 
@@ -201,9 +202,13 @@ impl Claim {
         own.into_iter().chain(FILES.map(PathBuf::from))
     }
 
-    fn parent_of<'a>(&self, path: &'a Path) -> Result<(Dir, &'a OsStr)> {
-        let parent = self.directory.descend(path.parent().unwrap_or(Path::new("")))?;
-        Ok((parent, path.file_name().unwrap_or_default()))
+    /// Does something with a path's last name in the directory that the rest leads to.
+    fn in_parent<T>(&self, path: &Path, act: impl FnOnce(&Dir, &OsStr) -> Result<T>) -> Result<T> {
+        let name = path.file_name().unwrap_or_default();
+        match path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            None => act(&self.directory, name),
+            Some(parent) => act(&self.directory.descend(parent)?, name),
+        }
     }
 
     /// Who owns a directory, if it is there.
@@ -217,8 +222,8 @@ impl Claim {
 
     /// The path again, if something has it.
     fn is_there(&self, path: &Path) -> Result<Option<PathBuf>> {
-        let (parent, name) = self.parent_of(path)?;
-        Ok(parent.has(name)?.then(|| path.to_owned()))
+        let is_there = self.in_parent(path, |parent, name| parent.has(name))?;
+        Ok(is_there.then(|| path.to_owned()))
     }
 
     fn in_the_way(&self, path: &Path) -> Error {

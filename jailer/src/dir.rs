@@ -1,8 +1,8 @@
 //! The one way in which the jailer reaches and makes files below a directory.
 //!
 //! Root works here in directories that others may have been in. So a directory is an open descriptor, not a path; what is
-//! in it is named by one file name at a time; no symbolic link is followed, nothing leads out of the directory, and what
-//! is made is new: a file that is already there, whatever it is and however many names it has, is never written to.
+//! in it is named by one file name, or by the names of the directories that lead there; no symbolic link is followed,
+//! nothing leads out of the directory, and what is made is new: a file that is already there, whatever it is and however many names it has, is never written to.
 //! Owners and modes are changed by descriptor.
 //!
 //! The exception is [`Dir::open`], which takes a path from the administrator and follows his links.
@@ -12,7 +12,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
@@ -74,13 +74,18 @@ impl Dir {
         }
     }
 
-    /// Opens a directory that is below this one, name by name.
+    /// Opens a directory that is below this one, by the names that lead there.
     ///
     /// # Errors
     /// As [`Dir::enter`].
     pub fn descend(&self, path: &Path) -> Result<Dir> {
-        let here = self.fd.try_clone().during(|| format!("cannot duplicate {}", self.path.display()))?;
-        path.iter().try_fold(Dir { fd: here, path: self.path.clone() }, |dir, name| dir.enter(name))
+        if !path.components().all(|part| matches!(part, Component::Normal(_))) {
+            return Err(Error::Refused(format!("{} does not lead down a directory", path.display())));
+        }
+        match self.look_up_below(path.as_os_str(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()) {
+            Ok(fd) => Ok(Dir { fd, path: self.path.join(path) }),
+            Err(error) => Err(self.unusable(path.as_os_str(), error)),
+        }
     }
 
     /// Makes a directory in this one, and tells whether it did; something of this name may be there.
@@ -250,13 +255,17 @@ impl Dir {
     }
 
     fn look_up(&self, name: &OsStr, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
-        if !is_one_name(name) {
-            return Err(Errno::INVAL);
+        match is_one_name(name) {
+            true => self.look_up_below(name, flags, mode),
+            false => Err(Errno::INVAL),
         }
+    }
+
+    fn look_up_below(&self, path: &OsStr, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
         let rules = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let mut result = Err(Errno::AGAIN);
         for _ in 0..MAX_TRIES {
-            result = rustix::fs::openat2(&self.fd, name, flags | OFlags::CLOEXEC, mode, rules);
+            result = rustix::fs::openat2(&self.fd, path, flags | OFlags::CLOEXEC, mode, rules);
             if !matches!(result, Err(Errno::AGAIN | Errno::INTR)) {
                 break;
             }
@@ -400,6 +409,10 @@ mod tests {
         }
         assert!(dir.remove_file("full").is_err() && dir.remove_dir("victim").is_err());
         let full = dir.descend(Path::new("full")).unwrap();
+        assert!(dir.descend(Path::new("full/empty")).is_ok());
+        for astray in ["../full", "/full", "full/../full", ""] {
+            assert!(dir.descend(Path::new(astray)).is_err(), "{astray}");
+        }
         full.remove_dir("empty").unwrap();
         dir.remove_dir("full").unwrap();
         assert!(!dir.has("full").unwrap() && dir.has("victim").unwrap());

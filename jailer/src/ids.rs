@@ -6,7 +6,7 @@ use std::io::Write as _;
 use rustix::fs::{Gid, Uid};
 use rustix::io::Errno;
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, UnshareFlags, capability_is_in_bounding_set, clear_ambient_capability_set,
+    CapabilitySet, CapabilitySets, UnshareFlags, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
     set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
 };
@@ -41,14 +41,14 @@ pub fn become_user(user: &User) -> Result<()> {
 fn empty_bounding_set() -> Result<()> {
     for number in 0..u64::BITS {
         // By number, for the kernel may know more than we do; it says where its list ends.
-        let capability = CapabilitySet::from_bits_retain(1 << number);
-        let dropped = match capability_is_in_bounding_set(capability) {
-            Ok(true) => remove_capability_from_bounding_set(capability),
-            Ok(false) => Ok(()),
+        match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << number)) {
+            Ok(()) => {}
             Err(Errno::INVAL) => return Ok(()),
-            Err(error) => Err(error),
-        };
-        dropped.during(|| format!("cannot drop capability {number} from the bounding set"))?;
+            Err(error) => {
+                return Err(error)
+                    .during(|| format!("cannot drop capability {number} from the bounding set"));
+            }
+        }
     }
     Ok(())
 }

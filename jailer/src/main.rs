@@ -79,11 +79,10 @@ fn confine(args: &Args, times: &mut Times, voice: &mut Voice, undo: &mut Undo) -
     let devices = if user.is_own { Devices::Hosts } else { Devices::Own };
     let cell = cell::furnish(claim, devices, &user)?;
 
-    // We are root in the host, in the VMM's network, under the VMM's limits, in the VMM's control group.
+    // We are root in the host, in the VMM's network, in the VMM's control group.
     if let Some(network) = network {
         namespaces::enter_network(&network)?;
     }
-    limits::apply(&args.limits)?;
     undo.ways_back = cgroup::ways_back(&groups);
     cgroup::enter(&groups, id)?;
 
@@ -109,7 +108,8 @@ fn confine(args: &Args, times: &mut Times, voice: &mut Voice, undo: &mut Undo) -
         false => open_up(std::process::id())?,
     }
 
-    // We are the VMM's user, and then the VMM.
+    // We are under the VMM's limits, which might have been too narrow for us; then the VMM's user; then the VMM.
+    limits::apply(&args.limits)?;
     let launch = Launch { user: &user, umask, times, null: null.as_ref(), handed: &handed };
     Err(vmm::become_vmm(args, &launch))
 }

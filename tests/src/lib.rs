@@ -7,6 +7,7 @@
 
 pub mod assets;
 pub mod attack;
+pub mod cell;
 pub mod footprint;
 pub mod guest;
 pub mod host;

@@ -2,156 +2,18 @@
 //! nothing behind; and what was planted in the way of the jailer is neither followed nor touched.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::Instant;
+use std::process::Command;
 
 use api_socket::{ActionType, Client, InstanceState, Request};
-use berth_tests::guest::{Console, Ended, Kernel, Setup, asset, limits, program};
+use berth_tests::cell::{
+    Cells, GID, ID, UID, Vmm, namespace, processes_of_the_user, set, status, traces, tree, was_refused,
+};
+use berth_tests::guest::{Ended, Kernel, Setup, asset, limits, program};
 use berth_tests::host::{process, provide};
-use rustix::process::{Pid, Signal};
-use tempfile::TempDir;
-
-const ID: &str = "cell-1";
-const UID: u32 = 12_345;
-const GID: u32 = 54_321;
-const SOCKET: &str = "run/api.sock";
-
-/// A place for cells. Whatever still runs in it is killed when it goes.
-struct Cells {
-    base: TempDir,
-}
-
-impl Cells {
-    fn new() -> Cells {
-        Cells { base: tempfile::tempdir().unwrap() }
-    }
-
-    /// The directory that is the root of the cell.
-    fn root(&self) -> PathBuf {
-        self.base.path().join("berth-vmm").join(ID).join("root")
-    }
-
-    fn jailer(&self, flags: &[&str]) -> Command {
-        let mut command = Command::new(program("berth-jailer"));
-        let [uid, gid] = [UID, GID].map(|number| number.to_string());
-        command.args(["--id", ID, "--uid", &uid, "--gid", &gid]);
-        command.arg("--exec-file").arg(program("berth-vmm"));
-        command.arg("--chroot-base-dir").arg(self.base.path());
-        command.args(flags).args([
-            "--",
-            "--api-sock",
-            "/run/api.sock",
-            "--log-path",
-            "/run/log",
-            "--level",
-            "Off",
-        ]);
-        command
-    }
-
-    /// A VMM in a cell, which is the process that was started.
-    fn start(&self, flags: &[&str]) -> Vmm {
-        let mut command = self.jailer(flags);
-        // Cargo's and the host's variables are in the environment, and the VMM is to have none of them.
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        Vmm { child: process::spawn_bound(&mut command, Vec::new()).unwrap() }
-    }
-
-    /// Runs a jailer that is not to become a VMM.
-    #[track_caller]
-    fn run(&self, flags: &[&str]) -> Output {
-        let mut command = self.jailer(flags);
-        let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = process::spawn_bound(command, Vec::new()).unwrap();
-        let has_ended = process::wait_for(&mut child, limits::EXIT);
-        process::kill(&mut child);
-        assert!(has_ended, "it runs on");
-        child.wait_with_output().unwrap()
-    }
-
-    #[track_caller]
-    fn client(&self) -> Client {
-        let mut client = Client::connect_within(&self.root().join(SOCKET), limits::API).unwrap();
-        client.set_timeout(Some(limits::API)).unwrap();
-        client
-    }
-
-    /// The number in the pid file.
-    fn pid(&self) -> u32 {
-        fs::read_to_string(self.root().join("berth-vmm.pid")).unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for Cells {
-    fn drop(&mut self) {
-        // A signal of the fixture's for its parent's end is lost where a process changes its user.
-        for pid in processes_of_the_user() {
-            let _ = rustix::process::kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL);
-        }
-    }
-}
-
-struct Vmm {
-    child: std::process::Child,
-}
-
-impl Vmm {
-    fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    #[track_caller]
-    fn ended(&mut self) -> Ended {
-        assert!(process::wait_for(&mut self.child, limits::EXIT), "the VMM did not end");
-        Ended::Code(self.child.wait().unwrap().code().unwrap_or(-1))
-    }
-}
-
-fn processes_of_the_user() -> Vec<u32> {
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    let pids = entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry)));
-    pids.filter(|(_, entry)| entry.metadata().is_ok_and(|data| data.uid() == UID))
-        .map(|(pid, _)| pid)
-        .collect()
-}
-
-/// The value of a line of /proc/<pid>/status.
-#[track_caller]
-fn status(pid: u32, key: &str) -> String {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
-    value.unwrap_or_else(|| panic!("no {key} in {text}")).split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// Everything under a directory, by relative path.
-fn tree(root: &Path) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    let mut left = vec![root.to_owned()];
-    while let Some(directory) = left.pop() {
-        for entry in fs::read_dir(directory).unwrap().flatten() {
-            found.insert(entry.path().strip_prefix(root).unwrap().display().to_string());
-            if entry.file_type().unwrap().is_dir() {
-                left.push(entry.path());
-            }
-        }
-    }
-    found
-}
-
-fn set(names: &[&str]) -> BTreeSet<String> {
-    names.iter().map(|name| (*name).to_owned()).collect()
-}
-
-/// What a jailer could leave in a host: mounts and control groups.
-fn traces() -> (String, BTreeSet<String>) {
-    let groups = tree(Path::new("/sys/fs/cgroup"));
-    let groups = groups.into_iter().filter(|path| path.ends_with("/cgroup.procs")).collect();
-    (fs::read_to_string("/proc/self/mountinfo").unwrap(), groups)
-}
+use rustix::process::Pid;
 
 /// What is in a cell whose VMM runs.
 const FURNITURE: [&str; 9] = [
@@ -178,7 +40,7 @@ fn a_stock_guest_boots_in_a_cell_as_an_ordinary_user_and_leaves_only_the_cell() 
     // A group of the caller's, to be left. It is this thread's alone, and what it starts has it too.
     rustix::thread::set_thread_groups(&[rustix::fs::Gid::from_raw(7)]).unwrap();
     let mut vmm = cells.start(&[]);
-    let mut console = Console::new(vmm.child.stdout.take().unwrap(), vmm.child.stdin.take().unwrap());
+    let mut console = vmm.console();
     let mut api = cells.client();
     let setup = Setup { kernel: Kernel::Path("/vmlinux".into()), ..Setup::default() };
     for mut request in setup.requests() {
@@ -219,7 +81,9 @@ fn sees_only_the_cell(pid: u32, root: &Path) {
     // Of mounts, the cell's root.
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
-    assert_ne!(namespace(pid, "mnt"), namespace(std::process::id(), "mnt"));
+    for kind in ["mnt", "ipc", "uts", "cgroup"] {
+        assert_ne!(namespace(pid, kind), namespace(std::process::id(), kind), "{kind}");
+    }
 
     let seen = PathBuf::from(format!("/proc/{pid}/root"));
     let (seen_data, data) = (fs::metadata(seen.join(".")).unwrap(), fs::metadata(root).unwrap());
@@ -251,10 +115,6 @@ fn has_nothing_of_its_caller(pid: u32) {
             ["anon_inode:", "socket:", "/memfd:", "pipe:"].iter().any(|kind| target.starts_with(kind));
         assert!(number < 3 || is_of_the_cell || is_its_own, "{number} -> {target}");
     }
-}
-
-fn namespace(pid: u32, kind: &str) -> PathBuf {
-    fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap()
 }
 
 #[test]
@@ -319,10 +179,7 @@ fn a_cell_that_is_in_use_is_not_touched_by_a_second_one_of_its_name() {
 
 #[track_caller]
 fn is_refused(cells: &Cells, why: &str) {
-    let output = cells.run(&[]);
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(140), "{said}");
-    assert!(said.starts_with("berth-jailer: ") && said.contains(why), "{said}");
+    was_refused(&cells.run(&[]), &[why]);
 }
 
 #[test]
@@ -353,12 +210,7 @@ fn is_a_daemon(flags: &[&str], numbers: impl FnOnce(u32) -> String) {
     // It cannot get a terminal: that takes the leader of a session.
     assert_ne!(Some(session), process);
 
-    rustix::process::kill_process(process.unwrap(), Signal::KILL).unwrap();
-    let deadline = Instant::now() + limits::EXIT;
-    while !processes_of_the_user().is_empty() {
-        assert!(Instant::now() < deadline, "it does not end");
-        std::thread::yield_now();
-    }
+    cells.kill();
 }
 
 #[test]
