@@ -100,7 +100,7 @@ const fn attempt(name: &'static str, what: &'static str, stopped_by: &'static [L
 const PRIVILEGE: &[Layer] = &[Layer::User, Layer::Capabilities];
 
 /// All attempts, by what they are after.
-pub const ATTEMPTS: [Attempt; 59] = [
+pub const ATTEMPTS: [Attempt; 60] = [
     // Files.
     attempt("read-host-file", "read a file of the host's that everyone may read", &[Layer::Root]),
     attempt("climb", "reach it by `..`", &[Layer::Root]),
@@ -117,6 +117,11 @@ pub const ATTEMPTS: [Attempt; 59] = [
         &[Layer::Root, Layer::User, Layer::Capabilities],
     ),
     attempt("leaked-directory", "use a directory that the caller had open", &[Layer::Descriptors]),
+    attempt(
+        "open-descriptors",
+        "find anything open but standard input, output and error",
+        &[Layer::Descriptors],
+    ),
     attempt(
         "chroot-escape",
         "leave the root by `chroot` and `fchdir`",
@@ -187,6 +192,10 @@ pub const ATTEMPTS: [Attempt; 59] = [
     attempt("fork-bomb", "run more processes than `pids.max`", &[Layer::Group]),
     attempt("eat-memory", "take more memory than `memory.max`", &[Layer::Group]),
 ];
+
+/// What succeeds in a rootless cell, whose network and whose share of the host are the user's own.
+pub const IN_ROOTLESS_CELL: [&str; 6] =
+    ["chmod-program", "write-program", "abstract-socket", "host-port", "fork-bomb", "eat-memory"];
 
 /// How an attempt ended.
 #[derive(Clone, Debug, PartialEq, Eq)]

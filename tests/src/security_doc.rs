@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::attack::{ATTEMPTS, Attempt};
+use crate::attack::{ATTEMPTS, Attempt, IN_ROOTLESS_CELL};
 
 const PAGE: &str = "docs/security.md";
 
@@ -65,4 +65,58 @@ fn has_test(file: &str, name: &str) -> bool {
     let text = fs::read_to_string(root().join(file)).unwrap_or_else(|error| panic!("{file}: {error}"));
     let Some((before, _)) = text.split_once(&format!("fn {name}(")) else { return false };
     before.lines().rev().take(4).any(|line| line.trim() == "#[test]")
+}
+
+#[test]
+fn the_limits_are_those_of_the_code() {
+    let rows = table("| | At most | Named |");
+    assert!(rows.len() > 10);
+    for row in rows {
+        let cells: Vec<_> = row.split('|').map(str::trim).collect();
+        let [_, _, most, named, _] = cells.as_slice() else { panic!("{row}") };
+        let [file, name] = named.split('`').skip(1).step_by(2).collect::<Vec<_>>()[..] else {
+            panic!("{row}")
+        };
+        let documented = in_words(most).unwrap_or_else(|| panic!("no number with a unit: {row}"));
+        assert_eq!(Some(documented), constant(file, name), "{row}");
+    }
+}
+
+#[test]
+fn what_a_rootless_cell_does_not_stop_is_said() {
+    let page = page();
+    let (_, said) = page.split_once("In a [rootless cell]").unwrap();
+    let said = said.split("\n\n").next().unwrap();
+    let named: Vec<_> = said.split('`').skip(1).step_by(2).collect();
+    assert_eq!(named, IN_ROOTLESS_CELL);
+}
+
+/// A number with its unit, in bytes or milliseconds where it has one.
+fn in_words(text: &str) -> Option<u64> {
+    let (number, unit) = text.split_once(' ').unwrap_or((text, ""));
+    let factor = match unit {
+        "" | "bytes" | "ms" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "s" => 1000,
+        _ => return None,
+    };
+    Some(number.parse::<u64>().ok()? * factor)
+}
+
+/// The value of a constant, as far as our limits need arithmetic.
+fn constant(file: &str, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(root().join(file)).unwrap_or_else(|error| panic!("{file}: {error}"));
+    let (_, definition) = text.split_once(&format!("const {name}: "))?;
+    let value = definition.split_once("= ")?.1.split_once(';')?.0;
+    let number = |text: &str| match text.trim() {
+        "libc::PIPE_BUF" => Some(libc::PIPE_BUF as u64),
+        text => text.replace('_', "").parse().ok(),
+    };
+    let of_time = |unit: &str| value.strip_prefix(unit)?.strip_suffix(')').and_then(number);
+    of_time("Duration::from_millis(")
+        .or_else(|| of_time("Duration::from_secs(").map(|seconds| seconds * 1000))
+        .or_else(|| value.split_once("<<").and_then(|(low, shift)| Some(number(low)? << number(shift)?)))
+        .or_else(|| value.split_once('*').and_then(|(one, other)| Some(number(one)? * number(other)?)))
+        .or_else(|| number(value))
 }

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use berth_tests::attack::{ATTEMPTS, Attempt, END, Layer, Outcome, outcomes};
+use berth_tests::attack::{ATTEMPTS, Attempt, END, IN_ROOTLESS_CELL, Layer, Outcome, outcomes};
 use berth_tests::guest::{limits, program};
 use berth_tests::host::process;
 use rustix::fs::{CWD, FileType, Mode, OFlags, XattrFlags};
@@ -113,25 +113,27 @@ impl Ground {
         }
     }
 
-    /// What the attacker reports from the jailer's cell.
-    fn jail(&self) -> BTreeMap<String, Outcome> {
+    /// What the attacker reports from the cell that a jailer with these flags makes, as the user whose cell it is or as
+    /// root.
+    fn jail(&self, is_users: bool, flags: &[&str]) -> BTreeMap<String, Outcome> {
         let cells = self.base.path().join("cells");
-        put_programs(&cells.join("berth-attacker").join(ID).join("root"));
+        let cell = cells.join("berth-attacker").join(ID);
+        put_programs(&cell.join("root"));
         let mut command = Command::new(program("berth-attacker"));
+        if is_users {
+            for path in cell.join("root").ancestors().take(4) {
+                chown(path, Some(USER), Some(USER)).unwrap();
+            }
+            command.uid(USER).gid(USER);
+        }
         command.arg("with-key").arg(program("berth-jailer"));
-        let user = USER.to_string();
-        command.args(["--id", ID, "--uid", &user, "--gid", &user]).arg("--chroot-base-dir").arg(&cells);
-        command.arg("--exec-file").arg(program("berth-attacker"));
-        command.args(["--daemonize", "--new-pid-ns", "--netns", NETWORK_FILE]);
+        command.args(["--id", ID, "--exec-file"]).arg(program("berth-attacker"));
+        command.arg("--chroot-base-dir").arg(&cells).arg("--daemonize").args(flags);
         command.args(["--resource-limit", &format!("no-file={FILES}")]);
         command.args(["--resource-limit", &format!("fsize={FILE_BYTES}")]);
-        command.args(["--cgroup-version", "2", "--parent-cgroup", GROUP]);
-        for (file, value) in GROUP_LIMITS {
-            command.args(["--cgroup", &format!("{file}={value}")]);
-        }
         command.args(["--", "attack", "report=/report"]).args(&self.aims);
         self.report(&mut command);
-        let path = cells.join("berth-attacker").join(ID).join("root/report");
+        let path = cell.join("root/report");
         let deadline = Instant::now() + limits::EXIT;
         loop {
             let text = fs::read_to_string(&path).unwrap_or_default();
@@ -141,6 +143,16 @@ impl Ground {
             assert!(Instant::now() < deadline, "{text}");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// What it reports from a cell as it should be.
+    fn best_jail(&self) -> BTreeMap<String, Outcome> {
+        let user = USER.to_string();
+        let groups = GROUP_LIMITS.map(|(file, value)| format!("{file}={value}"));
+        let mut flags = vec!["--uid", &user, "--gid", &user, "--new-pid-ns", "--netns", NETWORK_FILE];
+        flags.extend(["--cgroup-version", "2", "--parent-cgroup", GROUP]);
+        flags.extend(groups.iter().flat_map(|group| ["--cgroup", group]));
+        self.jail(false, &flags)
     }
 
     /// What it reports from a cell without these layers.
@@ -307,12 +319,31 @@ fn was_a_try(outcome: &Outcome) -> bool {
 #[test]
 fn nothing_that_an_attacker_tries_in_a_cell_succeeds() {
     let ground = Ground::new();
-    let report = ground.jail();
+    let report = ground.best_jail();
+    fails_but_for(&report, &[]);
+}
+
+#[test]
+fn in_a_rootless_cell_succeeds_what_the_documentation_says_and_no_more() {
+    let ground = Ground::new();
+    // The user has to be let at KVM.
+    let kvm = Path::new("/dev/kvm");
+    let before = fs::metadata(kvm).unwrap().permissions();
+    mode(kvm, 0o666);
+    let report = ground.jail(true, &["--rootless"]);
+    fs::set_permissions(kvm, before).unwrap();
+    fails_but_for(&report, &IN_ROOTLESS_CELL);
+}
+
+/// These attempts were made and succeeded; all others were made and failed.
+#[track_caller]
+fn fails_but_for(report: &BTreeMap<String, Outcome>, successes: &[&str]) {
     let mut wrong = Vec::new();
     for attempt in &ATTEMPTS {
-        match report.get(attempt.name) {
-            Some(outcome) if *outcome != Outcome::Reached && was_a_try(outcome) => {}
-            outcome => wrong.push(format!("{}: {outcome:?}", attempt.name)),
+        let outcome = report.get(attempt.name);
+        let is_reached = outcome == Some(&Outcome::Reached);
+        if is_reached != successes.contains(&attempt.name) || !outcome.is_some_and(was_a_try) {
+            wrong.push(format!("{}: {outcome:?}", attempt.name));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -351,7 +382,7 @@ fn each_layer_that_is_said_to_stop_an_attempt_does_so_alone() {
 fn no_core_of_a_cell_goes_to_a_program_either() {
     let ground = Ground::new();
     let _pattern = Setting::change("/proc/sys/kernel/core_pattern", "|/bin/cat");
-    assert_ne!(ground.jail()["core"], Outcome::Reached);
+    assert_ne!(ground.best_jail()["core"], Outcome::Reached);
     // The usual way to say "no core" is not heard by the kernel where a program takes them.
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(Resource::Core, none).unwrap();

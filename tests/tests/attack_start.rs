@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use berth_tests::attack::END;
-use berth_tests::guest::{limits, program};
+use berth_tests::guest::{limits, program, times};
 use berth_tests::host::process;
 use tempfile::TempDir;
 
@@ -23,7 +23,12 @@ const NAMES: [&str; 8] =
     ["dev", "run", "dev/net", "dev/kvm", "dev/net/tun", "dev/urandom", PROGRAM, "berth-attacker.pid"];
 
 /// Starts for each name. A careless jailer is caught in one of ten.
-const ROUNDS: usize = 40;
+fn rounds() -> usize {
+    times(20, 400) as usize
+}
+
+/// After so many, a careless jailer is not careless.
+const MAX_ROUNDS: usize = 4000;
 
 /// A place for cells, and what must not be touched: a directory with a file, both of root's.
 struct Ground {
@@ -137,7 +142,7 @@ fn a_jailer_is_never_led_to_what_is_not_the_cells() {
     let mut all = 0;
     for name in NAMES {
         let mut started = 0;
-        for round in 0..ROUNDS {
+        for round in 0..rounds() {
             ground.prepare();
             let swapper = ground.swapper(name);
             let jailer = process::spawn_bound(&mut ground.jailer(), Vec::new()).unwrap();
@@ -145,10 +150,10 @@ fn a_jailer_is_never_led_to_what_is_not_the_cells() {
             drop(swapper);
             assert_eq!(ground.precious(), before, "{name}, round {round}");
         }
-        println!("{name}: {started} of {ROUNDS} cells started, the others were refused");
+        println!("{name}: {started} of {} cells started, the others were refused", rounds());
         all += started;
     }
-    assert!(all < NAMES.len() * ROUNDS, "nobody was in the jailer's way");
+    assert!(all < NAMES.len() * rounds(), "nobody was in the jailer's way");
 }
 
 /// What the jailer would be without its care: the same names, by path.
@@ -171,7 +176,7 @@ fn a_careless_jailer_is_led_astray_by_each_name() {
         let before = ground.precious();
         let mut rounds = 0;
         while ground.precious() == before {
-            assert!(rounds < 100 * ROUNDS, "{name} never led it astray");
+            assert!(rounds < MAX_ROUNDS, "{name} never led it astray");
             ground.prepare();
             let _swapper = ground.swapper(name);
             careless(&ground.root());
@@ -184,7 +189,7 @@ fn a_careless_jailer_is_led_astray_by_each_name() {
 #[test]
 fn of_two_jailers_at_once_with_one_name_one_at_most_has_the_cell() {
     let ground = Ground::new();
-    for round in 0..ROUNDS {
+    for round in 0..rounds() {
         let jailers = [(), ()].map(|()| process::spawn_bound(&mut ground.jailer(), Vec::new()).unwrap());
         let started = jailers.map(ended);
         assert!(started != [true, true], "round {round}");

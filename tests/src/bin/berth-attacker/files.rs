@@ -20,6 +20,9 @@ pub const WITH_CAPABILITY: &str = "with-capability";
 
 const CAP_SYS_ADMIN: u32 = 21;
 
+/// More than a program here could have.
+const MOST_DESCRIPTORS: i32 = 4096;
+
 /// Parents to climb: more than any path here has.
 const HEIGHT: usize = 32;
 
@@ -52,6 +55,19 @@ pub fn leaked_directory(aims: &Aims) -> io::Result<()> {
     let path = aims.text("host-file")?.trim_start_matches('/');
     let directory = leaked(aims.number("directory-fd")?)?;
     take(rustix::fs::openat(directory, path, OFlags::RDONLY, Mode::empty())?)
+}
+
+/// What this program has opened itself is closed by the exec.
+pub fn open_descriptors(_: &Aims) -> io::Result<()> {
+    Err(Command::new(format!("./{PROGRAM}")).arg("am-leaking").exec())
+}
+
+/// Whether this process was left a descriptor, as the program that [`open_descriptors`] becomes.
+pub fn am_leaking() -> io::Result<()> {
+    match (3..MOST_DESCRIPTORS).find(|number| leaked(*number).is_ok()) {
+        Some(_) => Ok(()),
+        None => Err(io::Error::from_raw_os_error(libc::EBADF)),
+    }
 }
 
 /// The way out of a chroot: a root below the working directory is none for it.

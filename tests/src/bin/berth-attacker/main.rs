@@ -47,6 +47,7 @@ const ATTACKS: [(&str, Attack); ATTEMPTS.len()] = [
     ("read-stranger", files::read_stranger),
     ("proc-root", files::proc_root),
     ("leaked-directory", files::leaked_directory),
+    ("open-descriptors", files::open_descriptors),
     ("chroot-escape", files::chroot_escape),
     ("open-by-handle", files::open_by_handle),
     ("make-device", files::make_device),
@@ -144,6 +145,7 @@ fn run(command: &str, words: Vec<String>) -> io::Result<()> {
             Ok(())
         }
         "am-root" => files::am_root(),
+        "am-leaking" => files::am_leaking(),
         "am-capable" => files::am_capable(),
         _ => Err(io::ErrorKind::InvalidInput.into()),
     }
