@@ -133,7 +133,7 @@ fn a_read_only_disk_is_not_written() {
 fn a_discard_gives_space_back_to_the_host_and_reads_as_zeros() {
     let disk = Disk::blank(32 * MIB);
     let mut guest = Guest::booted(disk.setup());
-    guest.run("yes full | dd of=/dev/vda bs=1M count=32 iflag=fullblock conv=fsync");
+    guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=32 conv=fsync");
     let full = disk.allocated();
     guest.run("blkdiscard -o 8388608 -l 16777216 /dev/vda; sync");
     let left = disk.allocated();
@@ -167,7 +167,7 @@ fn zeroes_are_written_without_being_sent() {
     let mut guest = Guest::booted(Setup { drives, memory_mib: 256, ..Setup::default() });
     guest.mount_debian();
     assert!(guest.number("cat /sys/block/vdb/queue/write_zeroes_max_bytes") > 0);
-    guest.run("yes full | dd of=/dev/vdb bs=1M count=16 iflag=fullblock conv=fsync");
+    guest.run("dd if=/dev/urandom of=/dev/vdb bs=1M count=16 conv=fsync");
     let sectors = |guest: &mut Guest| guest.number("awk '{ print $7 }' /sys/block/vdb/stat");
     let before = sectors(&mut guest);
     guest.run("chroot /debian /sbin/blkdiscard --zeroout --offset 4096 --length 8388608 /dev/vdb");
