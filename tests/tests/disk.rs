@@ -167,7 +167,7 @@ fn zeroes_are_written_without_being_sent() {
     let mut guest = Guest::booted(Setup { drives, memory_mib: 256, ..Setup::default() });
     guest.mount_debian();
     assert!(guest.number("cat /sys/block/vdb/queue/write_zeroes_max_bytes") > 0);
-    guest.run("dd if=/dev/urandom of=/dev/vdb bs=1M count=16 conv=fsync");
+    guest.run("yes full | dd of=/dev/vdb bs=1M count=16 iflag=fullblock conv=fsync");
     let sectors = |guest: &mut Guest| guest.number("awk '{ print $7 }' /sys/block/vdb/stat");
     let before = sectors(&mut guest);
     guest.run("chroot /debian /sbin/blkdiscard --zeroout --offset 4096 --length 8388608 /dev/vdb");
