@@ -49,13 +49,9 @@ impl Input {
         if self.raw || !self.file.is_terminal() {
             return;
         }
-        match set_raw(self.file.as_raw_fd()) {
-            Ok(before) => {
-                let saved = Box::new(Saved { terminal: self.file.as_raw_fd(), settings: before });
-                SAVED.store(Box::leak(saved), Ordering::SeqCst);
-                self.raw = true;
-            }
-            Err(error) => log::warn!("the terminal cannot be set to raw mode: {error}"),
+        self.raw = true;
+        if let Err(error) = set_raw(self.file.as_raw_fd()) {
+            log::warn!("the terminal cannot be set to raw mode: {error}");
         }
     }
 
@@ -93,9 +89,10 @@ pub fn restore() {
     }
 }
 
-/// Returns the settings before.
-fn set_raw(terminal: RawFd) -> io::Result<libc::termios> {
+fn set_raw(terminal: RawFd) -> io::Result<()> {
     let before = settings(terminal)?;
+    // First, as a signal may end the process right after the change.
+    SAVED.store(Box::leak(Box::new(Saved { terminal, settings: before })), Ordering::SeqCst);
     let mut raw = before;
     raw.c_iflag &= !(libc::IGNBRK
         | libc::BRKINT
@@ -109,7 +106,7 @@ fn set_raw(terminal: RawFd) -> io::Result<libc::termios> {
     (raw.c_cc[libc::VMIN], raw.c_cc[libc::VTIME]) = (1, 0);
     // SAFETY: tcsetattr reads one termios, which `raw` is.
     match unsafe { libc::tcsetattr(terminal, libc::TCSANOW, &raw) } {
-        0 => Ok(before),
+        0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
