@@ -8,7 +8,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api_socket::{ActionType, Client, InstanceState, Request};
 use berth_tests::guest::setup::disk_drive;
@@ -409,6 +409,34 @@ fn a_configuration_that_was_told_makes_the_same_guest_as_a_file() {
     assert_eq!(configuration(&mut client), told);
     assert_eq!(client.instance_info().unwrap().state, InstanceState::Running);
     vmm.console().wait_for("BERTH-GUEST-READY", limits::BOOT);
+}
+
+#[test]
+fn starts_that_fail_leave_nothing_behind_however_many_there_are() {
+    let vmm = Vmm::spawn(Name::Berth, &[]);
+    let mut client = vmm.client();
+    // It is loaded last, after everything else of the guest was made.
+    let kernel = vmm.path("kernel");
+    fs::write(&kernel, "no kernel").unwrap();
+    let disk = blank_disk(vmm.path("disk"), 1 << 20);
+    client.apply(&Request::PutDrive(disk_drive("disk", disk))).unwrap();
+    let source = json!({"kernel_image_path": kernel}).to_string();
+    assert_eq!(client.request("PUT", "/boot-source", Some(&source)).unwrap().status, 204);
+    let held = |vmm: &Vmm| {
+        let count = |what: &str| fs::read_dir(format!("/proc/{}/{what}", vmm.pid())).unwrap().count();
+        (count("task"), count("fd"))
+    };
+    let start = &[("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, 400, &["not a kernel"][..])];
+    let before = held(&vmm);
+    for _ in 0..20 {
+        answers(&mut client, start);
+    }
+    // A thread that was told to end takes its time.
+    let deadline = Instant::now() + limits::EXIT;
+    while held(&vmm) != before {
+        assert!(Instant::now() < deadline, "threads and files: {before:?} before, {:?} after", held(&vmm));
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -15,9 +16,10 @@ use vmm_sys_util::epoll::EventSet;
 /// Descriptors that one loop can report ready in one round; more simply wait for the next.
 const READY_EVENTS: usize = 64;
 
-/// A handle to the loop; the thread lives as long as the process.
+/// A handle to the loop; dropping it ends the thread, or a start that fails again and again would leave one each time.
 pub struct IoThread {
     loop_: RemoteEndpoint<Watch>,
+    ended: Arc<AtomicBool>,
     watches: Mutex<Watches>,
 }
 
@@ -37,13 +39,15 @@ impl IoThread {
     pub fn spawn(name: &str) -> io::Result<Self> {
         let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(io::Error::other)?;
         let loop_ = manager.remote_endpoint();
+        let ended = Arc::<AtomicBool>::default();
+        let told = ended.clone();
         thread::Builder::new().name(name.to_owned()).spawn(move || {
             // Only epoll_wait itself can fail here, with EINTR, and then the next round does its work.
-            loop {
+            while !told.load(Ordering::SeqCst) {
                 let _ = manager.run();
             }
         })?;
-        Ok(Self { loop_, watches: Mutex::default() })
+        Ok(Self { loop_, ended, watches: Mutex::default() })
     }
 
     /// See [`devices::host::Host::watch`].
@@ -75,6 +79,16 @@ impl IoThread {
     }
 }
 
+impl Drop for IoThread {
+    /// Does not wait: the last handle may be dropped by a handler, which is the thread itself.
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::SeqCst);
+        if let Err(error) = self.loop_.kick() {
+            log::error!("io thread: it cannot be ended: {error}");
+        }
+    }
+}
+
 impl MutEventSubscriber for Watch {
     fn process(&mut self, events: Events, _: &mut EventOps) {
         self.handler.lock().unwrap_or_else(PoisonError::into_inner).ready(events.data());
@@ -97,8 +111,8 @@ fn readable(fd: RawFd, token: u32) -> Events {
 mod tests {
     use super::*;
     use std::os::fd::AsRawFd;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::mpsc::{Sender, channel};
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
     use std::time::Duration;
     use vmm_sys_util::eventfd::EventFd;
 
@@ -126,6 +140,17 @@ mod tests {
         fd.write(1).unwrap();
         assert!(told.recv().is_err(), "the handler is gone with its watch");
         io.unwatch(id);
+    }
+
+    #[test]
+    fn the_thread_ends_with_its_handle_and_lets_go_of_every_handler() {
+        let io = IoThread::spawn("io-test").unwrap();
+        let fd = EventFd::new(0).unwrap();
+        let (tell, told) = channel();
+        let handler = Arc::new(Mutex::new(Tell(fd.try_clone().unwrap(), tell)));
+        io.watch(handler, &[Source { fd: fd.as_raw_fd(), token: 7 }]).unwrap();
+        drop(io);
+        assert_eq!(told.recv_timeout(Duration::from_secs(10)), Err(RecvTimeoutError::Disconnected));
     }
 
     /// Is always ready, and wakes another in its fifth turn.
