@@ -5,6 +5,8 @@
 //! sends, since Linux waits half a second in a busy loop for an answer that does not come.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
@@ -59,6 +61,18 @@ pub struct I8042 {
     /// The byte the guest read last, which the data port shows until the next one comes.
     last: u8,
     expects: Expects,
+    counters: Arc<Counters>,
+}
+
+/// What the guest did with the controller since it was built.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Bytes that it read.
+    pub read: AtomicU64,
+    /// Bytes that it wrote.
+    pub written: AtomicU64,
+    /// Of these, those that reset the machine.
+    pub resets: AtomicU64,
 }
 
 /// What the next write to the data port is.
@@ -101,7 +115,12 @@ impl I8042 {
             return Err(StateError::new("i8042", "output", state.output.len(), "at most 16 bytes"));
         }
         let State { mode, status, output, last, expects } = state;
-        Ok(Self { interrupt, mode, status, output: output.into(), last, expects })
+        let counters = Arc::default();
+        Ok(Self { interrupt, mode, status, output: output.into(), last, expects, counters })
+    }
+
+    pub fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
     }
 
     /// Types Ctrl-Alt-Del. False, and nothing typed, when the guest does not listen: it has not enabled the keyboard
@@ -216,15 +235,21 @@ impl BusDevice for I8042 {
         };
         if let Some(byte) = data.first_mut() {
             *byte = value;
+            self.counters.read.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
-        match (offset, data.first()) {
+        let effect = match (offset, data.first()) {
             (DATA, Some(&byte)) => self.write_data(byte),
             (COMMAND, Some(&byte)) => self.write_command(byte),
-            _ => Effect::None,
+            _ => return Effect::None,
+        };
+        self.counters.written.fetch_add(1, Ordering::Relaxed);
+        if effect == Effect::Reset {
+            self.counters.resets.fetch_add(1, Ordering::Relaxed);
         }
+        effect
     }
 }
 

@@ -17,5 +17,6 @@ pub mod serial;
 pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod times;
 pub mod virtio;
 pub mod vmgenid;

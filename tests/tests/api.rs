@@ -498,7 +498,9 @@ fn under_its_own_name_it_is_berth() {
 #[test]
 fn metrics_are_one_line_at_the_start_and_one_for_each_flush() {
     let arguments = ["--metrics-path", "metrics"].map(String::from).into();
-    let mut guest = Guest::booted(Setup { arguments, ..Setup::default() });
+    let directory = tempfile::tempdir().unwrap();
+    let drives = vec![disk_drive("disk", blank_disk(directory.path().join("disk"), 1 << 20))];
+    let mut guest = Guest::booted(Setup { arguments, drives, ..Setup::default() });
     let lines = |guest: &Guest| -> Vec<Value> {
         let text = fs::read_to_string(guest.path("metrics")).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
@@ -509,7 +511,14 @@ fn metrics_are_one_line_at_the_start_and_one_for_each_flush() {
     guest.apply(Request::Action(ActionType::FlushMetrics));
     let lines = lines(&guest);
     assert_eq!(lines.len(), 3);
-    assert!(lines[1]["vcpu"]["exit_io_out"].as_u64().unwrap() > 0);
+    let counted =
+        |group: &str, key: &str| assert!(lines[1][group][key].as_u64().unwrap() > 0, "{group}.{key}");
+    counted("vcpu", "exit_io_out");
+    assert!(lines[1]["vcpu"]["exit_io_out_agg"]["sum_us"].as_u64().unwrap() > 0);
+    counted("interrupts", "triggers");
+    counted("interrupts", "config_updates");
+    counted("block_disk", "read_count");
+    assert!(lines[1]["block_disk"]["read_agg"]["sum_us"].as_u64().unwrap() > 0);
     assert!(lines.iter().all(|line| line["utc_timestamp_ms"].as_u64().unwrap() > 0));
     let names = |line: &Value| line.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&lines[0]), names(&lines[2]));

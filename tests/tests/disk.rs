@@ -54,6 +54,25 @@ fn a_file_system_survives_the_guest_s_reboot_without_pci() {
     survives_reboot(Name::Firecracker);
 }
 
+#[test]
+fn every_slot_takes_a_disk_that_the_guest_can_read() {
+    for (name, slots) in [(Name::Berth, 31), (Name::Firecracker, 18)] {
+        let directory = tempfile::tempdir().unwrap();
+        let drive = |slot: u64| {
+            let path = directory.path().join(format!("d{slot}"));
+            fs::write(&path, [slot as u8; 512]).unwrap();
+            disk_drive(&format!("d{slot}"), path)
+        };
+        let drives = (b'A'.into()..).take(slots).map(drive).collect();
+        let mut guest = Guest::booted(Setup { name, drives, ..Setup::default() });
+        let read =
+            guest.run("for disk in $(ls /dev/vd? /dev/vd??); do head -c 1 $disk; done 2>/dev/null; echo");
+        let expected: String = (b'A'..).take(slots).map(char::from).collect();
+        assert_eq!(read.trim(), expected);
+        guest.power_off();
+    }
+}
+
 fn survives_reboot(name: Name) {
     let disk = Disk::blank(64 * MIB);
     let mut guest = Guest::booted(Setup { name, command_line: "reboot=k".into(), ..disk.setup() });

@@ -24,15 +24,16 @@ use crate::args::Identity;
 use crate::handed::Handed;
 use crate::memory::{ByteSize, Pages};
 use crate::sink::Sink;
+use crate::slots;
 
-/// How many drives a guest may have: as many as /dev/vda to /dev/vdz, which leaves slots on the PCI bus for the rest.
-pub const MAX_DRIVES: usize = 26;
 /// The longest `partuuid`, in bytes: a GUID, or a GUID and `/PARTNROFF=` with a number.
 pub const MAX_PARTUUID: usize = 64;
 
 /// Everything that is configured before the start.
 pub struct Config {
     identity: Identity,
+    /// Virtio devices are on PCI, which has room for more.
+    pci: bool,
     handed: Handed,
 
     pub machine: Machine,
@@ -94,9 +95,10 @@ impl Config {
     ///
     /// # Errors
     /// None: the values that go with nothing are checked like all others, and are legal.
-    pub fn new(identity: Identity, handed: Handed) -> Result<Config, Fault> {
+    pub fn new(identity: Identity, pci: bool, handed: Handed) -> Result<Config, Fault> {
         Ok(Config {
             identity,
+            pci,
             handed,
             machine: Machine::new(&MachineConfig::default())?,
             cpu: CpuConfig::default(),
@@ -126,10 +128,7 @@ impl Config {
             }
             Request::PutDrive(drive) => self.put_drive(drive),
             Request::PutConsole(console) => self.put_console(console),
-            Request::PutEntropy(entropy) => {
-                self.entropy = Some(entropy);
-                Ok(())
-            }
+            Request::PutEntropy(entropy) => self.put_entropy(entropy),
             Request::PutSerial(serial) => self.put_serial(&serial),
             other => return Err(other),
         };
@@ -368,16 +367,43 @@ impl Config {
                 settings.drive_id, root.drive_id
             )));
         }
-        if place.is_none() && self.drives.len() >= MAX_DRIVES {
-            return Err(Fault::bad_request(format!(
-                "`drive_id` is {:?}, which would be one drive too many; a guest has at most {MAX_DRIVES}.",
-                settings.drive_id
-            )));
+        if place.is_some() {
+            return Ok(());
         }
+        self.check_room(&format!("`drive_id` is {:?}, which", settings.drive_id))
+    }
+
+    /// Checks that there is a slot for one more virtio device.
+    fn check_room(&self, device: &str) -> Result<(), Fault> {
+        let taken = self.drives.len()
+            + usize::from(self.entropy.is_some())
+            + usize::from(self.console_settings.is_some());
+        let capacity = slots::capacity(self.pci);
+        if taken < capacity {
+            return Ok(());
+        }
+        let advice = match self.pci {
+            true => String::new(),
+            false => format!(" With --enable-pci there is room for {}.", slots::MAX_PCI),
+        };
+        Err(Fault::bad_request(format!(
+            "{device} would be one device too many: the guest has room for {capacity} drives, entropy device and console \
+             included.{advice}"
+        )))
+    }
+
+    fn put_entropy(&mut self, settings: Entropy) -> Result<(), Fault> {
+        if self.entropy.is_none() {
+            self.check_room("the entropy device")?;
+        }
+        self.entropy = Some(settings);
         Ok(())
     }
 
     fn put_console(&mut self, settings: api_socket::Console) -> Result<(), Fault> {
+        if self.console_settings.is_none() {
+            self.check_room("the console")?;
+        }
         let output = Sink::open(&settings.output_path).map_err(|error| {
             Fault::bad_request(format!(
                 "`output_path` is {}, which cannot be written: {error}. Give a terminal, a named pipe or a file in a \

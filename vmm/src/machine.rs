@@ -58,6 +58,7 @@ pub struct Machine {
     keyboard: Arc<Mutex<I8042>>,
     power: Arc<Mutex<AcpiPm>>,
     virtio: Slots,
+    interrupts: Arc<Interrupts>,
     vcpus: u32,
 }
 
@@ -107,6 +108,7 @@ pub fn build(config: &Config, board: Board) -> Result<Machine, MachineError> {
         keyboard,
         power,
         virtio,
+        interrupts: board.interrupts,
         vcpus: board.vcpus,
     })
 }
@@ -162,6 +164,8 @@ impl Machine {
 
     /// Adds the devices' counters to what is written to the metrics file.
     pub fn count(&self, metrics: &mut Metrics) {
+        metrics.add_routes(self.interrupts.clone());
+        metrics.add_i8042(lock(&self.keyboard).counters());
         metrics.add_uart(lock(&self.serial).counters(), self.dropped_output.clone());
         self.virtio.count(metrics);
     }

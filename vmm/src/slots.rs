@@ -24,6 +24,19 @@ use crate::metrics::Metrics;
 use crate::x86_64::acpi::{PciWindows, VirtioMmio};
 use crate::x86_64::layout;
 
+/// How many virtio devices a guest may have on PCI: all slots of the bus but the host bridge's.
+pub const MAX_PCI: usize = 31;
+/// How many on virtio-mmio: each has a pin of the I/O APIC to itself, as an edge cannot be shared.
+pub const MAX_MMIO: usize = 18;
+
+const _: () = assert!(MAX_PCI == devices::pci::root::SLOTS - 1);
+const _: () = assert!(MAX_MMIO == (layout::IOAPIC_PINS - layout::VIRTIO_MMIO_GSI) as usize);
+
+/// How many virtio devices there is room for. Each drive is one, and so are the entropy device and the console.
+pub fn capacity(pci: bool) -> usize {
+    if pci { MAX_PCI } else { MAX_MMIO }
+}
+
 /// The devices by kind, for what is asked of one of them, and by place, for what is asked of all.
 pub struct Slots {
     places: Vec<Place>,
@@ -156,6 +169,12 @@ impl Slots {
 
     /// Adds the devices' counters.
     pub fn count(&self, metrics: &mut Metrics) {
+        for place in &self.places {
+            metrics.add_interrupts(match place {
+                Place::Pci(device) => lock(device).shared(),
+                Place::Mmio(device) => lock(device).shared(),
+            });
+        }
         for (id, blk) in &self.drives {
             metrics.add_block(id, lock(blk).counters());
         }

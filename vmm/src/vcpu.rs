@@ -11,8 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use devices::bus::{Bus, Effect};
+use devices::times::Times;
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -67,6 +69,13 @@ pub struct ExitCounters {
     pub mmio_read: AtomicU64,
     pub mmio_write: AtomicU64,
     pub failures: AtomicU64,
+    /// A guest's clock could not be told of a pause.
+    pub kvmclock_failures: AtomicU64,
+    /// What they took in this process.
+    pub port_in_time: Times,
+    pub port_out_time: Times,
+    pub mmio_read_time: Times,
+    pub mmio_write_time: Times,
 }
 
 /// The control thread's handle to one vCPU thread.
@@ -166,9 +175,11 @@ impl Runner {
     }
 
     fn running(&mut self) -> Stop {
-        // The guest may have been stopped from outside: its watchdogs must not take that for a hang. Fails where the
+        // The guest may have been stopped from outside: its watchdogs must not take that for a hang. EINVAL where the
         // guest has not set up a kvmclock, and then there is nothing to tell.
-        let _ = self.fd.kvmclock_ctrl();
+        if self.fd.kvmclock_ctrl().is_err_and(|error| error.errno() != libc::EINVAL) {
+            self.counters.kvmclock_failures.fetch_add(1, Ordering::Relaxed);
+        }
         loop {
             match self.fd.run() {
                 Ok(exit) => match answer(exit, &self.run, &self.buses, &self.counters) {
@@ -197,6 +208,7 @@ impl Runner {
 /// Exit in, entry out.
 fn answer(exit: VcpuExit, run: &RunPage, buses: &Buses, counters: &ExitCounters) -> Result<Effect, Ending> {
     let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
+    let begin = Instant::now();
     match exit {
         VcpuExit::IoIn(port, data) => {
             count(&counters.port_in);
@@ -204,6 +216,7 @@ fn answer(exit: VcpuExit, run: &RunPage, buses: &Buses, counters: &ExitCounters)
             for access in data.chunks_mut(run.io_size()) {
                 buses.ports.read(port.into(), access);
             }
+            counters.port_in_time.add(begin);
             Ok(Effect::None)
         }
         VcpuExit::IoOut(port, data) => {
@@ -214,16 +227,20 @@ fn answer(exit: VcpuExit, run: &RunPage, buses: &Buses, counters: &ExitCounters)
                     return Ok(effect);
                 }
             }
+            counters.port_out_time.add(begin);
             Ok(Effect::None)
         }
         VcpuExit::MmioRead(address, data) => {
             count(&counters.mmio_read);
             buses.mmio.read(address, data);
+            counters.mmio_read_time.add(begin);
             Ok(Effect::None)
         }
         VcpuExit::MmioWrite(address, data) => {
             count(&counters.mmio_write);
-            Ok(buses.mmio.write(address, data))
+            let effect = buses.mmio.write(address, data);
+            counters.mmio_write_time.add(begin);
+            Ok(effect)
         }
         VcpuExit::Shutdown => Err(Ending::TripleFault),
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Err(Ending::PoweredOff),

@@ -56,7 +56,7 @@ impl Vm {
             boot_timer: args.boot_timer,
             endings,
             serial_room,
-            config: Config::new(args.identity, handed)?,
+            config: Config::new(args.identity, args.pci, handed)?,
             metrics,
             guest: None,
             paused: false,

@@ -96,6 +96,11 @@ impl Mmio {
         Ok(mmio)
     }
 
+    /// Counts the device's interrupts.
+    pub fn shared(&self) -> Arc<Shared> {
+        self.line.shared.clone()
+    }
+
     /// See [`Transport::pause`].
     pub fn pause(&mut self) {
         self.transport.pause();
@@ -227,6 +232,7 @@ impl Line {
         self.pending.fetch_or(reason, Ordering::AcqRel);
         // An eventfd refuses only when its counter is at its end: raised already.
         let _ = self.line.write(1);
+        self.shared.count_interrupt();
     }
 }
 

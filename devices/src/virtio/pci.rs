@@ -173,6 +173,11 @@ impl Pci {
         Ok(pci)
     }
 
+    /// Counts the device's interrupts.
+    pub fn shared(&self) -> Arc<Shared> {
+        self.vectors.shared.clone()
+    }
+
     /// See [`Transport::pause`].
     pub fn pause(&mut self) {
         self.transport.pause();
@@ -546,9 +551,11 @@ impl Vectors {
 
     /// False when the driver has assigned no vector.
     fn raise(&self, vector: u16) -> bool {
-        let trigger = self.triggers.get(usize::from(vector));
+        let Some(trigger) = self.triggers.get(usize::from(vector)) else { return false };
         // An eventfd refuses only when its counter is at its end: raised already.
-        trigger.inspect(|trigger| drop(trigger.write(1))).is_some()
+        let _ = trigger.write(1);
+        self.shared.count_interrupt();
+        true
     }
 
     /// Whatever may have been raised; a spurious one costs the driver a look. With MSI-X no driver clears the ISR status,

@@ -6,7 +6,7 @@
 
 use std::fmt::Display;
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -52,6 +52,8 @@ pub struct Transport {
 pub struct Shared {
     status: AtomicU8,
     generation: AtomicU8,
+    /// Interrupts since the start, for the metrics.
+    raised: AtomicU64,
     device_type: DeviceType,
 }
 
@@ -60,7 +62,17 @@ impl Shared {
     pub fn of(device: &SharedDevice) -> Arc<Self> {
         let device_type = lock(device).identity().device_type;
         let (status, generation) = (AtomicU8::new(0), AtomicU8::new(0));
-        Arc::new(Self { status, generation, device_type })
+        Arc::new(Self { status, generation, raised: AtomicU64::new(0), device_type })
+    }
+
+    /// Counts an interrupt that is raised.
+    pub fn count_interrupt(&self) {
+        self.raised.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The interrupts that were counted.
+    pub fn interrupts(&self) -> u64 {
+        self.raised.load(Ordering::Relaxed)
     }
 
     /// The configuration space has changed: a driver that reads it now sees another generation.

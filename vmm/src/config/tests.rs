@@ -16,7 +16,11 @@ fn fixture() -> Fixture {
 }
 
 fn fixture_as(identity: Identity) -> Fixture {
-    Fixture { dir: tempfile::tempdir().unwrap(), config: Config::new(identity, Handed::default()).unwrap() }
+    let pci = identity == Identity::Berth;
+    Fixture {
+        dir: tempfile::tempdir().unwrap(),
+        config: Config::new(identity, pci, Handed::default()).unwrap(),
+    }
 }
 
 impl Fixture {
@@ -493,16 +497,35 @@ fn a_partuuid_is_one_word_and_for_the_root_device() {
 }
 
 #[test]
-fn a_guest_has_as_many_drives_as_the_limit() {
+fn a_device_that_has_no_slot_is_refused_at_once_and_by_its_name() {
+    for (identity, room, advice) in [(Identity::Berth, 31, ""), (Identity::Firecracker, 18, "--enable-pci")] {
+        let mut fixture = fixture_as(identity);
+        let console = |f: &Fixture| {
+            Request::PutConsole(api_socket::Console { output_path: f.path("console"), ..Default::default() })
+        };
+        for number in 2..room {
+            let drive = fixture.drive(&format!("d{number}"), false);
+            fixture.accept(Request::PutDrive(drive));
+        }
+        fixture.accept(Request::PutEntropy(Entropy::default()));
+        let more = fixture.drive("more", false);
+        fixture.accept(Request::PutDrive(more));
+        let one_too_many = fixture.drive("last", false);
+        let room = format!("room for {room}");
+        fixture.refuse(Request::PutDrive(one_too_many), &["`drive_id`", "\"last\"", &room, advice]);
+        let refused = console(&fixture);
+        fixture.refuse(refused, &["the console", &room, advice]);
+        // What is there may change.
+        let again = fixture.drive("more", false);
+        fixture.accept(Request::PutDrive(again));
+        fixture.accept(Request::PutEntropy(Entropy::default()));
+    }
     let mut fixture = fixture();
-    for number in 0..MAX_DRIVES {
+    for number in 0..31 {
         let drive = fixture.drive(&format!("d{number}"), false);
         fixture.accept(Request::PutDrive(drive));
     }
-    let more = fixture.drive("more", false);
-    fixture.refuse(Request::PutDrive(more), &["`drive_id`", "more", "at most 26"]);
-    let again = fixture.drive("d0", false);
-    fixture.accept(Request::PutDrive(again));
+    fixture.refuse(Request::PutEntropy(Entropy::default()), &["the entropy device", "room for 31"]);
 }
 
 #[test]
@@ -659,7 +682,7 @@ fn a_configuration_that_is_told_can_be_given_again() {
         fixture.accept(request);
     }
     let told = fixture.config.wire();
-    let mut again = Config::new(Identity::Berth, Handed::default()).unwrap();
+    let mut again = Config::new(Identity::Berth, true, Handed::default()).unwrap();
     for request in api_socket::config_file::requests(told.clone()).unwrap() {
         assert_eq!(again.apply(request), Ok(Reply::Empty));
     }
@@ -690,7 +713,7 @@ fn what_was_handed_over_is_looked_at_like_the_file_of_a_path() {
     let image = take(File::open(f.file("image")).unwrap());
     let directory = take(File::open(f.dir.path()).unwrap());
     let named = [("image".to_string(), image), ("directory".to_string(), directory)];
-    f.config = Config::new(Identity::Berth, Handed::take(&named).unwrap()).unwrap();
+    f.config = Config::new(Identity::Berth, true, Handed::take(&named).unwrap()).unwrap();
 
     let drive = |path: &str, read_only| {
         let (path_on_host, is_read_only) = (Some(path.into()), Some(read_only));

@@ -6,6 +6,7 @@
 //! route leads to them. The paravirtual end of interrupt and the timers are KVM's; nothing of them is seen here.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::host::Msi;
@@ -28,6 +29,7 @@ pub const MAX_MSI: usize = 1024;
 pub struct Interrupts {
     vm: Arc<VmFd>,
     messages: Mutex<Messages>,
+    updates: AtomicU64,
 }
 
 /// What KVM's interrupt controllers hold. Routes are not in it: each device connects its own again.
@@ -42,7 +44,7 @@ impl Interrupts {
         vm.set_tss_address(layout::KVM_TSS as usize)?;
         disable_pmu(&vm);
         vm.create_irq_chip()?;
-        Ok(Arc::new(Interrupts { vm, messages: Mutex::default() }))
+        Ok(Arc::new(Interrupts { vm, messages: Mutex::default(), updates: AtomicU64::new(0) }))
     }
 
     /// A wired interrupt: each write raises an edge on pin `gsi` of the I/O APIC.
@@ -61,6 +63,11 @@ impl Interrupts {
             ))
         })?;
         Ok(Box::new(Vector { interrupts: self.clone(), vector, trigger, attached: false }))
+    }
+
+    /// How often a message-signalled interrupt was changed: routes that KVM was given anew.
+    pub fn updates(&self) -> u64 {
+        self.updates.load(Ordering::Relaxed)
     }
 
     /// The controllers' state. Only while no vCPU runs.
@@ -85,6 +92,7 @@ impl Interrupts {
     fn route(&self, vector: usize, message: Message) -> io::Result<()> {
         let mut messages = self.messages();
         let Some(before) = messages.set(vector, Some(message)) else { return Ok(()) };
+        self.updates.fetch_add(1, Ordering::Relaxed);
         // KVM takes the whole table or nothing, under the lock so that an older table never comes after a newer one.
         let table =
             KvmIrqRouting::from_entries(&messages.table()).map_err(|e| io::Error::other(format!("{e:?}")));
