@@ -49,8 +49,14 @@ impl Input {
         if self.raw || !self.file.is_terminal() {
             return;
         }
-        self.raw = true;
-        if let Err(error) = set_raw(self.file.as_raw_fd()) {
+        let terminal = self.file.as_raw_fd();
+        let result = settings(terminal).and_then(|settings| {
+            // First, as a signal may end the process right after the change.
+            SAVED.store(Box::leak(Box::new(Saved { terminal, settings })), Ordering::SeqCst);
+            self.raw = true;
+            set_raw(terminal, settings)
+        });
+        if let Err(error) = result {
             log::warn!("the terminal cannot be set to raw mode: {error}");
         }
     }
@@ -89,10 +95,7 @@ pub fn restore() {
     }
 }
 
-fn set_raw(terminal: RawFd) -> io::Result<()> {
-    let before = settings(terminal)?;
-    // First, as a signal may end the process right after the change.
-    SAVED.store(Box::leak(Box::new(Saved { terminal, settings: before })), Ordering::SeqCst);
+fn set_raw(terminal: RawFd, before: libc::termios) -> io::Result<()> {
     let mut raw = before;
     raw.c_iflag &= !(libc::IGNBRK
         | libc::BRKINT
@@ -209,7 +212,7 @@ mod tests {
         restore();
         assert_eq!(flags(&program), before);
         // Somebody else's settings from now on.
-        set_raw(program.as_raw_fd()).unwrap();
+        set_raw(program.as_raw_fd(), settings(program.as_raw_fd()).unwrap()).unwrap();
         restore();
         drop(input);
         assert_eq!(flags(&program), raw);
