@@ -12,7 +12,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use api_socket::Client;
 use rustix::process::{Pid, Signal};
@@ -27,6 +27,7 @@ pub const ID: &str = "cell-1";
 pub const UID: u32 = 12_345;
 pub const GID: u32 = 54_321;
 const SOCKET: &str = "run/api.sock";
+const POLL: Duration = Duration::from_millis(2);
 
 /// Who calls the jailer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,10 +121,17 @@ impl Cells {
     /// Kills what runs in the cells, and waits for its end.
     #[track_caller]
     pub fn kill(&self) {
+        kill_the_user();
+        self.wait();
+    }
+
+    /// Waits for the end of what runs in the cells.
+    #[track_caller]
+    pub fn wait(&self) {
         let deadline = Instant::now() + limits::EXIT;
-        while kill_the_user() {
+        while !processes_of_the_user().is_empty() {
             assert!(Instant::now() < deadline, "it does not end");
-            std::thread::yield_now();
+            std::thread::sleep(POLL);
         }
     }
 
@@ -200,13 +208,20 @@ pub fn processes_of_the_user() -> Vec<u32> {
     processes().into_iter().filter(is_the_users).collect()
 }
 
-/// True when there was one.
-fn kill_the_user() -> bool {
-    let processes = processes_of_the_user();
-    for pid in &processes {
-        let _ = rustix::process::kill_process(Pid::from_raw(*pid as i32).unwrap(), Signal::KILL);
+fn kill_the_user() {
+    for pid in processes_of_the_user() {
+        let _ = rustix::process::kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL);
     }
-    !processes.is_empty()
+}
+
+/// Removes a control group as soon as what has ended in it is gone.
+#[track_caller]
+pub fn remove_group(group: &Path) {
+    let deadline = Instant::now() + limits::EXIT;
+    while let Err(error) = fs::remove_dir(group) {
+        assert!(Instant::now() < deadline, "{}: {error}", group.display());
+        std::thread::sleep(POLL);
+    }
 }
 
 fn processes() -> Vec<u32> {

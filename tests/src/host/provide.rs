@@ -24,7 +24,7 @@ pub const DEBIAN: &str = "debian.ext4";
 const PROGRAMS: [&str; 2] = ["berth-vmm", "berth-jailer"];
 
 /// Tools, which a host shows from this program's own directory.
-const TOOLS: [&str; 4] = ["berth-host", "berth-bench", "berth-attacker", AGENT];
+const TOOLS: [&str; 5] = ["berth-host", "berth-bench", "berth-attacker", "berth-killer", AGENT];
 
 const AGENT: &str = "berth-host-agent";
 
