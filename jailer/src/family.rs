@@ -7,8 +7,9 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::process::ExitCode;
 
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, set_child_subreaper};
+use rustix::process::{Pid, WaitOptions, set_child_subreaper, waitpgid, waitpid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::args::{ExitCode as Code, Identity};
@@ -85,9 +86,9 @@ pub fn daemonize(processes: &Dir, voice: &mut Voice, times: &mut Times) -> Resul
     let (hear, speak) = pipe()?;
     adopt()?;
     let child = times.of_child();
-    if fork()?.is_some() {
+    if let Some(first) = fork()? {
         drop(speak);
-        return hear_out(hear, None, processes);
+        return hear_out(hear, first, None, processes);
     }
     *times = child;
     voice.pipe = Some(speak);
@@ -119,14 +120,19 @@ pub fn enter_pid_namespace(
     let (hear, speak) = pipe()?;
     notice_children();
     let child = times.of_child();
-    if let Some(pid) = fork()? {
+    if let Some(first) = fork()? {
         drop(speak);
-        let pid = pid.as_raw_nonzero().get().unsigned_abs();
+        let pid = first.as_raw_nonzero().get().unsigned_abs();
         voice.announce(pid);
-        before(pid)?;
-        go.write_all(&[1]).during(|| "--new-pid-ns: the new process has gone".into())?;
+        let begun = before(pid)
+            .and_then(|()| go.write_all(&[1]).during(|| "--new-pid-ns: the new process has gone".into()));
+        if let Err(error) = begun {
+            drop(go);
+            see_out(first);
+            return Err(error);
+        }
         if voice.is_callers() {
-            return hear_out(hear, Some(pid), processes);
+            return hear_out(hear, first, Some(pid), processes);
         }
         // Whoever the caller waits for hears the new process too.
         std::process::exit(Code::Ok as i32);
@@ -141,23 +147,33 @@ pub fn enter_pid_namespace(
     Ok(())
 }
 
-/// Waits until the other processes have become the VMM or have ended. Returns only if there is no VMM.
-fn hear_out(pipe: File, pid: Option<u32>, processes: &Dir) -> Result<()> {
+/// Waits until the other processes, of which we made `first`, have become the VMM or have ended. Returns only if there is
+/// no VMM, and none of them.
+fn hear_out(pipe: File, first: Pid, pid: Option<u32>, processes: &Dir) -> Result<()> {
     let mut said = Vec::new();
     // What was read before an error is worth telling too.
     let _ = pipe.take(MAX_REPORT).read_to_end(&mut said);
     let said = String::from_utf8_lossy(&said);
     let (announced, message) = heard(&said);
+    // The pipe's other end is closed by an exec, and by any end of a process.
+    if message.is_empty() && announced.or(pid).is_some_and(|pid| has_executed(processes, pid)) {
+        std::process::exit(Code::Ok as i32)
+    }
+    see_out(first);
     match message {
-        // The pipe's other end is closed by an exec, and by any end of a process.
-        "" if announced.or(pid).is_some_and(|pid| has_executed(processes, pid)) => {
-            std::process::exit(Code::Ok as i32)
-        }
         "" => Err(Error::Refused(
             "the process that was to become the VMM was killed before it was executed".into(),
         )),
         message => Err(Error::Told(message.into())),
     }
+}
+
+/// Waits for the end of a child, and of all others that are in the session it may have begun: what they hold, such as a
+/// namespace, is free then. Each of them is on its way out. Children that our caller had before it became us are none of
+/// these.
+fn see_out(first: Pid) {
+    while matches!(waitpid(Some(first), WaitOptions::empty()), Ok(_) | Err(Errno::INTR)) {}
+    while matches!(waitpgid(first, WaitOptions::empty()), Ok(_) | Err(Errno::INTR)) {}
 }
 
 /// The number that was announced last, and the message after that.

@@ -198,12 +198,12 @@ impl Vmm {
     }
 }
 
-/// Processes of [`UID`], and not those that have ended. What is to be seen of others' is not enough: a VMM's directory in
+/// Processes of [`UID`] that have not ended. What is to be seen of others' is not enough: a VMM's directory in
 /// /proc is root's.
 pub fn processes_of_the_user() -> Vec<u32> {
     let is_the_users = |pid: &u32| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        status.contains(&format!("\nUid:\t{UID}\t")) && !status.contains("\nState:\tZ")
+        fs::read_to_string(format!("/proc/{pid}/status"))
+            .is_ok_and(|status| status.contains(&format!("\nUid:\t{UID}\t")))
     };
     processes().into_iter().filter(is_the_users).collect()
 }
@@ -224,9 +224,14 @@ pub fn remove_group(group: &Path) {
     }
 }
 
+/// All that have not ended. One that has, and whose parent has not taken note of it, still names its namespaces.
 fn processes() -> Vec<u32> {
     let entries = fs::read_dir("/proc").unwrap().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    let runs = |pid: &u32| {
+        fs::read_to_string(format!("/proc/{pid}/status"))
+            .is_ok_and(|status| !status.contains("\nState:\tZ") && !status.contains("\nState:\tX"))
+    };
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(runs).collect()
 }
 
 /// The value of a line of /proc/<pid>/status.
@@ -268,6 +273,21 @@ pub struct Traces {
     mounts: String,
     groups: BTreeSet<String>,
     namespaces: BTreeSet<PathBuf>,
+}
+
+impl Traces {
+    pub fn mounts(&self) -> usize {
+        self.mounts.lines().count()
+    }
+
+    pub fn groups(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// How many namespaces of a kind there are; of all, if it is empty.
+    pub fn namespaces(&self, kind: &str) -> usize {
+        self.namespaces.iter().filter(|name| name.to_string_lossy().starts_with(kind)).count()
+    }
 }
 
 /// What there is in the host now.
