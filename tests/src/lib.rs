@@ -7,10 +7,13 @@
 
 pub mod assets;
 pub mod attack;
+pub mod calls;
 pub mod cell;
+pub mod filters;
 pub mod footprint;
 pub mod guest;
 pub mod host;
+pub mod inject;
 #[cfg(test)]
 mod map;
 #[cfg(test)]

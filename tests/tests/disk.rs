@@ -66,7 +66,7 @@ fn every_slot_takes_a_disk_that_the_guest_can_read() {
         let drives = (b'A'.into()..).take(slots).map(drive).collect();
         let mut guest = Guest::booted(Setup { name, drives, ..Setup::default() });
         let read =
-            guest.run("for disk in $(ls /dev/vd? /dev/vd??); do head -c 1 $disk; done 2>/dev/null; echo");
+            guest.run("for disk in /dev/vd? /dev/vd??; do [ ! -b $disk ] || head -c 1 $disk; done; echo");
         let expected: String = (b'A'..).take(slots).map(char::from).collect();
         assert_eq!(read.trim(), expected);
         guest.power_off();

@@ -178,7 +178,9 @@ pub struct Args {
     /// What the `--log-path`, `--level`, `--module` and `--show-*` flags say, in the form of `PUT /logger`.
     pub log: Logger,
     pub metrics_path: Option<PathBuf>,
-    /// There are no filters to leave out yet; whoever starts the guest says so in the log.
+    /// Filters of system calls in place of our own.
+    pub seccomp_filter: Option<PathBuf>,
+    /// No filters at all.
     pub no_seccomp: bool,
     /// Give the guest a port to say that it has booted.
     pub boot_timer: bool,
@@ -255,6 +257,12 @@ fn args(identity: Identity, given: &Given) -> Result<Args, ArgsError> {
             "leaves no way to say what to run; give --config-file too",
         ));
     }
+    if given.has("no-seccomp") && given.has("seccomp-filter") {
+        return Err(ArgsError::Conflict(
+            "no-seccomp",
+            "leaves out the filters; do not give --seccomp-filter too",
+        ));
+    }
     Ok(Args {
         identity,
         id: id(given)?,
@@ -268,6 +276,7 @@ fn args(identity: Identity, given: &Given) -> Result<Args, ArgsError> {
             module: given.text("module")?,
         },
         metrics_path: given.path("metrics-path"),
+        seccomp_filter: given.path("seccomp-filter"),
         no_seccomp: given.has("no-seccomp"),
         boot_timer: given.has("boot-timer"),
         pci: identity == Identity::Berth || given.has("enable-pci"),
@@ -415,7 +424,8 @@ const FLAGS: &[(&str, &[Flag])] = &[
                 "NAME=NUMBER",
                 "An open descriptor: in the API, fd:NAME stands for the path of a\nkernel, an initrd or a disk. May be repeated.",
             ),
-            switch("no-seccomp", "Run without system call filters."),
+            value("seccomp-filter", "FILE", "System call filters in place of the built-in ones (JSON)."),
+            switch("no-seccomp", "Run without system call filters. Not with a guest you do not trust."),
         ],
     ),
     ("Other", &[switch("help", "Show this."), switch("version", "Show the version.")]),
@@ -424,11 +434,6 @@ const FLAGS: &[(&str, &[Flag])] = &[
         &[
             later("metadata", Some("FILE"), "it has no metadata service (MMDS); leave the flag out"),
             later("mmds-size-limit", Some("BYTES"), "it has no metadata service (MMDS); leave the flag out"),
-            later(
-                "seccomp-filter",
-                Some("FILE"),
-                "it has no system call filters, neither its own nor those of a file; leave the flag out",
-            ),
             later("snapshot-version", None, "it has no snapshots"),
             later("describe-snapshot", Some("FILE"), "it has no snapshots"),
         ],
@@ -545,6 +550,7 @@ Exit codes:
   3    the guest asked for a reset
   4    the guest ended with a triple fault
   5    the guest's kernel panicked
+  148  a system call that the filter does not allow
   152  bad configuration file
   153  bad command line
 ";
@@ -619,6 +625,7 @@ mod tests {
             config_file: None,
             log: Logger::default(),
             metrics_path: None,
+            seccomp_filter: None,
             no_seccomp: false,
             boot_timer: false,
             pci: true,
@@ -648,6 +655,7 @@ mod tests {
                 module: Some("devices".to_string()),
             },
             metrics_path: Some("/m".into()),
+            seccomp_filter: None,
             no_seccomp: true,
             boot_timer: true,
             pci: true,
@@ -669,6 +677,12 @@ mod tests {
         assert!(refused("--no-api").contains("--config-file"));
         assert!(refused("--no-api --config-file c --api-sock s").contains("no-api"));
         assert!(refused("--no-api --config-file c --http-api-max-payload-size 1").contains("no-api"));
+    }
+
+    #[test]
+    fn filters_are_ours_or_those_of_a_file_or_none() {
+        assert_eq!(run("--seccomp-filter /f").seccomp_filter.as_deref(), Some(Path::new("/f")));
+        assert!(refused("--seccomp-filter f --no-seccomp").contains("--seccomp-filter"));
     }
 
     #[test]
@@ -734,7 +748,6 @@ mod tests {
         for (line, word) in [
             ("--metadata m.json", "MMDS"),
             ("--mmds-size-limit 1", "MMDS"),
-            ("--seccomp-filter f", "system call filters"),
             ("--snapshot-version", "snapshots"),
             ("--describe-snapshot s", "snapshots"),
         ] {

@@ -6,6 +6,7 @@
 //! holds (`boot.rs`), nor what the host has (memory, CPUs).
 
 mod cmdline;
+mod reach;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -45,6 +46,7 @@ pub struct Config {
     boot_source: Option<BootSource>,
     /// What `boot_source` names, until the guest has started.
     boot: Option<Boot>,
+    has_started: bool,
     /// The root device first, if there is one. The files are there until the guest has started.
     drives: Vec<(api_socket::Drive, Option<File>)>,
     serial: Serial,
@@ -107,6 +109,7 @@ impl Config {
             console_settings: None,
             boot_source: None,
             boot: None,
+            has_started: false,
             drives: Vec::new(),
             serial: Serial::default(),
         })
@@ -172,6 +175,7 @@ impl Config {
 
     /// Closes the files: the guest has its own, and a disk that is taken away from it must not stay open here.
     pub fn started(&mut self) {
+        self.has_started = true;
         self.boot = None;
         self.serial.output = None;
         self.console = None;
@@ -343,6 +347,9 @@ impl Config {
         options.open(path).map_err(|error| {
             let advice = match error.kind() {
                 ErrorKind::NotFound => " Is it there, seen from this process's root directory?",
+                ErrorKind::PermissionDenied if self.has_started => {
+                    " Once the guest runs, Landlock lets this process open what was in a drive's directory at the start."
+                }
                 ErrorKind::PermissionDenied => {
                     " Let this process's user at it, or set `is_read_only` for a disk."
                 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
-use api_socket::{Reply, Request};
+use api_socket::{Fault, Reply, Request};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -26,10 +26,11 @@ const METRICS_PERIOD: Duration = Duration::from_secs(60);
 /// Bytes of input taken from the terminal at a time.
 const INPUT_CHUNK: usize = 64;
 
-/// A request on its way to the control thread, and the way back for its reply.
+/// A request on its way to the control thread, and the way back for its reply. Without one it is the command line's: there
+/// is nobody to mend what is wrong with it, so that ends the process.
 pub struct Call {
     pub request: Request,
-    pub reply: SyncSender<Reply>,
+    pub reply: Option<SyncSender<Reply>>,
 }
 
 /// What reaches a guest from outside its vCPUs, and from its vCPUs when it ends.
@@ -63,7 +64,7 @@ pub struct Control {
     pending: Vec<u8>,
     /// The terminal is the guest's. Not before it runs: what is typed until then is for whoever started us.
     listening: bool,
-    ended: Option<Ending>,
+    ended: Option<Result<Ending, Fault>>,
 }
 
 /// Where events come from.
@@ -86,8 +87,12 @@ impl Control {
         Ok(Self { vm, sources, timer, pending: Vec::new(), listening: false, ended: None })
     }
 
-    /// Runs until the guest has ended, and says how. No vCPU runs then, and the terminal is as it was.
-    pub fn run(self) -> io::Result<Ending> {
+    /// Runs until the guest has ended, and says how; or until what the command line asks for has failed. No vCPU runs then,
+    /// and the terminal is as it was.
+    ///
+    /// # Errors
+    /// Those of epoll.
+    pub fn run(self) -> io::Result<Result<Ending, Fault>> {
         let mut manager = EventManager::new().map_err(io::Error::other)?;
         let id = manager.add_subscriber(self);
         loop {
@@ -131,13 +136,19 @@ impl Control {
             Event::Call(Call { request, reply }) => {
                 let answer = self.vm.handle(request);
                 self.listen(ops);
-                // A client that has hung up does not undo what it asked for.
-                let _ = reply.send(answer);
+                match (reply, answer) {
+                    (Some(reply), answer) => {
+                        // A client that has hung up does not undo what it asked for.
+                        let _ = reply.send(answer);
+                    }
+                    (None, Reply::Fault(fault)) => self.ended = Some(Err(fault)),
+                    (None, _) => {}
+                }
             }
-            Event::Ended(ending) => self.ended = Some(ending),
+            Event::Ended(ending) => self.ended = Some(Ok(ending)),
             Event::Input => self.read_input(ops),
             Event::Room => self.give_input(ops),
-            Event::Signal => self.ended = self.vm.asked_to_end(),
+            Event::Signal => self.ended = self.vm.asked_to_end().map(Ok),
             Event::MetricsDue => self.vm.flush_metrics(),
         }
     }

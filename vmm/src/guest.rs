@@ -16,6 +16,7 @@ use crate::host::KvmHost;
 use crate::io_thread::IoThread;
 use crate::machine::{self, Board, Machine, MachineError};
 use crate::memory::{GuestMemory, MemoryError};
+use crate::sandbox::Sandbox;
 use crate::vcpu::{EndingSender, ExitCounters, Vcpu};
 use crate::x86_64::acpi::{self, AcpiError};
 use crate::x86_64::capabilities::{self, MissingCapability};
@@ -36,6 +37,7 @@ pub struct Surroundings<'a> {
     pub endings: EndingSender,
     /// Signalled when the serial port has room for input again.
     pub serial_room: &'a EventFd,
+    pub sandbox: Arc<Sandbox>,
 }
 
 /// Everything that exists only while a guest does.
@@ -43,13 +45,18 @@ pub struct Guest {
     pub machine: Machine,
     pub exits: Arc<ExitCounters>,
     vcpus: Vec<Vcpu>,
-    // Kept for their lifetime: KVM's memory slots point into the first.
+    // Kept for their lifetime: a machine without virtio devices needs no io thread, and has one; KVM's memory slots point
+    // into the memory.
+    _host: Arc<KvmHost>,
     _memory: GuestMemory,
     _vm: Arc<VmFd>,
 }
 
 impl Guest {
     /// Builds the guest, every vCPU standing at its first instruction. [`Guest::resume`] sets it going.
+    ///
+    /// Last of all it closes the sandbox on the calling thread and starts the guest's threads in it. When not even these can
+    /// be started, a further attempt finds only files that this one could have opened.
     pub fn new(config: &Config, around: Surroundings) -> Result<Self, StartError> {
         // First, since it is what a client forgets.
         let source = config.boot()?;
@@ -71,11 +78,11 @@ impl Guest {
         let tsc_khz = fds.first().and_then(|fd| fd.get_tsc_khz().ok());
         let cpuid = Cpuid::new(&kvm, topology, &cpu.cpuid_modifiers, tsc_khz)?;
 
-        let io = IoThread::spawn(around.identity.io_thread())?;
+        let (io, idle) = IoThread::new()?;
         let host = Arc::new(KvmHost { vm: vm.clone(), interrupts: interrupts.clone(), io });
         let ram = memory.handle();
         let board = Board {
-            host,
+            host: host.clone(),
             interrupts,
             ram: ram.clone(),
             ram_size: settings.memory,
@@ -101,15 +108,21 @@ impl Guest {
             registers::set(first, &entry)?;
         }
 
+        let reach = config.reach();
+        around.sandbox.close(&reach.allowed()).map_err(StartError::Sandbox)?;
+        around.sandbox.tell(&reach.names());
         let exits = Arc::<ExitCounters>::default();
         let vcpus = (0..)
             .zip(fds)
             .map(|(index, fd)| {
                 let name = around.identity.vcpu_thread(index);
-                Vcpu::spawn(name, fd, machine.buses.clone(), exits.clone(), around.endings.clone())
+                let (buses, sandbox) = (machine.buses.clone(), around.sandbox.clone());
+                Vcpu::spawn(name, fd, buses, exits.clone(), around.endings.clone(), sandbox)
             })
             .collect::<io::Result<_>>()?;
-        Ok(Self { machine, exits, vcpus, _memory: memory, _vm: vm })
+        // Last, so that a start which fails has not to end it.
+        idle.spawn(around.identity.io_thread(), around.sandbox.clone())?;
+        Ok(Self { machine, exits, vcpus, _host: host, _memory: memory, _vm: vm })
     }
 
     /// Lets devices and then vCPUs run.
@@ -185,6 +198,8 @@ pub enum StartError {
     Register(#[from] RegisterError),
     #[error("{0}")]
     Machine(#[from] MachineError),
+    #[error("this process cannot be confined: {0}")]
+    Sandbox(io::Error),
     #[error("{0}")]
     Configuration(#[from] api_socket::Fault),
     #[error("host: {0}")]

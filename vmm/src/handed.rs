@@ -46,14 +46,20 @@ impl Handed {
     /// # Errors
     /// No file of this name was handed over, or it was, and not to be written to.
     pub fn find(&self, field: &str, path: &Path, is_writable: bool) -> Option<Result<File, Fault>> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let name = path.as_os_str().as_bytes().strip_prefix(PREFIX)?;
+        let name = self.name(path)?;
         Some(
             self.duplicate(name, is_writable)
                 .map_err(|why| Fault::bad_request(format!("`{field}` is {}, {why}", path.display()))),
         )
+    }
+
+    /// This path stands for a file that was handed over, or should have been.
+    pub fn stands_for(&self, path: &Path) -> bool {
+        self.name(path).is_some()
+    }
+
+    fn name<'a>(&self, path: &'a Path) -> Option<&'a [u8]> {
+        if self.0.is_empty() { None } else { path.as_os_str().as_bytes().strip_prefix(PREFIX) }
     }
 
     fn duplicate(&self, name: &[u8], is_writable: bool) -> Result<File, String> {

@@ -13,6 +13,8 @@ use devices::host::{Handler, Source, WatchId};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::sandbox::{Role, Sandbox};
+
 /// Descriptors that one loop can report ready in one round; more simply wait for the next.
 const READY_EVENTS: usize = 64;
 
@@ -34,20 +36,20 @@ struct Watch {
     sources: Vec<Source>,
 }
 
+/// The loop, which nobody runs yet.
+pub struct Idle {
+    manager: EventManager<Watch>,
+    ended: Arc<AtomicBool>,
+}
+
 impl IoThread {
-    /// Starts the thread under `name` (15 bytes at most are shown by the kernel).
-    pub fn spawn(name: &str) -> io::Result<Self> {
-        let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(io::Error::other)?;
+    /// Makes the loop, and the handle to it. Devices may have it, but nobody may watch or unwatch before it runs.
+    pub fn new() -> io::Result<(Self, Idle)> {
+        let manager = EventManager::new_with_capacity(READY_EVENTS).map_err(io::Error::other)?;
         let loop_ = manager.remote_endpoint();
         let ended = Arc::<AtomicBool>::default();
-        let told = ended.clone();
-        thread::Builder::new().name(name.to_owned()).spawn(move || {
-            // Only epoll_wait itself can fail here, with EINTR, and then the next round does its work.
-            while !told.load(Ordering::SeqCst) {
-                let _ = manager.run();
-            }
-        })?;
-        Ok(Self { loop_, ended, watches: Mutex::default() })
+        let idle = Idle { manager, ended: ended.clone() };
+        Ok((Self { loop_, ended, watches: Mutex::default() }, idle))
     }
 
     /// See [`devices::host::Host::watch`].
@@ -89,6 +91,21 @@ impl Drop for IoThread {
     }
 }
 
+impl Idle {
+    /// Starts the thread under `name` (15 bytes at most are shown by the kernel), confined.
+    pub fn spawn(self, name: &str, sandbox: Arc<Sandbox>) -> io::Result<()> {
+        let Idle { mut manager, ended } = self;
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            sandbox.enter(Role::Io);
+            // Only epoll_wait itself can fail here, with EINTR, and then the next round does its work.
+            while !ended.load(Ordering::SeqCst) {
+                let _ = manager.run();
+            }
+        })?;
+        Ok(())
+    }
+}
+
 impl MutEventSubscriber for Watch {
     fn process(&mut self, events: Events, _: &mut EventOps) {
         self.handler.lock().unwrap_or_else(PoisonError::into_inner).ready(events.data());
@@ -127,7 +144,8 @@ mod tests {
 
     #[test]
     fn a_watched_descriptor_calls_its_handler_until_it_is_unwatched() {
-        let io = IoThread::spawn("io-test").unwrap();
+        let (io, idle) = IoThread::new().unwrap();
+        idle.spawn("io-test", Arc::new(Sandbox::off())).unwrap();
         let fd = EventFd::new(0).unwrap();
         let (tell, told) = channel();
         let handler = Arc::new(Mutex::new(Tell(fd.try_clone().unwrap(), tell)));
@@ -144,7 +162,8 @@ mod tests {
 
     #[test]
     fn the_thread_ends_with_its_handle_and_lets_go_of_every_handler() {
-        let io = IoThread::spawn("io-test").unwrap();
+        let (io, idle) = IoThread::new().unwrap();
+        idle.spawn("io-test", Arc::new(Sandbox::off())).unwrap();
         let fd = EventFd::new(0).unwrap();
         let (tell, told) = channel();
         let handler = Arc::new(Mutex::new(Tell(fd.try_clone().unwrap(), tell)));
@@ -183,7 +202,8 @@ mod tests {
 
     #[test]
     fn a_handler_that_is_always_ready_does_not_keep_another_from_its_turn() {
-        let io = IoThread::spawn("io-test").unwrap();
+        let (io, idle) = IoThread::new().unwrap();
+        idle.spawn("io-test", Arc::new(Sandbox::off())).unwrap();
         let [always, sometimes] = [(), ()].map(|()| EventFd::new(0).unwrap());
         always.write(1).unwrap();
         let turns = Arc::<AtomicUsize>::default();

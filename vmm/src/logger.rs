@@ -7,6 +7,7 @@
 //! Not for signal handlers: it takes a lock.
 
 use std::fmt::Write as _;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -15,6 +16,7 @@ use api_socket::{Fault, LogLevel};
 use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::args::Args;
+use crate::faults;
 use crate::sink::Sink;
 
 /// The longest line, in bytes. What is cut off is marked. A pipe that says it takes bytes takes as many.
@@ -59,7 +61,13 @@ pub fn start(args: &Args) -> Result<(), Fault> {
     if log::set_logger(&LOGGER).is_ok() {
         log::set_max_level(LevelFilter::Info);
     }
-    LOGGER.configure(&args.log)
+    LOGGER.configure(&args.log)?;
+    // Opened now: when there is something to say, no filter lets a thread open it.
+    let mut state = LOGGER.state();
+    if state.sink.is_none() {
+        state.sink = Sink::stdout().ok();
+    }
+    Ok(())
 }
 
 /// See [`LOGGER`].
@@ -94,7 +102,11 @@ impl Logger {
         });
         let sink = sink.transpose()?;
         let mut state = self.state();
-        state.sink = sink.or(state.sink.take());
+        if let Some(sink) = sink {
+            // Before the file that has been told so far is closed.
+            faults::tell_also(Some(sink.as_raw_fd()));
+            state.sink = Some(sink);
+        }
         state.show_level = config.show_level.unwrap_or(state.show_level);
         state.show_origin = config.show_log_origin.unwrap_or(state.show_origin);
         state.module = config.module.clone().or(state.module.take());
@@ -157,7 +169,7 @@ fn filter(level: LogLevel) -> LevelFilter {
 
 struct State {
     id: String,
-    /// `None` is standard output, which is opened when there is something to say.
+    /// `None` until [`start`]: nothing is written.
     sink: Option<Sink>,
     show_level: bool,
     show_origin: bool,
@@ -178,7 +190,7 @@ impl State {
         let mut line = String::with_capacity(256);
         push_time(&mut line, now.duration_since(UNIX_EPOCH).unwrap_or_default());
         // Writing to a String cannot fail.
-        let _ = write!(line, " [{}:{}", self.id, thread.name().unwrap_or("-"));
+        let _ = write!(line, " [{}:{}", self.id, thread.name().unwrap_or("main"));
         if self.show_level {
             let _ = write!(line, ":{}", record.level());
         }
@@ -193,9 +205,6 @@ impl State {
     }
 
     fn write(&mut self, line: &str) -> std::io::Result<()> {
-        if self.sink.is_none() {
-            self.sink = Some(Sink::stdout()?);
-        }
         self.sink.as_mut().map_or(Ok(()), |sink| sink.write_line(line.as_bytes()))
     }
 }

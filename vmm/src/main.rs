@@ -1,6 +1,8 @@
-//! The life of a `berth-vmm` process: who we are, how we log, what may end us, the guest, its API, the loop, the end.
+//! The life of a `berth-vmm` process: who we are, what we give up, how we log, what may end us, what confines us, the guest,
+//! its API, the loop, the end.
 
-use std::process::ExitCode;
+#![no_main]
+
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::thread;
@@ -12,37 +14,55 @@ use vmm::args::{self, Api, Args, ArgsError, Command};
 use vmm::control::{Call, Control, Sources};
 use vmm::handed::Handed;
 use vmm::logger;
+use vmm::sandbox::{Role, Sandbox, process};
 use vmm::signals::Requests;
 use vmm::terminal::Input;
 use vmm::vcpu::EndingSender;
 use vmm::vm::Vm;
-use vmm::{heap, signals, terminal, vcpu};
+use vmm::{faults, heap, vcpu};
 use vmm_sys_util::eventfd::EventFd;
 
-fn main() -> ExitCode {
+/// Called by the C library. By way of Rust's own entry each thread would get a signal stack, for a report of stack overflows
+/// that the handlers of [`faults`] have taken over: a fifth of all system calls before the guest runs. What else that entry
+/// does, [`process::strip`] and [`faults::install`] do.
+#[unsafe(no_mangle)]
+pub extern "C" fn main() -> libc::c_int {
+    // Not by returning, so that standard output is flushed.
+    std::process::exit(run() as i32)
+}
+
+fn run() -> Code {
     heap::share();
     let args = match args::parse(std::env::args_os()) {
         Ok(Command::Run(args)) => *args,
         Ok(Command::Print(text)) => {
             print!("{text}");
-            return Code::Ok.into();
+            return Code::Ok;
         }
         Err(error) => return bad_arguments(&error),
     };
+    let numbers: Vec<_> = args.fds.iter().map(|(_, number)| *number).collect();
+    if let Err(error) = process::strip(&numbers) {
+        eprintln!("berth-vmm: what was inherited cannot be given up: {error}");
+        return Code::Generic;
+    }
     // Before anything is opened: from then on a number may be that of another file.
     let handed = match Handed::take(&args.fds) {
         Ok(handed) => handed,
         Err(error) => return bad_arguments(&error),
     };
     match live(args, handed) {
-        Ok(code) => code.into(),
+        Ok(code) => code,
         Err(Death { code, reason }) => {
             log::error!("{reason}");
             eprintln!("berth-vmm: {reason}");
-            code.into()
+            code
         }
     }
 }
+
+const NO_SECCOMP: &str = "--no-seccomp: no system call of this process is filtered. Never do this with a guest you do not \
+                          trust.";
 
 /// Why there is no guest.
 struct Death {
@@ -62,15 +82,12 @@ impl Death {
 
 fn live(args: Args, handed: Handed) -> Result<Code, Death> {
     logger::start(&args).map_err(Death::configuration)?;
+    faults::install().map_err(Death::host("signal handlers"))?;
     if args.no_seccomp {
-        log::warn!(
-            "--no-seccomp: no system call of this process is filtered. Never do this with a guest you do not trust."
-        );
-    } else {
-        log::warn!("This version has no seccomp filters: run it where its guest may do what its user may.");
+        log::warn!("{NO_SECCOMP}");
+        eprintln!("berth-vmm: {NO_SECCOMP}");
     }
-    restore_terminal_at_panic();
-    signals::install_fatal_handlers().map_err(Death::host("signal handlers"))?;
+    let sandbox = Arc::new(Sandbox::new(&args).map_err(Death::configuration)?);
     vcpu::install_kick_signal().map_err(Death::host("signal handlers"))?;
     let signals = Requests::new().map_err(Death::host("signal descriptor"))?;
 
@@ -80,33 +97,27 @@ fn live(args: Args, handed: Handed) -> Result<Code, Death> {
     let (ending, endings) = channel();
     let endings_to = EndingSender { queue: ending, wake: wake.clone() };
     let serial_room = room.try_clone().map_err(Death::host("the serial port's event"))?;
-    let mut vm = Vm::new(&args, handed, endings_to, serial_room).map_err(Death::configuration)?;
+    let mut vm =
+        Vm::new(&args, handed, endings_to, serial_room, sandbox.clone()).map_err(Death::configuration)?;
 
     if let Some(file) = &args.config_file {
         for request in api_socket::config_file::read(file).map_err(Death::configuration)? {
             obey(&mut vm, request)?;
         }
-        obey(&mut vm, Request::Action(ActionType::InstanceStart))?;
+        // The start is the loop's first call: it confines this thread, which must have all that it needs by then.
+        let _ = call.send(Call { request: Request::Action(ActionType::InstanceStart), reply: None });
+        wake.write(1).map_err(Death::host("the control loop's event"))?;
     }
     if let Some(api) = &args.api {
-        serve(&args, api, call, wake.clone(), &mut vm)?;
+        serve(&args, api, call, wake.clone(), &mut vm, sandbox)?;
     }
 
     let input = Input::new().map_err(Death::host("standard input"))?;
     let sources = Sources { calls, endings, wake, signals, room, input };
     let control = Control::new(vm, sources).map_err(Death::host("the control loop"))?;
-    let ending = control.run().map_err(Death::host("the control loop"))?;
+    let ending = control.run().map_err(Death::host("the control loop"))?.map_err(Death::configuration)?;
     log::info!("The guest has ended: {ending}.");
     Ok(args.identity.exit_code(&ending))
-}
-
-/// A panic aborts, so nothing is dropped.
-fn restore_terminal_at_panic() {
-    let usual = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        terminal::restore();
-        usual(panic);
-    }));
 }
 
 /// A request that must succeed: without a client there is nobody to mend it.
@@ -118,7 +129,14 @@ fn obey(vm: &mut Vm, request: Request) -> Result<(), Death> {
 }
 
 /// Opens the socket, so that clients find it from here on, and answers them on a thread of its own.
-fn serve(args: &Args, api: &Api, calls: Sender<Call>, wake: Arc<EventFd>, vm: &mut Vm) -> Result<(), Death> {
+fn serve(
+    args: &Args,
+    api: &Api,
+    calls: Sender<Call>,
+    wake: Arc<EventFd>,
+    vm: &mut Vm,
+    sandbox: Arc<Sandbox>,
+) -> Result<(), Death> {
     let limits = Limits { max_body: api.max_payload, ..Limits::default() };
     let server = Server::bind(&api.socket, limits).map_err(|error| Death {
         code: Code::Generic,
@@ -132,13 +150,15 @@ fn serve(args: &Args, api: &Api, calls: Sender<Call>, wake: Arc<EventFd>, vm: &m
     let answer = move |request| {
         let (reply, answer) = sync_channel(1);
         // The control thread lives as long as the process: a call that gets no reply dies with both.
-        let sent = calls.send(Call { request, reply }).is_ok() && wake.write(1).is_ok();
+        let sent = calls.send(Call { request, reply: Some(reply) }).is_ok() && wake.write(1).is_ok();
         let gone = Reply::Fault(Fault { status: 500, message: "the guest has ended".into() });
         if sent { answer.recv().unwrap_or(gone) } else { gone }
     };
     thread::Builder::new()
         .name(args.identity.api_thread().into())
         .spawn(move || {
+            // The socket is there already: it needs no file.
+            sandbox.shut(Role::Api);
             if let Err(error) = server.run(answer) {
                 log::error!("The API server has stopped: {error}.");
             }
@@ -151,7 +171,7 @@ fn event(what: &'static str) -> Result<EventFd, Death> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Death::host(what))
 }
 
-fn bad_arguments(error: &ArgsError) -> ExitCode {
+fn bad_arguments(error: &ArgsError) -> Code {
     eprintln!("berth-vmm: {error}");
-    Code::BadArguments.into()
+    Code::BadArguments
 }

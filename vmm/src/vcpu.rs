@@ -20,6 +20,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use crate::sandbox::{Role, Sandbox};
+
 /// What the guest can reach by an exit: ports and memory-mapped I/O. Shared by all vCPUs.
 #[derive(Default)]
 pub struct Buses {
@@ -92,18 +94,22 @@ enum Command {
 }
 
 impl Vcpu {
-    /// Starts the thread, paused.
+    /// Starts the thread, confined and paused.
     pub fn spawn(
         name: String,
         fd: VcpuFd,
         buses: Arc<Buses>,
         counters: Arc<ExitCounters>,
         endings: EndingSender,
+        sandbox: Arc<Sandbox>,
     ) -> io::Result<Self> {
         let run = Arc::new(RunPage::map(&fd)?);
         let (commands, inbox) = channel();
         let runner = Runner { fd, run: run.clone(), buses, counters, endings, inbox };
-        let thread = thread::Builder::new().name(name).spawn(move || runner.paused())?;
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            sandbox.enter(Role::Vcpu);
+            runner.paused();
+        })?;
         Ok(Self { commands, thread, run })
     }
 

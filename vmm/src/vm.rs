@@ -3,6 +3,7 @@
 //! Whether a request is legal now is `admit.rs`, whether its values fit is `config.rs`, how a guest is built is
 //! `guest.rs`; here they meet.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use api_socket::{
@@ -18,6 +19,7 @@ use crate::guest::{Guest, Surroundings};
 use crate::handed::Handed;
 use crate::logger::LOGGER;
 use crate::metrics::Metrics;
+use crate::sandbox::{Role, Sandbox};
 use crate::vcpu::{Ending, EndingSender};
 
 /// Configuration, guest and counters; lives on the control thread.
@@ -28,6 +30,7 @@ pub struct Vm {
     boot_timer: bool,
     endings: EndingSender,
     serial_room: EventFd,
+    sandbox: Arc<Sandbox>,
 
     config: Config,
     metrics: Metrics,
@@ -44,6 +47,7 @@ impl Vm {
         handed: Handed,
         endings: EndingSender,
         serial_room: EventFd,
+        sandbox: Arc<Sandbox>,
     ) -> Result<Self, Fault> {
         let mut metrics = Metrics::new(args.identity, &args.id);
         if let Some(path) = &args.metrics_path {
@@ -56,6 +60,7 @@ impl Vm {
             boot_timer: args.boot_timer,
             endings,
             serial_room,
+            sandbox,
             config: Config::new(args.identity, args.pci, handed)?,
             metrics,
             guest: None,
@@ -112,10 +117,12 @@ impl Vm {
         }
     }
 
-    /// The guest is over: stops what still runs of it and writes the last counters.
+    /// The guest is over: stops what still runs of it and writes the last counters. The process must end now.
     pub fn finish(&mut self) {
-        if let Some(guest) = &self.guest {
+        if let Some(guest) = self.guest.take() {
             guest.pause();
+            // The end of the process takes it apart faster than we could, and asks no filter.
+            std::mem::forget(guest);
         }
         self.flush_metrics();
     }
@@ -158,14 +165,16 @@ impl Vm {
             boot_timer: self.boot_timer,
             endings: self.endings.clone(),
             serial_room: &self.serial_room,
+            sandbox: self.sandbox.clone(),
         };
         let guest = Guest::new(&self.config, around)
             .map_err(|error| Fault::bad_request(format!("The guest cannot start: {error}")))?;
         self.metrics.add_vcpus(guest.exits.clone());
         guest.machine.count(&mut self.metrics);
+        self.config.started();
+        self.sandbox.enter(Role::Control);
         guest.resume();
         self.guest = Some(guest);
-        self.config.started();
         log::info!("Successfully started microvm that was configured from one single json or the API.");
         self.flush_metrics();
         Ok(())

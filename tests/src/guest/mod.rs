@@ -23,7 +23,7 @@ use api_socket::{ActionType, Client, Drive, InstanceState, Request, VmState};
 pub use console::{Console, Output};
 use serde_json::Value;
 pub use setup::{Kernel, Setup};
-pub use vmm::{Ended, Name, Vmm};
+pub use vmm::{Ended, Name, Status, Vmm};
 
 use crate::host::{SOAK, provide};
 

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use api_socket::Client;
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 use tempfile::TempDir;
 
 use super::{Console, limits, program, tail};
@@ -29,6 +29,37 @@ pub enum Name {
 pub enum Ended {
     Code(i32),
     Signal(i32),
+}
+
+/// The text of /proc/<pid>/task/<tid>/status.
+#[derive(Clone, Debug)]
+pub struct Status(String);
+
+impl Status {
+    /// The value of this field, without the blanks around it.
+    #[track_caller]
+    pub fn field(&self, name: &str) -> &str {
+        let value = self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        value.unwrap_or_else(|| panic!("no {name} in a thread's status")).trim()
+    }
+}
+
+/// Of each thread of a process but KVM's own, which run nothing but the kernel.
+pub fn thread_statuses(pid: u32) -> Vec<Status> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process's threads");
+    let status = |task: fs::DirEntry| fs::read_to_string(task.path().join("status")).map(Status);
+    let statuses = tasks.flatten().map(|task| status(task).expect("a thread's status"));
+    statuses.filter(|status| !status.field("Name").starts_with("kvm-")).collect()
+}
+
+/// Sends a signal to the thread of this name.
+pub fn signal_thread(pid: u32, name: &str, signal: Signal) {
+    let statuses = thread_statuses(pid);
+    let thread = statuses.iter().find(|status| status.field("Name") == name);
+    let tid: i32 = thread.unwrap_or_else(|| panic!("no thread {name}")).field("Pid").parse().expect("an id");
+    // SAFETY: tgkill takes three numbers and touches no memory.
+    let sent = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal.as_raw()) };
+    assert_eq!(sent, 0, "a signal to {name}");
 }
 
 /// A VMM process. Its directory goes with it.
@@ -124,6 +155,18 @@ impl Vmm {
         let mut names: Vec<_> = tasks.flatten().map(|task| name(task).trim_end().to_owned()).collect();
         names.sort();
         names
+    }
+
+    /// What /proc tells of each thread but KVM's own.
+    pub fn thread_statuses(&self) -> Vec<Status> {
+        thread_statuses(self.child.id())
+    }
+
+    /// From now on its address space cannot grow beyond so many bytes.
+    pub fn limit_memory(&self, bytes: u64) {
+        let pid = Pid::from_raw(self.child.id() as i32);
+        let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+        rustix::process::prlimit(pid, Resource::As, limit).expect("a limit for the VMM");
     }
 
     /// A line of /proc/<pid>/status that is a number of KiB, such as `VmRSS`.

@@ -1,0 +1,336 @@
+//! Lives of VMMs that between them make every system call a filter allows, each traced.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use super::*;
+use api_socket::{Client, Serial};
+use berth_tests::guest::setup::disk_drive;
+use berth_tests::guest::{asset, blank_disk, debian_drive, program};
+use berth_tests::host::{process, provide};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Gives the calls that were made in it.
+pub type Life = fn() -> Vec<Call>;
+
+/// What is done in each, and how.
+pub const ALL: &[(&str, Life)] = &[
+    ("half started", half_started),
+    ("out of memory", out_of_memory),
+    ("ended by a signal", ended_by_a_signal),
+    ("told to be quiet", told_to_be_quiet),
+    ("on a terminal", on_a_terminal),
+    ("busy", busy),
+];
+
+const MIB: u64 = 1 << 20;
+
+/// More requests than the replies of which a socket's buffers hold.
+const UNREAD: usize = 500;
+
+/// Every device at work, on PCI; a busy API; devices reset by the guest and changed from outside.
+fn busy() -> Vec<Call> {
+    let place = tempfile::tempdir().unwrap();
+    let disk = blank_disk(place.path().join("disk"), 32 * MIB);
+    let larger = blank_disk(place.path().join("larger"), 33 * MIB);
+    let (input, output) = (pipe(place.path(), "input"), pipe(place.path(), "output"));
+    // A file system that cannot zero a part of a file.
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let no_better = blank_disk(memory.path().join("disk"), 4 * MIB);
+    let _clock = SlowClock::set();
+
+    let arguments = ["--metrics-path", "metrics", "--boot-timer"].map(String::from).into();
+    let drives = vec![debian_drive(), disk_drive("disk", disk), disk_drive("memory", no_better)];
+    let setup = Setup { vcpus: 2, memory_mib: 256, arguments, drives, ..Setup::default() };
+    let mut guest = Guest::configured(setup);
+    put(
+        &mut guest.api,
+        "/entropy",
+        json!({"rate_limiter": {"bandwidth": {"size": 1000, "refill_time": 100}}}),
+    );
+    put(&mut guest.api, "/console", json!({"input_path": input, "output_path": output}));
+    let tracer = Tracer::attach(guest.vmm.pid());
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+    guest.console.wait_for("# ", limits::BOOT);
+    guest.mount_debian();
+    limit(&mut guest, 10);
+    guest.run("dd if=/dev/urandom of=/dev/vdb bs=1M count=4 conv=fsync");
+    guest.run("dd if=/dev/vdb of=/dev/null bs=1M count=4 iflag=direct");
+    limit(&mut guest, 0);
+    guest.run("blkdiscard -o 8388608 -l 8388608 /dev/vdb");
+    for drive in ["vdb", "vdc"] {
+        guest.run(&format!(
+            "chroot /debian /sbin/blkdiscard --zeroout --offset 4096 --length 1048576 /dev/{drive}"
+        ));
+    }
+    guest.run("dd if=/dev/hwrng bs=64 count=64 iflag=fullblock of=/dev/null");
+    guest.run("yes more than a pipe holds | head -c 200000 > /dev/hvc0 &");
+    File::options().read(true).write(true).open(&input).unwrap().write_all(b"typed\n").unwrap();
+    guest.run("for way in unbind bind; do echo virtio1 > /sys/bus/virtio/drivers/virtio_blk/$way; done");
+    guest.run("hwclock; for irq in /proc/irq/*; do echo 2 > $irq/smp_affinity; done 2> /dev/null; true");
+    guest.pause();
+    guest.apply(Request::Action(ActionType::FlushMetrics));
+    guest.resume();
+    send(&mut guest.api, "PATCH", "/drives/disk", json!({"drive_id": "disk", "path_on_host": larger}));
+    send(
+        &mut guest.api,
+        "PATCH",
+        "/drives/debian",
+        json!({"drive_id": "debian", "path_on_host": asset(provide::DEBIAN)}),
+    );
+    guest.run("dd if=/dev/vdb of=/dev/null bs=1M count=4 iflag=direct");
+    rude_clients(&guest.path("api.sock"), &guest.path("vmm.log"), || guest.vmm.client());
+    // More than the terminal of a guest whose shell does not read takes.
+    guest.say("sleep 3");
+    guest.say(&"x".repeat(3000));
+    guest.apply(Request::Action(ActionType::SendCtrlAltDel));
+    guest.ended();
+    tracer.calls()
+}
+
+/// A terminal, a log on standard output, virtio-mmio; a disk that is cut short under the guest.
+fn on_a_terminal() -> Vec<Call> {
+    let place = tempfile::tempdir().unwrap();
+    let disk = blank_disk(place.path().join("disk"), 4 * MIB);
+    let mut vmm = OnTerminal::spawn(place);
+    let tracer = vmm.start(&disk, "sleep 2; dd if=/dev/vda of=/dev/null bs=1M; true");
+    File::options().write(true).open(&disk).unwrap().set_len(MIB).unwrap();
+    put(&mut vmm.client(), "/actions", json!({"action_type": "FlushMetrics"}));
+    assert!(process::wait_for(&mut vmm.child, limits::BOOT), "the guest did not end");
+    tracer.calls()
+}
+
+/// Serial output beyond its limit.
+fn told_to_be_quiet() -> Vec<Call> {
+    let command_line = r#"berth.run="yes flood | head -c 2000""#.into();
+    let mut guest = Guest::configured(Setup { command_line, ..Setup::default() });
+    let limit = serde_json::from_value(json!({"size": 10, "refill_time": 60_000})).unwrap();
+    let serial_out_path = Some(guest.path("serial"));
+    guest.apply(Request::PutSerial(Serial { serial_out_path, rate_limiter: Some(limit) }));
+    let tracer = Tracer::attach(guest.vmm.pid());
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    assert_eq!(guest.vmm.ended(limits::BOOT), Ended::Code(0));
+    tracer.calls()
+}
+
+/// A guest with more vCPUs than the VMM may have threads: those that were started end, and the VMM lives on.
+fn half_started() -> Vec<Call> {
+    // Of its own: the control thread and the API.
+    const THREADS: u8 = 2;
+    let mut guest = Guest::configured(Setup { vcpus: 4, ..Setup::default() });
+    let group = Cgroup::of(guest.vmm.pid(), THREADS + 2);
+    let tracer = Tracer::attach(guest.vmm.pid());
+    let error = guest.api.apply(&Request::Action(ActionType::InstanceStart)).unwrap_err().to_string();
+    assert!(error.contains("The guest cannot start"), "{error}");
+    assert_eq!(guest.state(), api_socket::InstanceState::NotStarted);
+    guest.vmm.signal(Signal::TERM);
+    assert_eq!(guest.ended(), Ended::Code(0));
+    drop(group);
+    tracer.calls()
+}
+
+/// A fatal signal, once for each kind of thread: the handler runs under the thread's filter, and gives the terminal back.
+fn ended_by_a_signal() -> Vec<Call> {
+    let mut calls = Vec::new();
+    for name in ["firecracker", "fc_api", "fc_vcpu 0", "fc_io"] {
+        let place = tempfile::tempdir().unwrap();
+        let disk = blank_disk(place.path().join("disk"), 4 * MIB);
+        let mut vmm = OnTerminal::spawn(place);
+        let tracer = vmm.start(&disk, "sleep 1000");
+        berth_tests::guest::vmm::signal_thread(vmm.child.id(), name, Signal::HUP);
+        assert!(process::wait_for(&mut vmm.child, limits::EXIT), "{name} goes on");
+        let status = vmm.child.wait().unwrap();
+        assert_eq!(status.code(), Some(156), "{name}: {status}");
+        let said = if name == "firecracker" { "main" } else { name };
+        assert!(vmm.errors().contains(&format!("in thread {said}\n")), "{}", vmm.errors());
+        calls.extend(tracer.calls());
+    }
+    calls
+}
+
+/// A request for which there is no memory: the API thread says so and ends the process.
+fn out_of_memory() -> Vec<Call> {
+    let arguments = vec!["--http-api-max-payload-size=50000000".to_string()];
+    let mut guest = Guest::started(Setup { arguments, ..Setup::default() });
+    let tracer = Tracer::attach(guest.vmm.pid());
+    let used = guest.vmm.status_kib("VmSize") << 10;
+    guest.vmm.limit_memory(used + MIB);
+    let _ = guest.api.request("PUT", "/logger", Some(&"x".repeat(40_000_000)));
+    assert_eq!(guest.ended(), Ended::Code(2));
+    assert!(guest.vmm.errors().contains("memory allocation of"), "{}", guest.vmm.errors());
+    tracer.calls()
+}
+
+/// Clients that hang up in the middle, are one too many, send nonsense and much of it, and do not read what they asked for.
+fn rude_clients(socket: &Path, log: &Path, client: impl Fn() -> Client) {
+    let connect = || {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(limits::API)).unwrap();
+        stream
+    };
+    connect().write_all(b"PUT /actions HTTP/1.1\r\nContent-Length: 30\r\n\r\n{\"action").unwrap();
+    let mut bad = connect();
+    bad.write_all(b"NONSENSE\r\n\r\n").unwrap();
+    bad.read_to_string(&mut String::new()).unwrap();
+    client().request("PUT", "/logger", Some(&"x".repeat(50_000))).unwrap();
+
+    let mut slow = connect();
+    let mut writer = slow.try_clone().unwrap();
+    let asking = std::thread::spawn(move || {
+        for _ in 0..UNREAD {
+            writer.write_all(b"GET /vm/config HTTP/1.1\r\n\r\n").unwrap();
+        }
+        writer.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    // Until the server can write no more, and says nothing of further requests.
+    let mut before = 0;
+    loop {
+        std::thread::sleep(Duration::from_secs(2));
+        let now = fs::metadata(log).unwrap().len();
+        if now == std::mem::replace(&mut before, now) {
+            break;
+        }
+    }
+    slow.read_to_string(&mut String::new()).unwrap();
+    asking.join().unwrap();
+    let many: Vec<_> = (0..11).map(|_| connect()).collect();
+    let _ = client().request("GET", "/", None);
+    drop(many);
+}
+
+fn pipe(directory: &Path, name: &str) -> PathBuf {
+    let path = directory.join(name);
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).unwrap();
+    path
+}
+
+fn limit(guest: &mut Guest, ops: u32) {
+    let limiter = json!({"ops": {"size": ops, "refill_time": 100}});
+    send(&mut guest.api, "PATCH", "/drives/disk", json!({"drive_id": "disk", "rate_limiter": limiter}));
+}
+
+fn put(client: &mut Client, path: &str, body: Value) {
+    send(client, "PUT", path, body);
+}
+
+fn send(client: &mut Client, method: &str, path: &str, body: Value) {
+    let response = client.request(method, path, Some(&body.to_string())).unwrap();
+    assert_eq!(response.status, 204, "{method} {path}: {}", response.body);
+}
+
+/// A VMM of Firecracker's name on a terminal, which says everything on standard output.
+struct OnTerminal {
+    child: Child,
+    place: TempDir,
+    _terminal: std::os::fd::OwnedFd,
+}
+
+impl OnTerminal {
+    fn spawn(place: TempDir) -> OnTerminal {
+        let link = place.path().join("firecracker");
+        std::os::unix::fs::symlink(program("berth-vmm"), &link).unwrap();
+        let terminal =
+            rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY).unwrap();
+        rustix::pty::grantpt(&terminal).unwrap();
+        rustix::pty::unlockpt(&terminal).unwrap();
+        let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
+        // Not this process's own, which would end with it.
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY;
+        let end = rustix::fs::open(name.as_c_str(), flags, rustix::fs::Mode::empty()).unwrap();
+        let output = File::create(place.path().join("output")).unwrap();
+        let mut command = Command::new(link);
+        command.arg("--api-sock").arg(place.path().join("api.sock")).args(["--level", "Debug"]);
+        command.args(["--metrics-path", "/dev/null"]);
+        let errors = File::create(place.path().join("errors")).unwrap();
+        command.stdin(end).stdout(output).stderr(errors).current_dir(place.path());
+        let child = process::spawn_bound(&mut command, Vec::new()).unwrap();
+        OnTerminal { child, place, _terminal: terminal }
+    }
+
+    /// Starts a guest that does this and ends.
+    fn start(&self, disk: &Path, command: &str) -> Tracer {
+        let mut client = self.client();
+        let drive = json!({"drive_id": "disk", "is_root_device": false, "path_on_host": disk});
+        put(&mut client, "/drives/disk", drive);
+        let boot = json!({
+            "kernel_image_path": asset(provide::VMLINUX),
+            "initrd_path": asset(provide::INITRAMFS),
+            "boot_args": format!("console=ttyS0 panic=1 quiet berth.run=\"{command}\""),
+        });
+        put(&mut client, "/boot-source", boot);
+        let tracer = Tracer::attach(self.child.id());
+        put(&mut client, "/actions", json!({"action_type": "InstanceStart"}));
+        tracer
+    }
+
+    fn errors(&self) -> String {
+        fs::read_to_string(self.place.path().join("errors")).unwrap()
+    }
+
+    fn client(&self) -> Client {
+        let mut client = Client::connect_within(&self.place.path().join("api.sock"), limits::API).unwrap();
+        client.set_timeout(Some(limits::API)).unwrap();
+        client
+    }
+}
+
+impl Drop for OnTerminal {
+    fn drop(&mut self) {
+        process::kill(&mut self.child);
+        if std::thread::panicking() {
+            eprintln!("{}", fs::read_to_string(self.place.path().join("output")).unwrap_or_default());
+        }
+    }
+}
+
+/// A clock source that cannot be read without a system call, while this lives.
+struct SlowClock(String);
+
+impl SlowClock {
+    const PLACE: &str = "/sys/devices/system/clocksource/clocksource0";
+
+    fn set() -> SlowClock {
+        let read = |name: &str| fs::read_to_string(format!("{}/{name}", Self::PLACE)).unwrap();
+        let slow = ["acpi_pm", "hpet"];
+        let available = read("available_clocksource");
+        let slow = slow.iter().find(|name| available.contains(*name)).expect("a slow clock source");
+        let before = read("current_clocksource");
+        fs::write(format!("{}/current_clocksource", Self::PLACE), slow).unwrap();
+        SlowClock(before)
+    }
+}
+
+impl Drop for SlowClock {
+    fn drop(&mut self) {
+        let _ = fs::write(format!("{}/current_clocksource", Self::PLACE), &self.0);
+    }
+}
+
+/// A control group in which there can be so many threads.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn of(pid: u32, threads: u8) -> Cgroup {
+        let root = Path::new("/sys/fs/cgroup");
+        fs::write(root.join("cgroup.subtree_control"), "+pids").unwrap();
+        let group = root.join(format!("berth-seccomp-{pid}"));
+        fs::create_dir(&group).unwrap();
+        fs::write(group.join("pids.max"), threads.to_string()).unwrap();
+        fs::write(group.join("cgroup.procs"), pid.to_string()).unwrap();
+        Cgroup(group)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}

@@ -1,0 +1,71 @@
+//! What requests after the start may open again: the files of the drives and what is beside them, which is where
+//! `PATCH /drives` finds a drive's next file.
+//!
+//! A drive's path may be a link to elsewhere, so its file is named too, and not only its directory.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use super::Config;
+use crate::sandbox::landlock::Allowed;
+
+/// Open directories and files; those of drives that were handed over are not among them.
+pub struct Reach<'a> {
+    directories: BTreeMap<PathBuf, (File, bool)>,
+    files: Vec<(&'a File, bool)>,
+}
+
+impl Config {
+    /// What the drives as they are now make reachable. Before [`Config::started`]. A directory that cannot be reached
+    /// itself is left out.
+    pub fn reach(&self) -> Reach<'_> {
+        let mut reach = Reach { directories: BTreeMap::new(), files: Vec::new() };
+        for (settings, file) in &self.drives {
+            let (Some(path), Some(file)) = (&settings.path_on_host, file) else { continue };
+            let is_writable = !settings.is_read_only.unwrap_or(false);
+            if !self.handed.stands_for(path) {
+                reach.files.push((file, is_writable));
+                reach.add_directory(directory_of(path), is_writable);
+            }
+        }
+        reach
+    }
+}
+
+impl Reach<'_> {
+    /// In the form of a restriction.
+    pub fn allowed(&self) -> Vec<Allowed<'_>> {
+        let files = self.files.iter().copied();
+        let directories = self.directories.values().map(|(directory, is_writable)| (directory, *is_writable));
+        files
+            .chain(directories)
+            .map(|(file, is_writable)| Allowed { place: file.as_fd(), is_writable })
+            .collect()
+    }
+
+    /// The directories, for the log.
+    pub fn names(&self) -> Vec<String> {
+        self.directories.keys().map(|path| path.display().to_string()).collect()
+    }
+
+    fn add_directory(&mut self, path: &Path, is_writable: bool) {
+        if let Some((_, known)) = self.directories.get_mut(path) {
+            *known |= is_writable;
+            return;
+        }
+        match OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path) {
+            Ok(directory) => drop(self.directories.insert(path.into(), (directory, is_writable))),
+            Err(error) => log::debug!("{}: {error}; PATCH /drives will not reach it", path.display()),
+        }
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
