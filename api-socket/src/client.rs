@@ -234,6 +234,12 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         Request::PutDrive(drive) => with_body(Method::Put, &drive_path(&drive.drive_id), drive),
         Request::PatchDrive(update) => with_body(Method::Patch, &drive_path(&update.drive_id), update),
         Request::DeleteDrive(id) => Ok((Method::Delete, drive_path(id), None)),
+        Request::PutNetworkInterface(interface) => {
+            with_body(Method::Put, &interface_path(&interface.iface_id), interface)
+        }
+        Request::PatchNetworkInterface(update) => {
+            with_body(Method::Patch, &interface_path(&update.iface_id), update)
+        }
         Request::PutConsole(console) => with_body(Method::Put, "/console", console),
         Request::PutEntropy(entropy) => with_body(Method::Put, "/entropy", entropy),
         Request::PutSerial(serial) => with_body(Method::Put, "/serial", serial),
@@ -258,6 +264,10 @@ fn with_body(
 
 fn drive_path(id: &str) -> String {
     format!("/drives/{id}")
+}
+
+fn interface_path(id: &str) -> String {
+    format!("/network-interfaces/{id}")
 }
 
 fn decode(request: &Request, response: &Response) -> Result<Reply, ClientError> {

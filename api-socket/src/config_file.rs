@@ -29,7 +29,7 @@ pub fn read(path: &Path) -> Result<Vec<Request>, Fault> {
 /// what is in it.
 ///
 /// # Errors
-/// As [`read`], for the file of `cpu-config`; and a drive whose id is not one.
+/// As [`read`], for the file of `cpu-config`; and a drive or a network interface whose id is not one.
 pub fn requests(config: VmConfig) -> Result<Vec<Request>, Fault> {
     let mut requests = Vec::new();
     requests.extend(config.logger.map(Request::PutLogger));
@@ -40,6 +40,10 @@ pub fn requests(config: VmConfig) -> Result<Vec<Request>, Fault> {
     for drive in config.drives {
         check_id("drive_id", &drive.drive_id)?;
         requests.push(Request::PutDrive(drive));
+    }
+    for interface in config.network_interfaces {
+        check_id("iface_id", &interface.iface_id)?;
+        requests.push(Request::PutNetworkInterface(interface));
     }
     requests.extend(config.console.map(Request::PutConsole));
     requests.extend(config.entropy.map(Request::PutEntropy));
@@ -96,6 +100,7 @@ mod tests {
             "boot-source":{"kernel_image_path":"/k"},"entropy":{},
             "cpu-config":{"kvm_capabilities":["1"]},
             "machine-config":{"vcpu_count":2,"mem_size_mib":512},
+            "network-interfaces":[{"iface_id":"eth0","host_dev_name":"tap0"}],
             "metrics":{"metrics_path":"/m"},"logger":{"level":"Debug"}}"#;
         let drive = |id: &str, root| Drive {
             drive_id: id.to_string(),
@@ -113,6 +118,11 @@ mod tests {
             Request::PutBootSource(BootSource { kernel_image_path: "/k".into(), ..BootSource::default() }),
             Request::PutDrive(drive("a", true)),
             Request::PutDrive(drive("b", false)),
+            Request::PutNetworkInterface(NetworkInterface {
+                iface_id: "eth0".to_string(),
+                host_dev_name: "tap0".to_string(),
+                ..NetworkInterface::default()
+            }),
             Request::PutEntropy(Entropy::default()),
         ];
         assert_eq!(read_text(text).unwrap(), expected);
@@ -158,14 +168,16 @@ mod tests {
             &format!(r#"{{{boot},"drives":[{{"drive_id":"a-b","is_root_device":true}}]}}"#),
             &["drive_id", "a-b", "letters"],
         );
+        refused_with(
+            &format!(r#"{{{boot},"network-interfaces":[{{"iface_id":"a-b","host_dev_name":"t"}}]}}"#),
+            &["iface_id", "a-b", "letters"],
+        );
     }
 
     #[test]
     fn a_section_of_a_device_that_does_not_exist_is_refused_by_its_name() {
         let boot = r#""boot-source":{"kernel_image_path":"/k"}"#;
-        for (section, value) in
-            [("vsock", "{}"), ("balloon", "{}"), ("network-interfaces", "[{}]"), ("pmem", "[1]")]
-        {
+        for (section, value) in [("vsock", "{}"), ("balloon", "{}"), ("pmem", "[1]")] {
             refused_with(&format!(r#"{{{boot},"{section}":{value}}}"#), &[section, "does not have"]);
         }
     }

@@ -7,7 +7,8 @@ use serde::de::DeserializeOwned;
 use crate::json;
 use crate::types::{
     BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Fault, InstanceAction, Logger,
-    MachineConfig, MachineConfigUpdate, Metrics, Request, Serial, Vm,
+    MachineConfig, MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Request, Serial,
+    Vm,
 };
 
 /// A request, and what its client should be told about how it was made.
@@ -62,6 +63,7 @@ pub enum Endpoint {
     BootSource,
     CpuConfig,
     Drive,
+    NetworkInterface,
     Console,
     Entropy,
     Serial,
@@ -80,6 +82,7 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::BootSource, "/boot-source", &[Method::Put]),
     (Endpoint::CpuConfig, "/cpu-config", &[Method::Put]),
     (Endpoint::Drive, "/drives/{drive_id}", &[Method::Put, Method::Patch, Method::Delete]),
+    (Endpoint::NetworkInterface, "/network-interfaces/{iface_id}", &[Method::Put, Method::Patch]),
     (Endpoint::Console, "/console", &[Method::Put]),
     (Endpoint::Entropy, "/entropy", &[Method::Put]),
     (Endpoint::Serial, "/serial", &[Method::Put]),
@@ -122,6 +125,18 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
             Request::PatchDrive(update)
         }
         (Method::Delete, Endpoint::Drive) => Request::DeleteDrive(check_id("drive_id", id)?.to_string()),
+        (Method::Put, Endpoint::NetworkInterface) => {
+            let id = check_id("iface_id", id)?;
+            let interface: NetworkInterface = at.parse(body)?;
+            check_same_id("iface_id", id, &interface.iface_id)?;
+            Request::PutNetworkInterface(interface)
+        }
+        (Method::Patch, Endpoint::NetworkInterface) => {
+            let id = check_id("iface_id", id)?;
+            let update: NetworkInterfaceUpdate = at.parse(body)?;
+            check_same_id("iface_id", id, &update.iface_id)?;
+            Request::PatchNetworkInterface(update)
+        }
         (Method::Put, Endpoint::Console) => Request::PutConsole(at.parse::<Console>(body)?),
         (Method::Put, Endpoint::Entropy) => Request::PutEntropy(at.parse::<Entropy>(body)?),
         (Method::Put, Endpoint::Serial) => Request::PutSerial(at.parse::<Serial>(body)?),
@@ -308,6 +323,19 @@ mod tests {
             r#"{"drive_id":"d_1","path_on_host":"/d","rate_limiter":{}}"#,
             &["drive_id"],
         ),
+        (
+            "PUT",
+            "/network-interfaces/eth_0",
+            r#"{"iface_id":"eth_0","host_dev_name":"tap0","guest_mac":"06:00:AC:10:00:02","mtu":1500,"queue_pairs":2,
+                "rx_rate_limiter":{"ops":{"size":1,"refill_time":2}},"tx_rate_limiter":{}}"#,
+            &["iface_id", "host_dev_name"],
+        ),
+        (
+            "PATCH",
+            "/network-interfaces/eth_0",
+            r#"{"iface_id":"eth_0","rx_rate_limiter":{},"tx_rate_limiter":{}}"#,
+            &["iface_id"],
+        ),
         ("PUT", "/entropy", r#"{"rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#, &[]),
         ("PUT", "/serial", r#"{"serial_out_path":"/s","rate_limiter":{"size":1,"refill_time":2}}"#, &[]),
         (
@@ -416,6 +444,19 @@ mod tests {
             &["unknown field `opps` in `rate_limiter`", "`bandwidth`, `ops`"],
         );
         refused_with("PUT", "/logger", r#"{"level":"loud"}"#, &["`level`", "`loud`", "`Trace`, `Off`"]);
+        refused_with(
+            "PUT",
+            "/network-interfaces/e",
+            r#"{"iface_id":"e","host_dev_name":"t","guest_mac":"06:00"}"#,
+            &["`guest_mac`", "\"06:00\"", "a MAC address such as"],
+        );
+        refused_with(
+            "PUT",
+            "/network-interfaces/e",
+            r#"{"iface_id":"f","host_dev_name":"t"}"#,
+            &["does not match"],
+        );
+        refused_with("PATCH", "/network-interfaces/e", r#"{"iface_id":"f"}"#, &["does not match"]);
         refused_with("PUT", "/actions", "{", &["not valid JSON", "line 1 column 1"]);
         refused_with("PUT", "/actions", "[\"InstanceStart\"]", &["a list", "object"]);
     }
@@ -470,7 +511,7 @@ mod tests {
         refused_with("GET", "/vm", "", &["GET /vm", "/vm has PATCH"]);
         refused_with("GET", "/version/x", "", &["no such path"]);
         refused_with("PUT", "/drives/a/b", "{}", &["no such path"]);
-        for later in ["/mmds", "/network-interfaces/eth0", "/balloon", "/vsock", "/snapshot/load"] {
+        for later in ["/mmds", "/balloon", "/vsock", "/snapshot/load"] {
             refused_with("PUT", later, "{}", &["Invalid request method", later]);
         }
     }
@@ -524,7 +565,7 @@ mod tests {
     #[test]
     fn each_endpoint_has_exactly_the_methods_of_its_row() {
         for (_, template, methods) in ENDPOINTS {
-            let path = template.replace("{drive_id}", "d");
+            let path = template.replace("{drive_id}", "d").replace("{iface_id}", "d");
             for method in ["GET", "PUT", "PATCH", "DELETE", "POST", "HEAD"] {
                 let body = if matches!(method, "PUT" | "PATCH") { "{" } else { "" };
                 let known = match route(method, &path, body.as_bytes()) {

@@ -6,6 +6,7 @@
 //! constants, for those who check them and for the OpenAPI description.
 
 mod cpu_config;
+mod mac;
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -17,6 +18,7 @@ pub use cpu_config::{
     Bitmap, CpuConfig, CpuConfigSource, CpuidLeafModifier, CpuidModifier, CpuidRegister, KvmCapability,
     MsrModifier,
 };
+pub use mac::MacAddress;
 
 /// What `vcpu_count` may be.
 pub const VCPU_COUNT: RangeInclusive<u8> = 1..=32;
@@ -26,6 +28,11 @@ pub const MEM_SIZE_MIB_MIN: u64 = 1;
 pub const DEFAULT_VCPU_COUNT: u8 = 1;
 /// The machine of a guest for which nothing was set: `mem_size_mib`.
 pub const DEFAULT_MEM_SIZE_MIB: u64 = 128;
+
+/// What the `mtu` of a network interface may be.
+pub const MTU: RangeInclusive<u16> = 68..=65535;
+/// What the `queue_pairs` of a network interface may be.
+pub const QUEUE_PAIRS: RangeInclusive<u8> = 1..=32;
 
 /// `columns` of a console where nothing is said.
 pub const DEFAULT_CONSOLE_COLUMNS: u16 = 80;
@@ -58,6 +65,10 @@ pub enum Request {
     PatchDrive(DriveUpdate),
     /// `DELETE /drives/{drive_id}`: the id.
     DeleteDrive(String),
+    /// `PUT /network-interfaces/{iface_id}`
+    PutNetworkInterface(NetworkInterface),
+    /// `PATCH /network-interfaces/{iface_id}`
+    PatchNetworkInterface(NetworkInterfaceUpdate),
     /// `PUT /console`
     PutConsole(Console),
     /// `PUT /entropy`
@@ -284,6 +295,41 @@ pub enum IoEngine {
     Async,
 }
 
+/// Body of `PUT /network-interfaces/{iface_id}`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterface {
+    /// The id of the path.
+    pub iface_id: String,
+    /// The name of a tap, or `fd:NAME` for one that was handed over: several with commas between them for as many
+    /// queue pairs.
+    pub host_dev_name: String,
+    /// Absent, the guest makes one up.
+    pub guest_mac: Option<MacAddress>,
+    /// Bytes, within [`MTU`]; absent, the guest is told nothing.
+    pub mtu: Option<u16>,
+    /// From the host to the guest.
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// From the guest to the host.
+    pub tx_rate_limiter: Option<RateLimiter>,
+    /// Pairs of a receive and a transmit queue, within [`QUEUE_PAIRS`]; absent is 1. Ours, and so left out of a reply
+    /// where it was not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_pairs: Option<u8>,
+}
+
+/// Body of `PATCH /network-interfaces/{iface_id}`: `None` leaves a limit as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterfaceUpdate {
+    /// The id of the path.
+    pub iface_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
 /// Limits of bytes and of requests; `None` is unlimited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -459,6 +505,8 @@ pub enum VmState {
 pub struct VmConfig {
     #[serde(default)]
     pub drives: Vec<Drive>,
+    #[serde(default)]
+    pub network_interfaces: Vec<NetworkInterface>,
     pub boot_source: BootSource,
     pub cpu_config: Option<CpuConfigSource>,
     pub logger: Option<Logger>,
@@ -476,8 +524,6 @@ pub struct VmConfig {
     pub memory_hotplug: Absent,
     #[serde(default)]
     pub mmds_config: Absent,
-    #[serde(default)]
-    pub network_interfaces: Vec<Absent>,
     #[serde(default)]
     pub pmem: Vec<Absent>,
     #[serde(default)]

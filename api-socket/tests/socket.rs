@@ -158,6 +158,20 @@ fn one_of_each() -> Vec<Request> {
             rate_limiter,
         }),
         Request::DeleteDrive("a_1".to_string()),
+        Request::PutNetworkInterface(NetworkInterface {
+            iface_id: "eth_0".to_string(),
+            host_dev_name: "tap0".to_string(),
+            guest_mac: Some(MacAddress([6, 0, 0xac, 0x10, 0, 2])),
+            mtu: Some(9000),
+            rx_rate_limiter: rate_limiter,
+            tx_rate_limiter: rate_limiter,
+            queue_pairs: Some(4),
+        }),
+        Request::PatchNetworkInterface(NetworkInterfaceUpdate {
+            iface_id: "eth_0".to_string(),
+            rx_rate_limiter: rate_limiter,
+            tx_rate_limiter: rate_limiter,
+        }),
         Request::PutEntropy(Entropy { rate_limiter }),
         Request::PutSerial(Serial { serial_out_path: Some("/o".into()), rate_limiter: bucket }),
         Request::PutLogger(Logger {

@@ -38,6 +38,7 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         | Request::PutBootSource(_)
         | Request::PutCpuConfig(_)
         | Request::PutDrive(_)
+        | Request::PutNetworkInterface(_)
         | Request::PutConsole(_)
         | Request::PutEntropy(_)
         | Request::PutSerial(_)
@@ -45,7 +46,9 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         | Request::PutMetrics(_)
         | Request::Action(ActionType::InstanceStart) => before_start(state),
 
-        Request::PatchDrive(_) | Request::Action(ActionType::FlushMetrics | ActionType::SendCtrlAltDel) => {
+        Request::PatchDrive(_)
+        | Request::PatchNetworkInterface(_)
+        | Request::Action(ActionType::FlushMetrics | ActionType::SendCtrlAltDel) => {
             after_start(state, Accept)
         }
         Request::DeleteDrive(_) => after_start(state, Denied(NO_UNPLUG)),
@@ -77,7 +80,7 @@ mod tests {
     use super::*;
     use api_socket::{
         BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig,
-        MachineConfigUpdate, Metrics, Serial,
+        MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Serial,
     };
 
     /// Each request with its verdict when not started, running and paused.
@@ -110,6 +113,8 @@ mod tests {
             (Request::PatchVm(VmState::Paused), [Denied(BEFORE_START), Accept, AlreadyDone]),
             (Request::PatchVm(VmState::Resumed), [Denied(BEFORE_START), AlreadyDone, Accept]),
             (Request::PutConsole(Console::default()), pre),
+            (Request::PutNetworkInterface(NetworkInterface::default()), pre),
+            (Request::PatchNetworkInterface(NetworkInterfaceUpdate::default()), post),
         ]
     }
 
@@ -151,9 +156,11 @@ mod tests {
             Request::PatchVm(VmState::Paused) => 18,
             Request::PatchVm(VmState::Resumed) => 19,
             Request::PutConsole(_) => 20,
+            Request::PutNetworkInterface(_) => 21,
+            Request::PatchNetworkInterface(_) => 22,
         };
         let places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
-        assert_eq!(places, (0..21).collect::<Vec<_>>());
+        assert_eq!(places, (0..23).collect::<Vec<_>>());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! holds (`boot.rs`), nor what the host has (memory, CPUs).
 
 mod cmdline;
+pub mod network;
 mod reach;
 
 use std::fs::{File, OpenOptions};
@@ -17,10 +18,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use api_socket::{
     BootSource, CpuConfig, CpuTemplate, DriveUpdate, Entropy, Fault, HugePages, IoEngine, MachineConfig,
-    MachineConfigUpdate, RateLimiter, Reply, Request, TokenBucket, VCPU_COUNT, VmConfig,
+    MachineConfigUpdate, NetworkInterface, NetworkInterfaceUpdate, Reply, Request, TokenBucket, VCPU_COUNT,
+    VmConfig,
 };
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 
+use self::network::{Interface, Interfaces};
 use crate::args::Identity;
 use crate::handed::Handed;
 use crate::memory::{ByteSize, Pages};
@@ -49,6 +52,7 @@ pub struct Config {
     has_started: bool,
     /// The root device first, if there is one. The files are there until the guest has started.
     drives: Vec<(api_socket::Drive, Option<File>)>,
+    interfaces: Interfaces,
     serial: Serial,
 }
 
@@ -111,6 +115,7 @@ impl Config {
             boot: None,
             has_started: false,
             drives: Vec::new(),
+            interfaces: Interfaces::default(),
             serial: Serial::default(),
         })
     }
@@ -130,6 +135,7 @@ impl Config {
                 Ok(())
             }
             Request::PutDrive(drive) => self.put_drive(drive),
+            Request::PutNetworkInterface(interface) => self.put_interface(interface),
             Request::PutConsole(console) => self.put_console(console),
             Request::PutEntropy(entropy) => self.put_entropy(entropy),
             Request::PutSerial(serial) => self.put_serial(&serial),
@@ -173,6 +179,14 @@ impl Config {
         self.drives.iter().map(open).collect()
     }
 
+    /// The network interfaces, each with descriptors of its own.
+    ///
+    /// # Errors
+    /// As [`Config::drives`].
+    pub fn interfaces(&self) -> io::Result<Vec<Interface>> {
+        self.interfaces.open()
+    }
+
     /// Closes the files: the guest has its own, and a disk that is taken away from it must not stay open here.
     pub fn started(&mut self) {
         self.has_started = true;
@@ -182,6 +196,7 @@ impl Config {
         for (_, file) in &mut self.drives {
             *file = None;
         }
+        self.interfaces.close();
     }
 
     /// Where the guest's console output goes. Never waits for a reader: what cannot be written is an error.
@@ -238,17 +253,27 @@ impl Config {
         let mut drives = self.drives.iter_mut().map(|(drive, _)| drive);
         let Some(settings) = drives.find(|drive| drive.drive_id == update.drive_id) else { return };
         settings.path_on_host = update.path_on_host.or(settings.path_on_host.take());
-        if let Some(update) = update.rate_limiter {
-            let before = settings.rate_limiter.unwrap_or_default();
-            let bandwidth = update.bandwidth.or(before.bandwidth);
-            settings.rate_limiter = Some(RateLimiter { bandwidth, ops: update.ops.or(before.ops) });
-        }
+        settings.rate_limiter = network::changed(settings.rate_limiter, update.rate_limiter);
+    }
+
+    /// The settings of the network interface with this id.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn interface(&self, id: &str) -> Result<&NetworkInterface, Fault> {
+        self.interfaces.find(id)
+    }
+
+    /// Takes down that a running guest's network interface has been changed.
+    pub fn interface_updated(&mut self, update: &NetworkInterfaceUpdate) {
+        self.interfaces.updated(update);
     }
 
     /// The reply of `GET /vm/config`.
     pub fn wire(&self) -> VmConfig {
         VmConfig {
             drives: self.drives.iter().map(|(drive, _)| drive.clone()).collect(),
+            network_interfaces: self.interfaces.settings().cloned().collect(),
             boot_source: self.boot_source.clone().unwrap_or_default(),
             machine_config: Some(self.machine.wire()),
             entropy: self.entropy,
@@ -383,6 +408,7 @@ impl Config {
     /// Checks that there is a slot for one more virtio device.
     fn check_room(&self, device: &str) -> Result<(), Fault> {
         let taken = self.drives.len()
+            + self.interfaces.settings().count()
             + usize::from(self.entropy.is_some())
             + usize::from(self.console_settings.is_some());
         let capacity = slots::capacity(self.pci);
@@ -394,9 +420,16 @@ impl Config {
             false => format!(" With --enable-pci there is room for {}.", slots::MAX_PCI),
         };
         Err(Fault::bad_request(format!(
-            "{device} would be one device too many: the guest has room for {capacity} drives, entropy device and console \
-             included.{advice}"
+            "{device} would be one device too many: the guest has room for {capacity}, drives, network \
+             interfaces, entropy device and console together.{advice}"
         )))
+    }
+
+    fn put_interface(&mut self, settings: NetworkInterface) -> Result<(), Fault> {
+        if self.interfaces.find(&settings.iface_id).is_err() {
+            self.check_room(&format!("`iface_id` is {:?}, which", settings.iface_id))?;
+        }
+        self.interfaces.put(settings, &self.handed)
     }
 
     fn put_entropy(&mut self, settings: Entropy) -> Result<(), Fault> {

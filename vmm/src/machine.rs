@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use api_socket::RateLimiter;
+use api_socket::{NetworkInterfaceUpdate, RateLimiter};
 use devices::acpi_pm::{self, AcpiPm};
 use devices::bus::BusError;
 use devices::i8042::{self, I8042};
@@ -95,6 +95,9 @@ pub fn build(config: &Config, board: Board) -> Result<Machine, MachineError> {
     for drive in config.drives()? {
         virtio.add_drive(drive, &board, &mut buses.mmio)?;
     }
+    for interface in config.interfaces()? {
+        virtio.add_interface(interface, &board, &mut buses.mmio)?;
+    }
     if let Some(entropy) = &config.entropy {
         virtio.add_entropy(entropy, &board, &mut buses.mmio)?;
     }
@@ -134,6 +137,11 @@ impl Machine {
     /// Gives a drive another file or other limits while the guest runs.
     pub fn update_drive(&self, id: &str, file: Option<File>, limits: Option<RateLimiter>) -> io::Result<()> {
         self.virtio.update_drive(id, file, limits)
+    }
+
+    /// Gives a network interface other limits while the guest runs.
+    pub fn update_interface(&self, update: &NetworkInterfaceUpdate) {
+        self.virtio.update_interface(update);
     }
 
     /// Stops every device; see [`devices::virtio::transport::Transport::pause`]. Only while no vCPU runs.

@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use api_socket::{Endpoint, Fault, Method};
 use devices::times::Times;
 use devices::virtio::transport::Shared;
-use devices::virtio::{blk, console, rng};
+use devices::virtio::{blk, console, net, rng};
 use devices::{i8042, serial};
 use serde::Serialize;
 
@@ -177,6 +177,36 @@ impl Metrics {
             tell("write_zeroes_count", load(&c.write_zeroes_count));
         };
         self.add("block", Some(id), Box::new(source));
+    }
+
+    /// Adds a network interface, in the group of all and in one of its own.
+    pub fn add_net(&mut self, id: &str, counters: Arc<net::Counters>) {
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            let c = &counters;
+            tell("rx_queue_event_count", load(&c.rx_queue_event_count));
+            tell("rx_tap_event_count", load(&c.rx_tap_event_count));
+            tell("rx_event_rate_limiter_count", load(&c.rx_event_rate_limiter_count));
+            tell("rx_rate_limiter_throttled", load(&c.rx_rate_limiter_throttled));
+            tell("no_rx_avail_buffer", load(&c.no_rx_avail_buffer));
+            tell("rx_fails", load(&c.rx_fails));
+            // A packet is one reading of the tap, so both keys say the same.
+            tell("rx_count", load(&c.rx_packets_count));
+            tell("rx_packets_count", load(&c.rx_packets_count));
+            tell("rx_bytes_count", load(&c.rx_bytes_count));
+            tell("tap_read_fails", load(&c.tap_read_fails));
+            tell("tx_queue_event_count", load(&c.tx_queue_event_count));
+            tell("tx_rate_limiter_event_count", load(&c.tx_rate_limiter_event_count));
+            tell("tx_rate_limiter_throttled", load(&c.tx_rate_limiter_throttled));
+            tell("tx_count", load(&c.tx_packets_count));
+            tell("tx_packets_count", load(&c.tx_packets_count));
+            tell("tx_bytes_count", load(&c.tx_bytes_count));
+            tell("tx_malformed_frames", load(&c.tx_malformed_frames));
+            tell("tx_fails", load(&c.tx_fails));
+            tell("tx_spoofed_mac_count", load(&c.tx_spoofed_mac_count));
+            tell("tap_write_fails", load(&c.tap_write_fails));
+            tell_times(tell, &TAP_WRITE, &c.tap_write_time);
+        };
+        self.add("net", Some(id), Box::new(source));
     }
 
     /// Adds the console. A group of our own.
@@ -386,6 +416,7 @@ const REQUESTS: &[Row] = &[
     ("put_api_requests", Method::Put, Endpoint::BootSource, "boot_source_count", Some("boot_source_fails")),
     ("put_api_requests", Method::Put, Endpoint::CpuConfig, "cpu_cfg_count", Some("cpu_cfg_fails")),
     ("put_api_requests", Method::Put, Endpoint::Drive, "drive_count", Some("drive_fails")),
+    ("put_api_requests", Method::Put, Endpoint::NetworkInterface, "network_count", Some("network_fails")),
     // A key of our own.
     ("put_api_requests", Method::Put, Endpoint::Console, "console_count", Some("console_fails")),
     ("put_api_requests", Method::Put, Endpoint::Entropy, "entropy_count", Some("entropy_fails")),
@@ -400,6 +431,7 @@ const REQUESTS: &[Row] = &[
     ("put_api_requests", Method::Put, Endpoint::Metrics, "metrics_count", Some("metrics_fails")),
     ("put_api_requests", Method::Put, Endpoint::Serial, "serial_count", Some("serial_fails")),
     ("patch_api_requests", Method::Patch, Endpoint::Drive, "drive_count", Some("drive_fails")),
+    ("patch_api_requests", Method::Patch, Endpoint::NetworkInterface, "network_count", Some("network_fails")),
     (
         "patch_api_requests",
         Method::Patch,
@@ -428,6 +460,7 @@ type TimesKeys = [&'static str; 3];
 
 const READ: TimesKeys = ["read_agg.min_us", "read_agg.max_us", "read_agg.sum_us"];
 const WRITE: TimesKeys = ["write_agg.min_us", "write_agg.max_us", "write_agg.sum_us"];
+const TAP_WRITE: TimesKeys = ["tap_write_agg.min_us", "tap_write_agg.max_us", "tap_write_agg.sum_us"];
 const EXIT_IO_IN: TimesKeys = ["exit_io_in_agg.min_us", "exit_io_in_agg.max_us", "exit_io_in_agg.sum_us"];
 const EXIT_IO_OUT: TimesKeys = ["exit_io_out_agg.min_us", "exit_io_out_agg.max_us", "exit_io_out_agg.sum_us"];
 const EXIT_MMIO_READ: TimesKeys =

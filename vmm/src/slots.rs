@@ -7,17 +7,19 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use api_socket::RateLimiter;
+use api_socket::{NetworkInterfaceUpdate, RateLimiter};
 use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::bus::{Bus, BusError};
 use devices::pci::root::{AddError, Root, Windows};
 use devices::virtio::blk::{Blk, Cache, Config as BlkConfig};
 use devices::virtio::console::{self, Console};
 use devices::virtio::mmio::{self, Mmio};
+use devices::virtio::net::{self, Net};
 use devices::virtio::pci::{Pci, PciError};
 use devices::virtio::rng::{Config as RngConfig, Rng};
 use devices::virtio::transport::{NewError, SharedDevice};
 
+use crate::config::network::Interface;
 use crate::config::{self, Drive};
 use crate::machine::Board;
 use crate::metrics::Metrics;
@@ -41,6 +43,7 @@ pub fn capacity(pci: bool) -> usize {
 pub struct Slots {
     places: Vec<Place>,
     drives: Vec<(String, Arc<Mutex<Blk>>)>,
+    interfaces: Vec<(String, Arc<Mutex<Net>>)>,
     entropy: Option<Arc<Mutex<Rng>>>,
     console: Option<Arc<Mutex<Console>>>,
     way: Way,
@@ -62,7 +65,14 @@ impl Slots {
     /// Empty slots on `board`, whose guest reaches them through `bus`.
     pub fn new(board: &Board, bus: &mut Bus) -> Result<Self, SlotsError> {
         let way = if board.pci { pci(board, bus)? } else { Way::Mmio(Vec::new()) };
-        Ok(Self { places: Vec::new(), drives: Vec::new(), entropy: None, console: None, way })
+        Ok(Self {
+            places: Vec::new(),
+            drives: Vec::new(),
+            interfaces: Vec::new(),
+            entropy: None,
+            console: None,
+            way,
+        })
     }
 
     /// A block device for `drive`.
@@ -83,6 +93,27 @@ impl Slots {
         )?));
         self.plug(blk.clone(), board, bus)?;
         self.drives.push((settings.drive_id, blk));
+        Ok(())
+    }
+
+    /// A network device for `interface`.
+    pub fn add_interface(
+        &mut self,
+        interface: Interface,
+        board: &Board,
+        bus: &mut Bus,
+    ) -> Result<(), SlotsError> {
+        let Interface { settings, tap } = interface;
+        let config = net::Config {
+            tap,
+            mac: settings.guest_mac.map(|mac| mac.0),
+            mtu: settings.mtu,
+            receive_limits: limits(settings.rx_rate_limiter.as_ref()),
+            transmit_limits: limits(settings.tx_rate_limiter.as_ref()),
+        };
+        let net = Arc::new(Mutex::new(Net::new(config, None)?));
+        self.plug(net.clone(), board, bus)?;
+        self.interfaces.push((settings.iface_id, net));
         Ok(())
     }
 
@@ -147,6 +178,15 @@ impl Slots {
         Ok(())
     }
 
+    /// Gives a network interface other limits.
+    pub fn update_interface(&self, update: &NetworkInterfaceUpdate) {
+        if let Some((_, net)) = self.interfaces.iter().find(|(known, _)| *known == update.iface_id) {
+            let changed =
+                |limiter: &Option<RateLimiter>| limiter.as_ref().map(|limiter| limits(Some(limiter)));
+            lock(net).set_limits(changed(&update.rx_rate_limiter), changed(&update.tx_rate_limiter));
+        }
+    }
+
     /// Stops every device.
     pub fn pause(&self) {
         for place in &self.places {
@@ -177,6 +217,9 @@ impl Slots {
         }
         for (id, blk) in &self.drives {
             metrics.add_block(id, lock(blk).counters());
+        }
+        for (id, net) in &self.interfaces {
+            metrics.add_net(id, lock(net).counters());
         }
         if let Some(rng) = &self.entropy {
             metrics.add_entropy(lock(rng).counters());
@@ -251,7 +294,9 @@ fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Why a device has no place.
 #[derive(Debug, thiserror::Error)]
 pub enum SlotsError {
-    #[error("there is no room for another virtio device beside {devices}; give the guest fewer drives")]
+    #[error(
+        "there is no room for another virtio device beside {devices}; give the guest fewer drives and network interfaces"
+    )]
     Full { devices: usize },
     #[error(
         "mem_size_mib is {mib}: the guest's CPUs address {bits} bits, which leaves nothing for PCI above it; give the \

@@ -7,14 +7,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use api_socket::{
-    ActionType, DriveUpdate, Fault, InstanceInfo, InstanceState, RateLimiter, Reply, Request, Version,
-    VmState,
+    ActionType, DriveUpdate, Fault, InstanceInfo, InstanceState, NetworkInterfaceUpdate, Reply, Request,
+    Version, VmState,
 };
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::admit::{Verdict, admit};
 use crate::args::{Args, COMPATIBLE_VERSION, Identity};
 use crate::config::Config;
+use crate::config::network::changed;
 use crate::guest::{Guest, Surroundings};
 use crate::handed::Handed;
 use crate::logger::LOGGER;
@@ -153,6 +154,7 @@ impl Vm {
             Request::PatchVm(VmState::Paused) => self.pause()?,
             Request::PatchVm(VmState::Resumed) => self.resume()?,
             Request::PatchDrive(update) => self.update_drive(update)?,
+            Request::PatchNetworkInterface(update) => self.update_interface(update)?,
             other => return Err(Fault::bad_request(format!("{other:?} is not supported by this version"))),
         }
         Ok(Reply::Empty)
@@ -201,10 +203,7 @@ impl Vm {
     fn update_drive(&mut self, update: DriveUpdate) -> Result<(), Fault> {
         let drive = self.config.drive(&update.drive_id)?;
         // Limits that the update leaves out stay as they are.
-        let limits = update.rate_limiter.map(|change| {
-            let before = drive.rate_limiter.unwrap_or_default();
-            RateLimiter { bandwidth: change.bandwidth.or(before.bandwidth), ops: change.ops.or(before.ops) }
-        });
+        let limits = update.rate_limiter.and_then(|change| changed(drive.rate_limiter, Some(change)));
         let read_only = drive.is_read_only.unwrap_or(false);
         let file =
             update.path_on_host.as_deref().map(|path| self.config.open_drive(path, read_only)).transpose()?;
@@ -212,6 +211,20 @@ impl Vm {
             Fault::bad_request(format!("The drive {:?} cannot be changed: {error}", update.drive_id))
         })?;
         self.config.drive_updated(update);
+        Ok(())
+    }
+
+    fn update_interface(&mut self, update: NetworkInterfaceUpdate) -> Result<(), Fault> {
+        let interface = self.config.interface(&update.iface_id)?;
+        // Limits that the update leaves out stay as they are.
+        let whole = |before, change: Option<_>| change.and_then(|change| changed(before, Some(change)));
+        let update = NetworkInterfaceUpdate {
+            rx_rate_limiter: whole(interface.rx_rate_limiter, update.rx_rate_limiter),
+            tx_rate_limiter: whole(interface.tx_rate_limiter, update.tx_rate_limiter),
+            ..update
+        };
+        self.guest()?.machine.update_interface(&update);
+        self.config.interface_updated(&update);
         Ok(())
     }
 

@@ -160,6 +160,11 @@ fn the_described_limits_are_those_in_force() {
         "connections": server::MAX_CONNECTIONS,
     });
     assert_eq!(description.document["x-limits"], limits);
+    let interface = &description.schema("NetworkInterface")["properties"];
+    assert_eq!(interface["mtu"]["minimum"], json!(MTU.start()));
+    assert_eq!(interface["mtu"]["maximum"], json!(MTU.end()));
+    assert_eq!(interface["queue_pairs"]["minimum"], json!(QUEUE_PAIRS.start()));
+    assert_eq!(interface["queue_pairs"]["maximum"], json!(QUEUE_PAIRS.end()));
     for name in ["MachineConfig", "MachineConfigUpdate"] {
         let properties = &description.schema(name)["properties"];
         assert_eq!(properties["vcpu_count"]["minimum"], json!(VCPU_COUNT.start()));

@@ -1,5 +1,7 @@
 //! What stands behind a device on the host's side.
 
 pub mod disk;
+pub mod gate;
 pub mod rate_limiter;
+pub mod tap;
 mod vectored;

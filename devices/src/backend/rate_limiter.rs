@@ -35,6 +35,8 @@ pub struct RateLimiter {
     bandwidth: Option<Level>,
     ops: Option<Level>,
     timer: TimerFd,
+    /// When the timer fires, or has fired and was not heard yet.
+    due: Option<Instant>,
 }
 
 impl RateLimiter {
@@ -49,6 +51,7 @@ impl RateLimiter {
             bandwidth: Level::new(limits.bandwidth, saved.bandwidth, now),
             ops: Level::new(limits.ops, saved.ops, now),
             timer: TimerFd::new()?,
+            due: None,
         })
     }
 
@@ -62,20 +65,36 @@ impl RateLimiter {
     /// A request larger than the whole bucket goes when the bucket is full, and the next one waits until the debt is
     /// paid: the rate holds over time, and no request waits for ever.
     pub fn take(&mut self, bytes: u64) -> bool {
-        if self.bandwidth.is_none() && self.ops.is_none() {
-            return true;
+        let goes = self.passes(bytes);
+        if goes {
+            self.pay(bytes);
         }
-        match self.take_at(Instant::now(), bytes) {
-            Ok(()) => true,
-            Err(wait) => {
-                self.set_timer(wait);
-                false
+        goes
+    }
+
+    /// Whether something may go now whose size shows only when it goes; it is then to be paid with [`RateLimiter::pay`].
+    /// If not, the timer is set. A debt is paid before the next one goes, so that the rate holds over time.
+    pub fn admits(&mut self) -> bool {
+        self.passes(1)
+    }
+
+    /// Pays for something of this many bytes that [`RateLimiter::admits`] let go.
+    pub fn pay(&mut self, bytes: u64) {
+        for (level, cost) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
+            if let Some(level) = level {
+                level.pay(cost);
             }
         }
     }
 
+    /// Sets the timer for a device that has another reason to try again.
+    pub fn wake_after(&mut self, wait: Duration) {
+        self.set_timer(wait);
+    }
+
     /// The timer has fired and was heard.
     pub fn clear(&mut self) {
+        self.due = None;
         // Reading a timer that has not fired would block; setting one takes its readiness away and never blocks.
         if let Err(error) = self.timer.clear() {
             log::error!("rate limiter: cannot stop the timer: {error}");
@@ -98,29 +117,38 @@ impl RateLimiter {
         RateLimiterState { bandwidth: save(&self.bandwidth), ops: save(&self.ops) }
     }
 
-    fn take_at(&mut self, now: Instant, bytes: u64) -> Result<(), Duration> {
-        let pairs = [(&mut self.bandwidth, bytes), (&mut self.ops, 1)];
+    fn passes(&mut self, bytes: u64) -> bool {
+        if self.bandwidth.is_none() && self.ops.is_none() {
+            return true;
+        }
+        let wait = self.wait_at(Instant::now(), bytes);
+        if let Some(wait) = wait {
+            self.set_timer(wait);
+        }
+        wait.is_none()
+    }
+
+    /// The time until a request of this many bytes may go; `None` when it may.
+    fn wait_at(&mut self, now: Instant, bytes: u64) -> Option<Duration> {
         let mut wait = None;
-        for (level, cost) in pairs {
+        for (level, cost) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
             if let Some(level) = level {
                 level.refill(now);
                 wait = wait.max(level.missing(cost).map(|tokens| level.time_for(tokens, now)));
             }
         }
-        if let Some(wait) = wait {
-            return Err(wait);
-        }
-        for (level, cost) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
-            if let Some(level) = level {
-                level.pay(cost);
-            }
-        }
-        Ok(())
+        wait
     }
 
+    /// Only ever to an earlier time: somebody waits for the one that is set.
     fn set_timer(&mut self, wait: Duration) {
         // A timer set to zero is a timer switched off.
         let wait = wait.clamp(Duration::from_nanos(1), MAX_WAIT);
+        let due = Instant::now() + wait;
+        if self.due.is_some_and(|set| set <= due) {
+            return;
+        }
+        self.due = Some(due);
         if let Err(error) = self.timer.reset(wait, None) {
             log::error!("rate limiter: cannot set the timer to {wait:?}: {error}");
         }
@@ -212,6 +240,18 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    impl RateLimiter {
+        fn take_at(&mut self, now: Instant, bytes: u64) -> Result<(), Duration> {
+            match self.wait_at(now, bytes) {
+                Some(wait) => Err(wait),
+                None => {
+                    self.pay(bytes);
+                    Ok(())
+                }
+            }
+        }
+    }
+
     fn bucket(size: u64, one_time_burst: u64, refill_ms: u64) -> Option<Bucket> {
         Some(Bucket { size, one_time_burst, refill_ms })
     }
@@ -238,6 +278,16 @@ mod tests {
             "it never holds more than its size"
         );
         assert!(limiter.take_at(start + wait + 100 * SECOND, 1).is_err());
+    }
+
+    #[test]
+    fn what_is_paid_afterwards_holds_back_the_next_one_until_the_debt_is_paid() {
+        let (mut limiter, start) = limiter(bucket(1000, 0, 1000), bucket(100, 0, 1000));
+        assert_eq!(limiter.wait_at(start, 1), None);
+        limiter.pay(3000);
+        let wait = limiter.wait_at(start, 1).unwrap();
+        assert!(wait >= 2 * SECOND && wait <= 2 * SECOND + SECOND / 100, "{wait:?}");
+        assert_eq!(limiter.wait_at(start + wait, 1), None);
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! Reading a file straight into guest memory and writing it straight from there: `preadv` and `pwritev` on slices of guest
-//! RAM, to the last byte.
+//! RAM, to the last byte; and packets, each with one `readv` or `writev`.
 //!
 //! The gate for unsafe code of the back-ends: nothing else in here, and nothing of the kind elsewhere.
 
@@ -26,6 +26,63 @@ pub fn write_at(file: &File, slices: &[GuestSlice<'_>], offset: u64) -> io::Resu
     transfer(file, slices, offset, libc::pwritev, io::ErrorKind::WriteZero)
 }
 
+/// Reads one packet into `slices`, of which there may be [`MAX_PACKET_SLICES`], and tells its length; what does not fit
+/// into them and then into `rest` is lost.
+pub fn receive(file: &File, slices: &[GuestSlice<'_>], rest: &mut [u8]) -> io::Result<usize> {
+    let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard_mut()).collect();
+    let rest = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
+    let vectors: Vec<libc::iovec> = guards.iter().map(to_vector).chain([rest]).collect();
+    let packet = loop {
+        // SAFETY: readv touches only as many vectors as there are, and the memory these name: parts of guest RAM that
+        // `guards` keeps mapped and to which no Rust reference exists, and `rest`, borrowed for us alone.
+        let done = unsafe { libc::readv(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) };
+        match finished(done) {
+            Some(result) => break result?,
+            None => continue,
+        }
+    };
+    let mut left = packet;
+    for slice in slices {
+        let part = left.min(slice.len());
+        slice.bitmap().mark_dirty(0, part);
+        left -= part;
+    }
+    Ok(packet)
+}
+
+/// Writes one packet: `head`, then `slices`, of which there may be [`MAX_PACKET_SLICES`]. Tells how much was taken.
+pub fn send(file: &File, head: &[u8], slices: &[GuestSlice<'_>]) -> io::Result<usize> {
+    let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard_mut()).collect();
+    let head = libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() };
+    let vectors: Vec<libc::iovec> = [head].into_iter().chain(guards.iter().map(to_vector)).collect();
+    loop {
+        // SAFETY: writev only reads, and only as many vectors as there are and the memory these name: `head`, borrowed by
+        // us, and parts of guest RAM that `guards` keeps mapped.
+        let done = unsafe { libc::writev(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) };
+        if let Some(result) = finished(done) {
+            return result;
+        }
+    }
+}
+
+/// What one call takes beside the part that is no guest memory; of more it makes an error.
+pub const MAX_PACKET_SLICES: usize = libc::UIO_MAXIOV as usize - 1;
+
+/// What a call has done; `None` when a signal came first.
+fn finished(done: libc::ssize_t) -> Option<io::Result<usize>> {
+    match usize::try_from(done) {
+        Ok(done) => Some(Ok(done)),
+        Err(_) => {
+            let error = io::Error::last_os_error();
+            (error.kind() != io::ErrorKind::Interrupted).then_some(Err(error))
+        }
+    }
+}
+
+fn to_vector(guard: &vm_memory::volatile_memory::PtrGuardMut) -> libc::iovec {
+    libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }
+}
+
 type Call = unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t;
 
 fn transfer(
@@ -37,10 +94,6 @@ fn transfer(
 ) -> io::Result<()> {
     // The guards keep the memory mapped; they live until the last call has returned.
     let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard_mut()).collect();
-    let to_vector = |guard: &vm_memory::volatile_memory::PtrGuardMut| libc::iovec {
-        iov_base: guard.as_ptr().cast(),
-        iov_len: guard.len(),
-    };
     let mut vectors: Vec<libc::iovec> = guards.iter().map(to_vector).collect();
     let mut left = vectors.as_mut_slice();
     loop {
@@ -54,18 +107,14 @@ fn transfer(
         // memory these name: parts of guest RAM that `guards` keeps mapped for their whole length, and to which no Rust
         // reference exists, since a volatile slice gives none. `advance` moves a vector only within its own part.
         let done = unsafe { call(file.as_raw_fd(), left.as_ptr(), count, position) };
-        match usize::try_from(done) {
-            Ok(0) => return Err(none.into()),
-            Ok(done) => {
+        match finished(done) {
+            Some(Ok(0)) => return Err(none.into()),
+            Some(Ok(done)) => {
                 offset += done as u64;
                 left = advance(left, done);
             }
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
+            Some(Err(error)) => return Err(error),
+            None => {}
         }
     }
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::host::Source;
 use crate::memory::Memory;
 use crate::virtio::queue::Queue;
-use crate::virtio::{blk, console, rng};
+use crate::virtio::{blk, console, net, rng};
 
 /// A device model behind any transport. The transport holds its lock for every call; none may block.
 pub trait VirtioDevice: Send {
@@ -67,6 +67,7 @@ pub struct Identity {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum DeviceType {
+    Network = 1,
     Block = 2,
     Console = 3,
     Entropy = 4,
@@ -101,6 +102,7 @@ pub enum DeviceState {
     Block(blk::State),
     Console(console::State),
     Entropy(rng::State),
+    Network(net::State),
 }
 
 /// Why a device could not start; the driver sees DEVICE_NEEDS_RESET.

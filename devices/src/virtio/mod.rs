@@ -6,6 +6,7 @@ pub mod device;
 #[cfg(test)]
 mod echo;
 pub mod mmio;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;

@@ -493,6 +493,7 @@ fn vendor_capability(kind: u8, offset: u32, len: u32, more: &[u8]) -> Vec<u8> {
 /// PCI's classes fit virtio's types loosely; drivers do not look at them, people do.
 fn class(device: DeviceType) -> u32 {
     match device {
+        DeviceType::Network => 0x02_00_00,
         DeviceType::Block => 0x01_80_00,
         DeviceType::Console => 0x07_80_00,
         DeviceType::Entropy => 0x00_ff_00,

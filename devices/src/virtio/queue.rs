@@ -28,9 +28,17 @@ pub struct Queue {
     pub ring: virtio_queue::Queue,
     /// Signalled when the driver kicks this queue; non-blocking.
     pub kick: EventFd,
+    /// The used index when the driver was last asked whether it wants an interrupt.
+    asked_at: Wrapping<u16>,
 }
 
 impl Queue {
+    /// A queue whose driver wants to know of nothing yet.
+    pub fn new(index: u16, ring: virtio_queue::Queue, kick: EventFd) -> Queue {
+        let asked_at = Wrapping(ring.next_used());
+        Queue { index, ring, kick, asked_at }
+    }
+
     /// The next chain the driver made available, or `None` when there is none. It stays the driver's until
     /// [`Queue::push`] or [`Queue::undo_pop`].
     pub fn pop(&mut self, memory: &GuestRam) -> Result<Option<Chain>, QueueError> {
@@ -58,8 +66,27 @@ impl Queue {
     /// Gives the chain with this [`Chain::head`] back to the driver, with `written` bytes at the start of its writable
     /// part.
     pub fn push(&mut self, memory: &GuestRam, head: u16, written: u32) -> Result<(), QueueError> {
-        let address = self.ring.used_ring();
-        self.ring.add_used(memory, head, written).map_err(|_| QueueError::Ring { address })
+        self.push_all(memory, &[(head, written)])
+    }
+
+    /// As [`Queue::push`] for several chains that belong together: the driver sees all of them or none (2.7.8.2).
+    pub fn push_all(&mut self, memory: &GuestRam, used: &[(u16, u32)]) -> Result<(), QueueError> {
+        let ring = self.ring.used_ring();
+        let missing = QueueError::Ring { address: ring };
+        let at =
+            |offset| ring.checked_add(offset).map(GuestAddress).ok_or(QueueError::Ring { address: ring });
+        let mut next = Wrapping(self.ring.next_used());
+        for (head, written) in used {
+            let slot = u64::from(next.0 % self.ring.size().max(1));
+            let element = [u32::from(*head).to_le(), written.to_le()];
+            let address = at(USED_RING + size_of_val(&element) as u64 * slot)?;
+            memory.write_obj(element, address).map_err(|_| QueueError::Ring { address: ring })?;
+            next += 1;
+        }
+        // The elements must be there before the index says so.
+        memory.store(next.0.to_le(), at(USED_INDEX)?, Ordering::Release).map_err(|_| missing)?;
+        self.ring.set_next_used(next.0);
+        Ok(())
     }
 
     /// Asks the driver to kick again. True when chains arrived meanwhile, for which no kick may come: pop them first.
@@ -74,15 +101,22 @@ impl Queue {
         self.ring.disable_notification(memory).map_err(|_| QueueError::Ring { address })
     }
 
-    /// Whether the driver wants an interrupt for what was pushed since the last call. Only after a [`Queue::push`].
+    /// Whether the driver wants an interrupt for what was pushed since the last call (2.7.7, 2.7.10).
     pub fn wants_interrupt(&mut self, memory: &GuestRam) -> Result<bool, QueueError> {
-        let address = self.ring.avail_ring();
-        if self.ring.event_idx_enabled() {
-            return self.ring.needs_notification(memory).map_err(|_| QueueError::Ring { address });
+        let now = Wrapping(self.ring.next_used());
+        let before = std::mem::replace(&mut self.asked_at, now);
+        if now == before {
+            return Ok(false);
         }
-        // The used index must be visible before the flag is read: the driver clears the flag and then looks at the index.
+        // The used index must be visible before the driver's wish is read: the driver writes its wish and then looks at
+        // the index.
         fence(Ordering::SeqCst);
-        Ok(u32::from(load(memory, address, AVAIL_FLAGS)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let ring = self.ring.avail_ring();
+        if !self.ring.event_idx_enabled() {
+            return Ok(u32::from(load(memory, ring, AVAIL_FLAGS)?) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+        }
+        let event = Wrapping(load(memory, ring, AVAIL_RING + 2 * u64::from(self.ring.size()))?);
+        Ok((now - event - Wrapping(1)).0 < (now - before).0)
     }
 
     /// Takes in the kicks that have come, so that the descriptor is no longer ready.
@@ -116,7 +150,7 @@ impl Queue {
     /// The queue that [`Queue::save`] described, with a doorbell of its own. Sizes and alignment are checked here; that
     /// the rings lie in guest memory is not, as with a queue that a driver sets up: each access checks it.
     pub fn restore(index: u16, state: &QueueState, kick: EventFd) -> Result<Queue, QueueStateError> {
-        Ok(Queue { index, ring: state.ring()?, kick })
+        Ok(Queue::new(index, state.ring()?, kick))
     }
 
     fn avail_index(&self, memory: &GuestRam) -> Result<Wrapping<u16>, QueueError> {
@@ -349,6 +383,9 @@ pub enum QueueError {
 const AVAIL_FLAGS: u64 = 0;
 const AVAIL_INDEX: u64 = 2;
 const AVAIL_RING: u64 = 4;
+/// Offsets in the used ring (2.7.8).
+const USED_INDEX: u64 = 2;
+const USED_RING: u64 = 4;
 
 const DESCRIPTOR_BYTES: u32 = size_of::<Descriptor>() as u32;
 

@@ -3,14 +3,17 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::backend::rate_limiter::{Bucket, Limits};
+use crate::backend::tap::Tap;
 use crate::virtio::blk::{self, Blk};
 use crate::virtio::console::{self, Console, Size};
 use crate::virtio::device::{DeviceState, VirtioDevice};
+use crate::virtio::net::{self, Net};
 use crate::virtio::queue::{Queue, QueueState};
 use crate::virtio::rng::{self, Rng};
 use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
@@ -173,4 +176,47 @@ fn console_input() {
 #[test]
 fn console_output() {
     nothing_is_lost(console, 1, |driver| vec![driver.data(b"a line\n")]);
+}
+
+/// A device whose tap never runs out of packets and takes some or none.
+fn net_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Net {
+    let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    // More than the device can be asked for; it ends with its socket.
+    std::thread::spawn(move || while theirs.send(&[0; 72]).is_ok() {});
+    let wire = File::from(OwnedFd::from(ours));
+    move |state| {
+        let config = net::Config {
+            tap: Tap::of(vec![wire.try_clone().unwrap()]),
+            mac: None,
+            mtu: None,
+            receive_limits: limits,
+            transmit_limits: limits,
+        };
+        let state = state.map(|state| match state {
+            DeviceState::Network(state) => state,
+            other => panic!("{other:?}"),
+        });
+        Net::new(config, state).unwrap()
+    }
+}
+
+#[test]
+fn net_receive() {
+    nothing_is_lost(net_of(Limits::default()), 0, |driver| vec![driver.room(1526)]);
+}
+
+#[test]
+fn net_receive_that_is_held_back() {
+    nothing_is_lost(net_of(a_few_at_a_time()), 0, |driver| vec![driver.room(1526)]);
+}
+
+#[test]
+fn net_transmit() {
+    nothing_is_lost(net_of(Limits::default()), 1, |driver| vec![driver.data(&[0; 72])]);
+}
+
+#[test]
+fn net_transmit_that_is_held_back() {
+    nothing_is_lost(net_of(a_few_at_a_time()), 1, |driver| vec![driver.data(&[0; 72])]);
 }

@@ -60,22 +60,58 @@ impl Running {
         self.queues
     }
 
+    /// The driver broke the rules: nothing is served any more.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// The driver has enabled the queue with this index, and it is served.
+    pub fn is_ready(&self, index: u16) -> bool {
+        !self.broken && self.queues.get(usize::from(index)).is_some_and(|queue| queue.ring.ready())
+    }
+
+    /// Takes in the kicks of the queue with this index.
+    pub fn clear_kick(&self, index: u16) {
+        if let Some(queue) = self.queues.get(usize::from(index)) {
+            queue.clear_kick();
+        }
+    }
+
+    /// Rings the queue with this index for the driver.
+    pub fn ring(&self, index: u16) {
+        if let Some(queue) = self.queues.get(usize::from(index)) {
+            queue.rearm();
+        }
+    }
+
+    /// Takes back the last pops of the queue with this index, before it is stopped.
+    pub fn undo_pops(&mut self, index: u16, chains: impl IntoIterator<Item = Chain>) {
+        if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+            chains.into_iter().for_each(|chain| queue.undo_pop(chain));
+        }
+    }
+
     /// Takes one turn at the queue with this index: calls `request` for each chain until there is none, the turn is over
-    /// (then the queue rings itself) or a request must wait. An error is the driver's fault: DEVICE_NEEDS_RESET, and
-    /// nothing more happens until then.
+    /// (then the queue rings itself) or a request must wait. Errors are as in [`Running::turn`].
     pub fn serve(
         &mut self,
         index: u16,
         request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
     ) {
+        self.clear_kick(index);
+        self.turn(index, |turn| turn.serve(request));
+    }
+
+    /// Takes one turn at the queue with this index, for a device that pops and pushes by itself. It does not take in
+    /// kicks. An error is the driver's fault: DEVICE_NEEDS_RESET, and nothing more happens until then.
+    pub fn turn(&mut self, index: u16, work: impl FnOnce(&mut Turn) -> Result<(), QueueError>) {
         let Some(queue) = self.queues.get_mut(usize::from(index)) else { return };
-        queue.clear_kick();
         if self.broken || !queue.ring.ready() {
             return;
         }
         let memory = self.memory.memory();
-        let mut turn = Turn { queue, memory: &memory, pushed: false };
-        let result = turn.take(request);
+        let mut turn = Turn { queue, memory: &memory };
+        let result = work(&mut turn);
         // Also after an error: what was done before it is done.
         let interrupt = turn.interrupt(&*self.interrupt);
         if let Err(error) = result.and(interrupt) {
@@ -85,14 +121,14 @@ impl Running {
     }
 }
 
-struct Turn<'a> {
-    queue: &'a mut Queue,
-    memory: &'a GuestRam,
-    pushed: bool,
+/// A queue that is being served, and the memory its chains are in.
+pub struct Turn<'a> {
+    pub queue: &'a mut Queue,
+    pub memory: &'a GuestRam,
 }
 
 impl Turn<'_> {
-    fn take(
+    fn serve(
         &mut self,
         mut request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
     ) -> Result<(), QueueError> {
@@ -113,7 +149,6 @@ impl Turn<'_> {
                         return Ok(());
                     }
                 }
-                self.pushed = true;
             }
             // Looking once more counts too: a driver that lays its rings over one another makes asking for kicks change
             // the available index, and would keep us here for ever.
@@ -125,7 +160,7 @@ impl Turn<'_> {
     }
 
     fn interrupt(&mut self, interrupt: &dyn Interrupt) -> Result<(), QueueError> {
-        if self.pushed && self.queue.wants_interrupt(self.memory)? {
+        if self.queue.wants_interrupt(self.memory)? {
             interrupt.queue(self.queue.index);
         }
         Ok(())

@@ -107,7 +107,7 @@ impl Driver {
         ring.try_set_used_ring_address(GuestAddress(self.used_ring)).unwrap();
         ring.set_event_idx(self.features & EVENT_IDX != 0);
         ring.set_ready(true);
-        Queue { index, ring, kick: self.kick.try_clone().unwrap() }
+        Queue::new(index, ring, self.kick.try_clone().unwrap())
     }
 
     /// A readable buffer that holds `data`.

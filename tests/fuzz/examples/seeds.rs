@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use berth_fuzz::saved_state::{blk, console, rng};
+use berth_fuzz::saved_state::{blk, console, net, rng};
 use devices::testing::FakeHost;
 use devices::virtio::pci::Pci;
 use devices::virtio::testing;
@@ -39,6 +39,11 @@ fn seeds() -> Vec<Seed> {
         ("console", "in-and-out", console_in_and_out(0)),
         ("console", "typed", console_in_and_out(1)),
         ("console", "broken", hostile(&[0])),
+        ("net", "mergeable", net_both_ways(1)),
+        ("net", "plain", net_both_ways(0)),
+        ("net", "limited", net_both_ways(13)),
+        ("net", "pairs", net_pairs()),
+        ("net", "broken", hostile(&[3])),
         ("ports", "uart", ports_uart()),
         ("ports", "others", ports_others()),
         ("pci_config", "scan", pci_scan()),
@@ -83,14 +88,20 @@ fn json() -> Vec<Seed> {
         ("cpu", 3, cpu),
         ("drive", 4, &drive),
         ("drive-patch", 5, r#"{"drive_id":"d","path_on_host":"/e"}"#),
-        ("console", 6, r#"{"columns":80}"#),
-        ("entropy", 7, "{}"),
-        ("serial", 8, r#"{"serial_out_path":"/s"}"#),
-        ("logger", 9, r#"{"level":"Debug","log_path":"/l","show_level":true}"#),
-        ("metrics", 10, r#"{"metrics_path":"/m"}"#),
-        ("action", 11, r#"{"action_type":"InstanceStart"}"#),
-        ("vm", 12, r#"{"state":"Paused"}"#),
-        ("config-file", 13, &config),
+        (
+            "network",
+            6,
+            r#"{"iface_id":"d","host_dev_name":"tap0","guest_mac":"06:00:ac:10:00:02","mtu":1500,"queue_pairs":2}"#,
+        ),
+        ("network-patch", 7, r#"{"iface_id":"d","rx_rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#),
+        ("console", 8, r#"{"columns":80}"#),
+        ("entropy", 9, "{}"),
+        ("serial", 10, r#"{"serial_out_path":"/s"}"#),
+        ("logger", 11, r#"{"level":"Debug","log_path":"/l","show_level":true}"#),
+        ("metrics", 12, r#"{"metrics_path":"/m"}"#),
+        ("action", 13, r#"{"action_type":"InstanceStart"}"#),
+        ("vm", 14, r#"{"state":"Paused"}"#),
+        ("config-file", 15, &config),
     ];
     bodies.map(|(name, choice, body)| ("json", name, [&[choice], body.as_bytes()].concat())).into()
 }
@@ -200,6 +211,25 @@ fn hostile(prefix: &[u8]) -> Vec<u8> {
     data.extend([2, 16, 0, 4, 10]);
     data.extend([3, 0x40, 0x01, 7, 4, 9, 4, 10]);
     data
+}
+
+/// Room for all that waits, and frames of which some are malformed.
+fn net_both_ways(flags: u8) -> Vec<u8> {
+    let room: (u8, &[Buffer]) = (0, &[(0x4000, 0x3000, true)]);
+    let small: (u8, &[Buffer]) = (0, &[(0x4000, 100, true), (0x5000, 1500, true)]);
+    let frame: (u8, &[Buffer]) = (1, &[(0x2000, 12, false), (0x2010, 60, false)]);
+    let header = [1, 1, 54, 0, 20, 0, 34, 0, 16, 0, 0, 0];
+    let memory: [(u16, &[u8]); 1] = [(0x2000, &header)];
+    [vec![flags], chains(&[room, frame, small, frame, room, room], &memory)].concat()
+}
+
+/// Two queue pairs, enabled by a command; then both are used.
+fn net_pairs() -> Vec<u8> {
+    let command: (u8, &[Buffer]) = (4, &[(0x2000, 4, false), (0x2100, 1, true)]);
+    let room: (u8, &[Buffer]) = (2, &[(0x4000, 0x3000, true)]);
+    let frame: (u8, &[Buffer]) = (3, &[(0x2200, 80, false)]);
+    let memory: [(u16, &[u8]); 1] = [(0x2000, &[4, 0, 2, 0])];
+    [vec![3], chains(&[command, room, frame, room, command], &memory)].concat()
 }
 
 /// Interrupts on, some typing, both read, saved in the middle of it; the loopback, the divisor.
@@ -369,10 +399,11 @@ fn elf(pvh: bool) -> Vec<u8> {
 }
 
 fn saved_states() -> Vec<Seed> {
-    let devices: [(&str, SharedDevice); 3] = [
+    let devices: [(&str, SharedDevice); 4] = [
         ("blk", Arc::new(Mutex::new(blk(None)))),
         ("console", Arc::new(Mutex::new(console(None)))),
         ("rng", Arc::new(Mutex::new(rng(None)))),
+        ("net", Arc::new(Mutex::new(net(None)))),
     ];
     let save = |(name, device)| {
         let host = Arc::new(FakeHost::new());

@@ -66,6 +66,8 @@ const ENDPOINTS: &[(&str, &str)] = &[
     ("PUT", "/cpu-config"),
     ("PUT", "/drives/d"),
     ("PATCH", "/drives/d"),
+    ("PUT", "/network-interfaces/d"),
+    ("PATCH", "/network-interfaces/d"),
     ("PUT", "/console"),
     ("PUT", "/entropy"),
     ("PUT", "/serial"),

@@ -3,11 +3,13 @@
 use std::sync::{Arc, Mutex};
 
 use devices::backend::rate_limiter::Limits;
+use devices::backend::tap::Tap;
 use devices::pci::Function;
 use devices::testing::FakeHost;
 use devices::virtio::blk::{self, Blk, Cache};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::DeviceState;
+use devices::virtio::net::{self, Net};
 use devices::virtio::pci::{self, Pci};
 use devices::virtio::rng::{self, Rng};
 use devices::virtio::testing;
@@ -23,6 +25,7 @@ pub fn saved_state(data: &[u8]) {
         DeviceState::Block(state) => Arc::new(Mutex::new(blk(Some(state)))),
         DeviceState::Console(state) => Arc::new(Mutex::new(console(Some(state)))),
         DeviceState::Entropy(state) => Arc::new(Mutex::new(rng(Some(state)))),
+        DeviceState::Network(state) => Arc::new(Mutex::new(net(Some(state)))),
     };
     let host = FakeHost::new();
     let memory = testing::ram(RAM);
@@ -54,4 +57,11 @@ pub fn console(state: Option<console::State>) -> Console {
 
 pub fn rng(state: Option<rng::State>) -> Rng {
     Rng::new(rng::Config { limits: Limits::default() }, state).unwrap()
+}
+
+pub fn net(state: Option<net::State>) -> Net {
+    let (tap, _) = Tap::fake(2);
+    let limits = Limits::default();
+    let config = net::Config { tap, mac: None, mtu: None, receive_limits: limits, transmit_limits: limits };
+    Net::new(config, state).unwrap()
 }

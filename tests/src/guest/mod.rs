@@ -13,6 +13,7 @@
 
 pub mod console;
 pub mod setup;
+pub mod tap;
 pub mod vmm;
 
 use std::fs::{self, File};

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use api_socket::{BootSource, CacheType, Drive, Entropy, MachineConfig, Request};
+use api_socket::{BootSource, CacheType, Drive, Entropy, MachineConfig, NetworkInterface, Request};
 
 use super::{Name, asset};
 use crate::host::provide;
@@ -23,6 +23,7 @@ pub struct Setup {
     pub kernel: Kernel,
     pub initramfs: bool,
     pub drives: Vec<Drive>,
+    pub interfaces: Vec<NetworkInterface>,
     pub entropy: bool,
     /// All of the kernel command line but for [`CONSOLE`] and how much the kernel says.
     pub command_line: String,
@@ -49,6 +50,7 @@ impl Default for Setup {
             kernel: Kernel::Elf,
             initramfs: true,
             drives: Vec::new(),
+            interfaces: Vec::new(),
             entropy: false,
             command_line: String::new(),
             arguments: Vec::new(),
@@ -82,6 +84,7 @@ impl Setup {
         };
         let mut requests = vec![Request::PutMachineConfig(machine), Request::PutBootSource(boot)];
         requests.extend(self.drives.iter().cloned().map(Request::PutDrive));
+        requests.extend(self.interfaces.iter().cloned().map(Request::PutNetworkInterface));
         requests.extend(self.entropy.then(|| Request::PutEntropy(Entropy::default())));
         requests
     }

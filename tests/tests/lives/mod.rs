@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::*;
 use api_socket::{Client, Serial};
 use berth_tests::guest::setup::disk_drive;
+use berth_tests::guest::tap::Tap;
 use berth_tests::guest::{asset, blank_disk, debian_drive, program};
 use berth_tests::host::{process, provide};
 use rustix::process::Signal;
@@ -26,6 +27,7 @@ pub const ALL: &[(&str, Life)] = &[
     ("ended by a signal", ended_by_a_signal),
     ("told to be quiet", told_to_be_quiet),
     ("on a terminal", on_a_terminal),
+    ("on the network", on_the_network),
     ("busy", busy),
 ];
 
@@ -104,6 +106,35 @@ fn on_a_terminal() -> Vec<Call> {
     File::options().write(true).open(&disk).unwrap().set_len(MIB).unwrap();
     put(&mut vmm.client(), "/actions", json!({"action_type": "FlushMetrics"}));
     assert!(process::wait_for(&mut vmm.child, limits::BOOT), "the guest did not end");
+    tracer.calls()
+}
+
+/// A tap of two queues, of which the guest takes one and both; limits that hold packets back; a driver that comes and goes.
+fn on_the_network() -> Vec<Call> {
+    let tap = Tap::new(9, &["multi_queue"]);
+    let limiter = api_socket::TokenBucket { size: 2000, one_time_burst: None, refill_time: 100 };
+    let limiter = Some(api_socket::RateLimiter { bandwidth: Some(limiter), ops: None });
+    let interface = api_socket::NetworkInterface {
+        queue_pairs: Some(2),
+        rx_rate_limiter: limiter,
+        tx_rate_limiter: limiter,
+        ..tap.interface()
+    };
+    let setup = Setup { vcpus: 2, interfaces: vec![interface], ..Setup::default() };
+    let mut guest = Guest::configured(setup);
+    let tracer = Tracer::attach(guest.vmm.pid());
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+    guest.console.wait_for("# ", limits::BOOT);
+    tap.set_up(&mut guest, "eth0", None);
+    guest.run(&format!("ping -c 3 -i 0.2 -s 8000 {}", tap.host()));
+    guest.pause();
+    guest.resume();
+    guest.run("for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_net/$way; done");
+    tap.set_up(&mut guest, "eth0", None);
+    guest.run(&format!("ping -c 3 -i 0.2 {}", tap.host()));
+    guest.say("poweroff");
+    guest.ended();
     tracer.calls()
 }
 

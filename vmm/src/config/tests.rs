@@ -1,7 +1,7 @@
 use std::io::{Read, Seek};
 use std::path::PathBuf;
 
-use api_socket::{CacheType, LogLevel, VmState};
+use api_socket::{CacheType, LogLevel, RateLimiter, VmState};
 
 use super::*;
 

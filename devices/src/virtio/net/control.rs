@@ -1,0 +1,82 @@
+//! The control queue (VIRTIO 1.3, section 5.1.6.5): how many queue pairs the driver uses. There is one only where there are
+//! several; no other command is offered.
+
+use std::io;
+
+use virtio_bindings::virtio_net as spec;
+
+use super::bit;
+use crate::backend::tap::Tap;
+use crate::memory::GuestRam;
+use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::running::Step;
+
+/// What the driver has commanded.
+pub struct Control {
+    available: usize,
+    pairs: usize,
+    /// Until the driver says otherwise, it is the queue after all pairs.
+    queue: u16,
+}
+
+impl Control {
+    /// For a device with so many pairs, of which `pairs` were enabled when it was saved.
+    pub fn new(available: usize, pairs: u16) -> Control {
+        let queue = 2 * available as u16;
+        Control { available, pairs: usize::from(pairs).clamp(1, available.max(1)), queue }
+    }
+
+    /// The device runs with these features. Its control queue is after the pairs that the driver knows of (5.1.2).
+    pub fn start(&mut self, features: u64) {
+        let known = if features & bit(spec::VIRTIO_NET_F_MQ) != 0 { self.available } else { 1 };
+        self.queue = 2 * known as u16;
+        self.pairs = self.pairs.min(known);
+    }
+
+    /// A driver that knows nothing of what the last one commanded.
+    pub fn reset(&mut self) {
+        self.pairs = 1;
+    }
+
+    /// Queue pairs that are in use.
+    pub fn pairs(&self) -> usize {
+        self.pairs
+    }
+
+    /// The index of the control queue, if there is one.
+    pub fn queue(&self) -> u16 {
+        self.queue
+    }
+
+    /// Obeys one command, or says that it cannot.
+    pub fn obey(&mut self, memory: &GuestRam, chain: &mut Chain, tap: &mut Tap) -> Result<Step, QueueError> {
+        let done = match wanted(memory, chain)? {
+            Some(pairs) if (1..=self.available).contains(&pairs) => self.set_pairs(pairs, tap).is_ok(),
+            _ => false,
+        };
+        let answer = if done { spec::VIRTIO_NET_OK } else { spec::VIRTIO_NET_ERR };
+        chain.writable.write(memory, &[answer as u8])?;
+        Ok(Step::Used(1))
+    }
+
+    fn set_pairs(&mut self, pairs: usize, tap: &mut Tap) -> io::Result<()> {
+        tap.attach_queues(pairs).inspect_err(|error| {
+            log::error!("network device {}: {pairs} queues cannot be used: {error}", tap.name());
+        })?;
+        self.pairs = pairs;
+        Ok(())
+    }
+}
+
+/// The number of pairs, if that is what the command is about.
+fn wanted(memory: &GuestRam, chain: &mut Chain) -> Result<Option<usize>, QueueError> {
+    let mut command = [0; 4];
+    if chain.readable.bytes() as usize != command.len() {
+        return Ok(None);
+    }
+    chain.readable.read(memory, &mut command)?;
+    let [class, command, low, high] = command;
+    let is_known = (u32::from(class), u32::from(command))
+        == (spec::VIRTIO_NET_CTRL_MQ, spec::VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET);
+    Ok(is_known.then_some(u16::from_le_bytes([low, high]).into()))
+}

@@ -1,0 +1,544 @@
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::header::MAX_PACKET;
+use super::*;
+use crate::backend::rate_limiter::Bucket;
+use crate::backend::tap::HEADER_BYTES;
+use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const MERGEABLE: u64 = 1 << spec::VIRTIO_NET_F_MRG_RXBUF;
+const SEVERAL: u64 = 1 << spec::VIRTIO_NET_F_MQ | 1 << spec::VIRTIO_NET_F_CTRL_VQ;
+const FOREVER: usize = 200;
+
+/// A device between its driver and what stands for the tap.
+struct Rig {
+    slot: Slot<Net>,
+    drivers: Vec<Driver>,
+    /// The other ends of the tap's queues.
+    wires: Vec<UnixDatagram>,
+    features: u64,
+}
+
+fn config(tap: Tap) -> Config {
+    Config {
+        tap,
+        mac: Some(MAC),
+        mtu: None,
+        receive_limits: Limits::default(),
+        transmit_limits: Limits::default(),
+    }
+}
+
+fn rig(features: u64, pairs: usize) -> Rig {
+    limited(features, pairs, Limits::default(), Limits::default())
+}
+
+fn limited(features: u64, pairs: usize, receive_limits: Limits, transmit_limits: Limits) -> Rig {
+    let (tap, wires) = Tap::fake(pairs);
+    let net = Net::new(Config { receive_limits, transmit_limits, ..config(tap) }, None).unwrap();
+    let memory = testing::ram(16 << 20);
+    let queues = net.identity().queue_sizes.len() as u64;
+    let features = features | EVENT_IDX;
+    let drivers = (0..queues).map(|queue| Driver::new(&memory, (queue + 1) << 20, 16, features)).collect();
+    let mut rig = Rig { slot: Slot::new(net, &memory), drivers, wires, features };
+    rig.start();
+    rig
+}
+
+impl Rig {
+    fn start(&mut self) {
+        let queues = (0..).zip(&self.drivers).map(|(index, driver)| driver.queue(index)).collect();
+        self.slot.start(queues, self.features);
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        assert!(self.slot.run(FOREVER) < FOREVER, "the device never comes to rest");
+    }
+
+    /// Gives the first receive queue so many buffers of so many bytes.
+    fn make_room(&mut self, buffers: usize, bytes: u32) {
+        for _ in 0..buffers {
+            let room = self.drivers[0].room(bytes);
+            self.drivers[0].add(&[room]);
+        }
+        self.settle();
+    }
+
+    fn arrive(&mut self, frame: &[u8]) {
+        self.wires[0].send(&with_header(frame)).unwrap();
+    }
+
+    fn received(&mut self) -> Vec<u32> {
+        self.drivers[0].reap_all().iter().map(|used| used.written).collect()
+    }
+
+    fn send(&mut self, header: [u8; HEADER_BYTES], frame: &[u8]) {
+        self.add_frame(header, frame);
+        self.settle();
+        assert_eq!(self.drivers[1].reap_all().len(), 1, "a frame comes back whatever became of it");
+    }
+
+    fn add_frame(&mut self, header: [u8; HEADER_BYTES], frame: &[u8]) {
+        let parts = [self.drivers[1].data(&header), self.drivers[1].data(frame)];
+        self.drivers[1].add(&parts);
+    }
+
+    fn on_the_wire(&self, queue: usize) -> Option<Vec<u8>> {
+        let mut packet = vec![0; 1 << 17];
+        match self.wires[queue].recv(&mut packet) {
+            Ok(bytes) => Some(packet[..bytes].to_vec()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn counter(&self, pick: impl Fn(&Counters) -> &AtomicU64) -> u64 {
+        pick(&self.slot.device.counters()).load(Ordering::Relaxed)
+    }
+
+    /// Sends a command of four bytes and gives its answer.
+    fn command(&mut self, bytes: &[u8]) -> u8 {
+        let queue = usize::from(self.slot.device.control.queue());
+        let driver = &mut self.drivers[queue];
+        let (command, answer) = (driver.data(bytes), driver.room(1));
+        driver.add(&[command, answer]);
+        self.settle();
+        assert_eq!(self.drivers[queue].reap().unwrap().written, 1);
+        self.drivers[queue].read(answer)[0]
+    }
+
+    fn set_pairs(&mut self, pairs: u8) -> u8 {
+        self.command(&[4, 0, pairs, 0])
+    }
+
+    /// Stops the device and carries on with one made from its state alone.
+    fn move_on(&mut self, tap: Tap) {
+        let queues: Vec<_> = self.slot.stop().iter().map(Queue::save).collect();
+        let DeviceState::Network(state) = self.slot.device.save() else { unreachable!() };
+        let memory = self.slot.memory.clone();
+        self.slot = Slot::new(Net::new(config(tap), Some(state)).unwrap(), &memory);
+        let restore = |((index, driver), state): ((u16, &Driver), _)| {
+            Queue::restore(index, state, driver.kick.try_clone().unwrap()).unwrap()
+        };
+        self.slot.start((0..).zip(&self.drivers).zip(&queues).map(restore).collect(), self.features);
+        self.settle();
+    }
+}
+
+/// A frame of so many bytes that says which one it is.
+fn frame(number: usize, bytes: usize) -> Vec<u8> {
+    let mut frame = [&[0xff; 6][..], &MAC, &[8, 0]].concat();
+    frame.extend((frame.len()..bytes).map(|place| (place * 7 + number) as u8));
+    frame
+}
+
+fn with_header(frame: &[u8]) -> Vec<u8> {
+    [&[0; HEADER_BYTES], frame].concat()
+}
+
+fn a_few_at_a_time() -> Limits {
+    Limits { bandwidth: None, ops: Some(Bucket { size: 2, one_time_burst: 0, refill_ms: 20 }) }
+}
+
+#[test]
+fn a_frame_goes_out_as_it_is_and_its_header_says_what_was_checked() {
+    let mut rig = rig(1 << spec::VIRTIO_NET_F_CSUM, 1);
+    let frame = frame(1, 60);
+    rig.send([0xff, 0, 54, 0, 0, 0, 34, 0, 16, 0, 7, 7], &frame);
+    let expected = [&[1, 0, 54, 0, 0, 0, 34, 0, 16, 0, 0, 0][..], &frame].concat();
+    assert_eq!(rig.on_the_wire(0), Some(expected));
+    assert_eq!(rig.counter(|c| &c.tx_packets_count), 1);
+    assert_eq!(rig.counter(|c| &c.tx_bytes_count), 60);
+    assert_eq!(rig.counter(|c| &c.tx_spoofed_mac_count), 0);
+}
+
+#[test]
+fn a_frame_in_many_pieces_is_one_packet() {
+    let mut rig = rig(0, 1);
+    let packet = with_header(&frame(2, 900));
+    let parts: Vec<Buffer> = packet.chunks(5).map(|part| rig.drivers[1].data(part)).collect();
+    rig.drivers[1].add_indirect(&parts);
+    rig.settle();
+    assert_eq!(rig.on_the_wire(0), Some(packet));
+}
+
+#[test]
+fn frames_under_another_address_are_counted() {
+    let mut rig = rig(0, 1);
+    let mut other = frame(0, 60);
+    other[11] = 9;
+    rig.send([0; 12], &other);
+    assert!(rig.on_the_wire(0).is_some());
+    assert_eq!(rig.counter(|c| &c.tx_spoofed_mac_count), 1);
+}
+
+#[test]
+fn malformed_frames_are_dropped_and_the_device_goes_on() {
+    let mut rig = rig(0, 1);
+    for (header, bytes) in [
+        ([0; 12], 13),
+        ([0; 12], MAX_PACKET - HEADER_BYTES + 1),
+        ([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 60),
+        ([0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 60),
+        ([0, 0, 61, 0, 0, 0, 0, 0, 0, 0, 0, 0], 60),
+    ] {
+        rig.send(header, &frame(0, bytes)[..bytes]);
+        assert_eq!(rig.on_the_wire(0), None, "{header:?} {bytes}");
+    }
+    let writable = rig.drivers[1].room(100);
+    rig.drivers[1].add(&[writable]);
+    rig.settle();
+    assert_eq!(rig.counter(|c| &c.tx_malformed_frames), 6);
+    assert_eq!(rig.counter(|c| &c.tx_fails), 6);
+    rig.drivers[1].reap_all();
+    rig.send([0; 12], &frame(0, 14));
+    assert!(rig.on_the_wire(0).is_some() && !rig.slot.calls.broken());
+}
+
+#[test]
+fn a_frame_in_as_many_pieces_as_a_chain_may_have_is_one_packet() {
+    let mut rig = rig(0, 1);
+    let (header, byte) = (rig.drivers[1].data(&[0; 12 + 14]), rig.drivers[1].data(&[7]));
+    let parts: Vec<Buffer> = [header].into_iter().chain(std::iter::repeat_n(byte, 1023)).collect();
+    rig.drivers[1].add_indirect(&parts);
+    rig.settle();
+    assert_eq!(rig.on_the_wire(0).map(|packet| packet.len()), Some(12 + 14 + 1023));
+    assert_eq!(rig.drivers[1].reap_all().len(), 1);
+}
+
+#[test]
+fn a_frame_that_the_host_does_not_take_is_lost_and_counted() {
+    let mut rig = rig(0, 1);
+    rig.wires.clear();
+    for _ in 0..3 {
+        rig.send([0; 12], &frame(0, 60));
+    }
+    assert_eq!(rig.counter(|c| &c.tap_write_fails), 3);
+    assert_eq!(rig.counter(|c| &c.tx_fails), 3);
+    assert!(!rig.slot.calls.broken());
+}
+
+#[test]
+fn a_packet_fills_as_many_mergeable_buffers_as_it_needs_and_its_header_counts_them() {
+    let mut rig = rig(MERGEABLE, 1);
+    let room: Vec<Buffer> = (0..16).map(|_| rig.drivers[0].room(1000)).collect();
+    room.iter().for_each(|room| _ = rig.drivers[0].add(&[*room]));
+    rig.arrive(&frame(3, 2500));
+    rig.arrive(&frame(4, 60));
+    rig.settle();
+    assert_eq!(rig.received(), [1000, 1000, 512, 72]);
+    let bytes = room[..3].iter().flat_map(|room| rig.drivers[0].read(*room)).collect::<Vec<_>>();
+    assert_eq!(bytes[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0]);
+    assert_eq!(bytes[12..2512], frame(3, 2500));
+    let small = rig.drivers[0].read(room[3]);
+    assert_eq!(small[10..12], [1, 0]);
+    assert_eq!(small[12..72], frame(4, 60));
+    assert_eq!(rig.counter(|c| &c.rx_packets_count), 2);
+    assert_eq!(rig.counter(|c| &c.rx_bytes_count), 2560);
+}
+
+#[test]
+fn the_largest_packet_goes_straight_into_the_driver_s_buffers() {
+    let mut rig = rig(MERGEABLE, 1);
+    let room: Vec<Buffer> = (0..16).map(|_| rig.drivers[0].room(16384)).collect();
+    room.iter().for_each(|room| _ = rig.drivers[0].add(&[*room]));
+    let large = frame(5, MAX_PACKET - HEADER_BYTES);
+    rig.arrive(&large);
+    rig.settle();
+    assert_eq!(rig.received().iter().sum::<u32>(), MAX_PACKET as u32);
+    let bytes = room.iter().flat_map(|room| rig.drivers[0].read(*room)).collect::<Vec<_>>();
+    assert_eq!(bytes[10], 5);
+    assert!(bytes[12..MAX_PACKET] == large);
+    assert!(rig.slot.device.receivers[0].aside.is_empty());
+}
+
+#[test]
+fn without_mergeable_buffers_a_packet_has_one_chain_and_a_larger_one_is_dropped() {
+    let mut rig = rig(0, 1);
+    for _ in 0..3 {
+        let parts = [rig.drivers[0].room(12), rig.drivers[0].room(500)];
+        rig.drivers[0].add(&parts);
+    }
+    for bytes in [500, 501, 60] {
+        rig.arrive(&frame(0, bytes));
+    }
+    rig.settle();
+    assert_eq!(rig.received(), [512, 72]);
+    assert_eq!(rig.counter(|c| &c.rx_fails), 1);
+}
+
+#[test]
+fn a_driver_without_room_costs_nothing_and_when_it_has_some_all_comes_in_order() {
+    for features in [0, MERGEABLE] {
+        let mut rig = rig(features, 1);
+        for number in 0..8 {
+            rig.arrive(&frame(number, 100 + number));
+        }
+        rig.settle();
+        assert_eq!(rig.slot.run(FOREVER), 0, "what cannot be read is not watched");
+        assert!(rig.counter(|c| &c.no_rx_avail_buffer) > 0);
+        for number in 0..8 {
+            rig.make_room(1, 400);
+            assert_eq!(rig.received(), [112 + number]);
+        }
+        // And what comes later is seen, though nobody kicks.
+        rig.make_room(1, 400);
+        rig.arrive(&frame(0, 60));
+        rig.settle();
+        assert_eq!(rig.received(), [72]);
+    }
+}
+
+#[test]
+fn a_packet_waits_until_there_is_room_for_all_of_it() {
+    let mut rig = rig(MERGEABLE, 1);
+    rig.make_room(2, 1000);
+    rig.arrive(&frame(6, 2500));
+    rig.arrive(&frame(7, 60));
+    rig.settle();
+    assert!(rig.received().is_empty());
+    rig.make_room(1, 1000);
+    assert_eq!(rig.received(), [1000, 1000, 512]);
+    rig.make_room(1, 1000);
+    assert_eq!(rig.received(), [72]);
+}
+
+#[test]
+fn a_packet_that_waits_is_saved() {
+    let mut rig = rig(MERGEABLE, 1);
+    rig.make_room(2, 1000);
+    rig.arrive(&frame(6, 2500));
+    rig.settle();
+    let (tap, wires) = Tap::fake(1);
+    rig.move_on(tap);
+    rig.wires = wires;
+    assert!(rig.received().is_empty());
+    rig.make_room(1, 1000);
+    assert_eq!(rig.received(), [1000, 1000, 512]);
+}
+
+#[test]
+fn a_packet_that_waits_for_a_driver_is_not_for_the_next_one() {
+    let mut rig = rig(MERGEABLE, 1);
+    rig.make_room(2, 1000);
+    rig.arrive(&frame(6, 2500));
+    rig.settle();
+    let sizes = rig.slot.stop().len();
+    rig.slot.device.reset();
+    assert_eq!(sizes, 2);
+    let memory = rig.slot.memory.clone();
+    rig.drivers = (0..2).map(|queue| Driver::new(&memory, (queue + 5) << 20, 16, EVENT_IDX)).collect();
+    rig.start();
+    rig.make_room(8, 1000);
+    assert!(rig.received().is_empty());
+    rig.arrive(&frame(6, 60));
+    rig.settle();
+    assert_eq!(rig.received(), [72]);
+}
+
+#[test]
+fn a_packet_for_which_there_never_is_room_does_not_stop_the_others() {
+    let mut rig = rig(MERGEABLE, 1);
+    rig.make_room(2, 1000);
+    rig.arrive(&frame(6, 2500));
+    rig.arrive(&frame(7, 60));
+    rig.settle();
+    let counters = rig.slot.device.counters();
+    rig.slot.run_until(|_| counters.rx_packets_count.load(Ordering::Relaxed) == 1);
+    assert_eq!(rig.received(), [72]);
+    assert_eq!(rig.counter(|c| &c.rx_fails), 1);
+}
+
+#[test]
+fn an_interface_that_comes_back_is_read_again_and_one_that_is_gone_costs_nothing() {
+    let mut rig = rig(MERGEABLE, 1);
+    // Not readable, and always in error: as a tap whose interface was deleted.
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    let gone = Tap::of(vec![OwnedFd::from(writer).into()]);
+    let working = std::mem::replace(&mut rig.slot.device.tap, gone);
+    rig.make_room(8, 1000);
+    assert_eq!(rig.counter(|c| &c.tap_read_fails), 1);
+    rig.slot.device.tap = working;
+    rig.arrive(&frame(0, 60));
+    let counters = rig.slot.device.counters();
+    rig.slot.run_until(|_| counters.rx_packets_count.load(Ordering::Relaxed) == 1);
+}
+
+#[test]
+fn limits_hold_back_both_directions_and_nothing_is_lost() {
+    let mut rig = limited(MERGEABLE, 1, a_few_at_a_time(), a_few_at_a_time());
+    rig.make_room(16, 6000);
+    for number in 0..6 {
+        rig.arrive(&frame(number, 100 + number));
+        rig.add_frame([0; 12], &frame(number, 200 + number));
+    }
+    rig.slot.run(1);
+    let counters = rig.slot.device.counters();
+    let done = |counter: &AtomicU64| counter.load(Ordering::Relaxed) == 6;
+    rig.slot.run_until(|_| done(&counters.rx_packets_count) && done(&counters.tx_packets_count));
+    assert_eq!(rig.received(), [112, 113, 114, 115, 116, 117]);
+    for number in 0..6 {
+        assert_eq!(rig.on_the_wire(0), Some(with_header(&frame(number, 200 + number))));
+    }
+    assert!(rig.counter(|c| &c.rx_rate_limiter_throttled) > 0);
+    assert!(rig.counter(|c| &c.tx_rate_limiter_throttled) > 0);
+    assert!(rig.counter(|c| &c.rx_event_rate_limiter_count) > 0);
+    assert!(rig.counter(|c| &c.tx_rate_limiter_event_count) > 0);
+}
+
+#[test]
+fn limits_that_are_lifted_let_go_what_they_held() {
+    let slow =
+        Limits { bandwidth: None, ops: Some(Bucket { size: 1, one_time_burst: 0, refill_ms: 1 << 30 }) };
+    let mut rig = limited(MERGEABLE, 1, slow, slow);
+    rig.make_room(16, 6000);
+    for number in 0..3 {
+        rig.arrive(&frame(number, 100));
+        rig.add_frame([0; 12], &frame(number, 100));
+    }
+    rig.settle();
+    assert_eq!(rig.received().len(), 1);
+    assert_eq!(rig.drivers[1].reap_all().len(), 1);
+    rig.slot.device.set_limits(None, Some(Limits::default()));
+    rig.slot.run_until(|device| device.counters.tx_packets_count.load(Ordering::Relaxed) == 3);
+    assert!(rig.received().is_empty(), "only what is named changes");
+    rig.slot.device.set_limits(Some(Limits::default()), None);
+    rig.slot.run_until(|device| device.counters.rx_packets_count.load(Ordering::Relaxed) == 3);
+}
+
+#[test]
+fn the_driver_reads_the_address_the_queue_pairs_and_the_mtu() {
+    let (tap, _wires) = Tap::fake(3);
+    let net = Net::new(Config { mtu: Some(9000), ..config(tap) }, None).unwrap();
+    let mut space = [0xff; 16];
+    net.config(0, &mut space);
+    assert_eq!(space, [2, 0, 0, 0, 0, 1, 0, 0, 3, 0, 0x28, 0x23, 0, 0, 0, 0]);
+    net.config(u64::MAX, &mut space);
+    assert_eq!(space, [0; 16]);
+    let identity = net.identity();
+    let offers = |feature| identity.features & bit(feature) != 0;
+    assert!(offers(spec::VIRTIO_NET_F_MAC) && offers(spec::VIRTIO_NET_F_MTU));
+    assert!(offers(spec::VIRTIO_NET_F_MQ) && offers(spec::VIRTIO_NET_F_CTRL_VQ));
+    assert_eq!(identity.queue_sizes, [256, 256, 256, 256, 256, 256, 16]);
+
+    let (tap, _wires) = Tap::fake(1);
+    let identity = Net::new(Config { mac: None, ..config(tap) }, None).unwrap().identity();
+    let absent =
+        [spec::VIRTIO_NET_F_MAC, spec::VIRTIO_NET_F_MTU, spec::VIRTIO_NET_F_MQ, spec::VIRTIO_NET_F_CTRL_VQ];
+    assert_eq!(identity.features & absent.map(bit).iter().sum::<u64>(), 0);
+    assert_eq!(identity.queue_sizes, [256, 256]);
+}
+
+#[test]
+fn queue_pairs_work_when_the_driver_has_enabled_them() {
+    let mut rig = rig(MERGEABLE | SEVERAL, 3);
+    assert_eq!(rig.slot.device.tap.attached(), 1);
+    let room = rig.drivers[2].room(6000);
+    rig.drivers[2].add(&[room]);
+    rig.wires[1].send(&with_header(&frame(0, 60))).unwrap();
+    let data = rig.drivers[3].data(&with_header(&frame(1, 60)));
+    rig.drivers[3].add(&[data]);
+    rig.settle();
+    assert!(rig.drivers[2].reap().is_none() && rig.on_the_wire(1).is_none(), "not yet");
+
+    assert_eq!(rig.set_pairs(3), 0);
+    assert_eq!(rig.slot.device.tap.attached(), 3);
+    assert_eq!(rig.drivers[2].reap().unwrap().written, 72);
+    assert_eq!(rig.on_the_wire(1), Some(with_header(&frame(1, 60))));
+
+    assert_eq!(rig.set_pairs(1), 0);
+    assert_eq!(rig.slot.device.tap.attached(), 1);
+    rig.wires[1].send(&with_header(&frame(0, 60))).unwrap();
+    rig.settle();
+    for wrong in [&[4, 0, 0, 0][..], &[4, 0, 4, 0], &[4, 0, 1, 1], &[4, 1, 1, 0], &[3, 0, 1, 0], &[4, 0, 1]] {
+        assert_eq!(rig.command(wrong), 1, "{wrong:?}");
+    }
+    assert_eq!(rig.slot.device.control.pairs(), 1);
+}
+
+#[test]
+fn enabled_queue_pairs_are_saved_and_forgotten_at_reset() {
+    let mut rig = rig(SEVERAL, 3);
+    assert_eq!(rig.set_pairs(2), 0);
+    let (tap, wires) = Tap::fake(3);
+    rig.move_on(tap);
+    rig.wires = wires;
+    assert_eq!(rig.slot.device.tap.attached(), 2);
+    rig.slot.stop();
+    rig.slot.device.reset();
+    rig.features &= !SEVERAL;
+    rig.start();
+    assert_eq!(rig.slot.device.tap.attached(), 1);
+    assert_eq!(rig.slot.device.control.queue(), 2, "after the only pair that this driver knows of");
+}
+
+#[test]
+fn a_receive_buffer_without_room_for_a_header_breaks_the_device_and_nothing_spins() {
+    let mut rig = rig(MERGEABLE, 1);
+    rig.make_room(1, 11);
+    assert!(rig.slot.calls.broken());
+    rig.arrive(&frame(0, 60));
+    rig.settle();
+    assert_eq!(rig.slot.stop().len(), 2);
+}
+
+#[test]
+fn a_driver_that_breaks_one_queue_stops_the_device_and_nothing_spins() {
+    for queue in 0..3 {
+        let mut rig = rig(MERGEABLE | SEVERAL, 2);
+        rig.make_room(8, 6000);
+        rig.drivers[queue * 2].set_avail_index(100);
+        rig.drivers[queue * 2].kick.write(1).unwrap();
+        rig.settle();
+        rig.arrive(&frame(0, 60));
+        rig.settle();
+        rig.slot.device.handle(1);
+        rig.settle();
+        assert_eq!(rig.slot.calls.broken(), queue != 1, "the second pair is not in use");
+    }
+}
+
+#[test]
+fn a_queue_that_the_driver_did_not_enable_is_not_touched_and_nothing_spins() {
+    let mut rig = rig(0, 1);
+    rig.slot.stop();
+    let mut queues: Vec<Queue> = (0..2).map(|index| rig.drivers[usize::from(index)].queue(index)).collect();
+    virtio_queue::QueueT::set_ready(&mut queues[0].ring, false);
+    rig.slot.start(queues, EVENT_IDX);
+    rig.drivers[0].set_avail_index(100);
+    rig.arrive(&frame(0, 60));
+    rig.settle();
+    rig.slot.device.handle(TAP);
+    rig.slot.device.handle(RECEIVE_TIMER);
+    rig.settle();
+    assert!(!rig.slot.calls.broken());
+}
+
+#[test]
+fn one_interrupt_for_all_that_came_at_once() {
+    let mut rig = rig(MERGEABLE, 1);
+    rig.make_room(16, 6000);
+    rig.slot.calls.take_queue();
+    for number in 0..8 {
+        rig.arrive(&frame(number, 60));
+    }
+    rig.settle();
+    assert_eq!(rig.received().len(), 8);
+    assert_eq!(rig.slot.calls.take_queue(), 1);
+}
+
+#[test]
+fn a_damaged_state_makes_a_device_that_runs() {
+    let state = State { pairs: u16::MAX, waiting: vec![vec![1; 1 << 20], vec![2; 3]], ..State::default() };
+    let (tap, _wires) = Tap::fake(2);
+    let net = Net::new(config(tap), Some(state)).unwrap();
+    assert_eq!(net.control.pairs(), 2);
+    assert_eq!(net.receivers[0].waiting().len(), MAX_PACKET);
+    assert!(net.receivers[1].waiting().is_empty());
+}

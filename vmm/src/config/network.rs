@@ -1,0 +1,260 @@
+//! Network interfaces: what a client says of one becomes an attached tap.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::Path;
+
+use api_socket::{
+    Fault, MTU, MacAddress, NetworkInterface, NetworkInterfaceUpdate, QUEUE_PAIRS, RateLimiter,
+};
+use devices::backend::tap::{self, Tap};
+
+use crate::handed::Handed;
+
+/// Where taps come from.
+const TUN: &str = "/dev/net/tun";
+
+/// A network interface and its tap.
+pub struct Interface {
+    pub settings: NetworkInterface,
+    pub tap: Tap,
+}
+
+/// The interfaces, in the order in which the guest gets them.
+#[derive(Default)]
+pub struct Interfaces(Vec<(NetworkInterface, Option<Tap>)>);
+
+impl Interfaces {
+    /// Adds an interface, or puts it in the place of the one with its id.
+    ///
+    /// # Errors
+    /// A value that is out of range or taken, or a tap that cannot be had. Nothing has changed then.
+    pub fn put(&mut self, settings: NetworkInterface, handed: &Handed) -> Result<(), Fault> {
+        let place = self.0.iter().position(|(known, _)| known.iface_id == settings.iface_id);
+        self.check(&settings)?;
+        let Some((before, tap)) = place.and_then(|place| self.0.get_mut(place)) else {
+            let tap = open(&settings, handed)?;
+            self.0.push((settings, Some(tap)));
+            return Ok(());
+        };
+        if before.host_dev_name == settings.host_dev_name {
+            // A tap has one user at a time, and that is us.
+            *tap = None;
+        }
+        match open(&settings, handed) {
+            Ok(new) => (*before, *tap) = (settings, Some(new)),
+            Err(fault) => {
+                if tap.is_none() {
+                    *tap = open(before, handed).ok();
+                }
+                return Err(fault);
+            }
+        }
+        Ok(())
+    }
+
+    /// The settings of each.
+    pub fn settings(&self) -> impl Iterator<Item = &NetworkInterface> {
+        self.0.iter().map(|(settings, _)| settings)
+    }
+
+    /// The settings of the one with this id.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(&self, id: &str) -> Result<&NetworkInterface, Fault> {
+        self.settings().find(|settings| settings.iface_id == id).ok_or_else(|| {
+            Fault::bad_request(format!(
+                "`iface_id` is {id:?}, and this guest has no such network interface; GET /vm/config lists them."
+            ))
+        })
+    }
+
+    /// Each with descriptors of its own: a start that fails can be tried again.
+    ///
+    /// # Errors
+    /// Those of `dup`; and after [`Interfaces::close`].
+    pub fn open(&self) -> io::Result<Vec<Interface>> {
+        let open = |(settings, tap): &(NetworkInterface, Option<Tap>)| {
+            let lost = || format!("network interface {:?} has lost its tap; put it again", settings.iface_id);
+            let tap = tap.as_ref().ok_or_else(|| io::Error::other(lost()))?;
+            Ok(Interface { settings: settings.clone(), tap: tap.try_clone()? })
+        };
+        self.0.iter().map(open).collect()
+    }
+
+    /// Closes the taps: the guest has its own.
+    pub fn close(&mut self) {
+        self.0.iter_mut().for_each(|(_, tap)| *tap = None);
+    }
+
+    /// Takes down that a running guest's interface has been changed. For one that does not exist it does nothing.
+    pub fn updated(&mut self, update: &NetworkInterfaceUpdate) {
+        let mut all = self.0.iter_mut().map(|(settings, _)| settings);
+        let Some(settings) = all.find(|settings| settings.iface_id == update.iface_id) else { return };
+        settings.rx_rate_limiter = changed(settings.rx_rate_limiter, update.rx_rate_limiter);
+        settings.tx_rate_limiter = changed(settings.tx_rate_limiter, update.tx_rate_limiter);
+    }
+
+    fn check(&self, settings: &NetworkInterface) -> Result<(), Fault> {
+        if let Some(mtu) = settings.mtu.filter(|mtu| !MTU.contains(mtu)) {
+            return Err(Fault::bad_request(format!(
+                "`mtu` is {mtu}; it must be from {} to {}.",
+                MTU.start(),
+                MTU.end()
+            )));
+        }
+        if let Some(pairs) = settings.queue_pairs.filter(|pairs| !QUEUE_PAIRS.contains(pairs)) {
+            return Err(Fault::bad_request(format!(
+                "`queue_pairs` is {pairs}; it must be from {} to {}.",
+                QUEUE_PAIRS.start(),
+                QUEUE_PAIRS.end()
+            )));
+        }
+        settings.guest_mac.map_or(Ok(()), |mac| self.check_mac(mac, &settings.iface_id))
+    }
+
+    fn check_mac(&self, mac: MacAddress, id: &str) -> Result<(), Fault> {
+        if mac.0[0] & 1 != 0 || mac.0 == [0; 6] {
+            return Err(Fault::bad_request(format!(
+                "`guest_mac` is {mac}, which is no address of a single interface; the first byte must be even, and not \
+                 all may be 0."
+            )));
+        }
+        match self.settings().find(|other| other.guest_mac == Some(mac) && other.iface_id != id) {
+            Some(other) => Err(Fault::bad_request(format!(
+                "`guest_mac` is {mac}, which network interface {:?} has already; give each its own.",
+                other.iface_id
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A limit as it is after a change: what that leaves out stays.
+pub fn changed(before: Option<RateLimiter>, change: Option<RateLimiter>) -> Option<RateLimiter> {
+    let Some(change) = change else { return before };
+    let before = before.unwrap_or_default();
+    Some(RateLimiter { bandwidth: change.bandwidth.or(before.bandwidth), ops: change.ops.or(before.ops) })
+}
+
+/// Attaches the tap, or takes over the one that was handed to us.
+fn open(settings: &NetworkInterface, handed: &Handed) -> Result<Tap, Fault> {
+    let name = &settings.host_dev_name;
+    let refused = |error: tap::TapError| Fault::bad_request(format!("`host_dev_name` is {name:?}: {error}."));
+    let files: Option<Result<Vec<File>, Fault>> =
+        name.split(',').map(|part| handed.find("host_dev_name", Path::new(part), true)).collect();
+    match files {
+        Some(files) => {
+            let files = files?;
+            let pairs = settings.queue_pairs.map_or(files.len(), usize::from);
+            if files.len() != pairs {
+                return Err(Fault::bad_request(format!(
+                    "`host_dev_name` is {name:?}, which names {} descriptors, and `queue_pairs` is {pairs}; give one for \
+                     each.",
+                    files.len()
+                )));
+            }
+            Tap::adopt(files).map_err(refused)
+        }
+        None => {
+            let files =
+                (0..settings.queue_pairs.unwrap_or(1)).map(|_| open_tun()).collect::<Result<_, _>>()?;
+            Tap::attach(files, name).map_err(refused)
+        }
+    }
+}
+
+fn open_tun() -> Result<File, Fault> {
+    OpenOptions::new().read(true).write(true).open(TUN).map_err(|error| {
+        Fault::bad_request(format!(
+            "`host_dev_name` is a tap, and {TUN} cannot be opened: {error}. Is it there, seen from this process's root \
+             directory, and is the module tun loaded?"
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use api_socket::TokenBucket;
+
+    use super::*;
+
+    fn interface(id: &str) -> NetworkInterface {
+        NetworkInterface { iface_id: id.into(), host_dev_name: "tap0".into(), ..NetworkInterface::default() }
+    }
+
+    /// One that has no tap, and needs none for this.
+    fn with(known: NetworkInterface) -> Interfaces {
+        Interfaces(vec![(known, None)])
+    }
+
+    #[track_caller]
+    fn refused(interfaces: &mut Interfaces, settings: NetworkInterface, words: &[&str]) {
+        let before: Vec<_> = interfaces.settings().cloned().collect();
+        let message = interfaces.put(settings, &Handed::default()).expect_err("accepted").message;
+        for word in words {
+            assert!(message.contains(word), "{word:?} is not in: {message}");
+        }
+        assert_eq!(interfaces.settings().cloned().collect::<Vec<_>>(), before);
+    }
+
+    #[test]
+    fn the_devices_take_as_many_queue_pairs_and_the_same_mtu_as_the_api() {
+        assert_eq!(usize::from(*QUEUE_PAIRS.end()), devices::virtio::net::MAX_QUEUE_PAIRS);
+        assert_eq!(MTU, devices::virtio::net::MTU);
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_their_names() {
+        let mut none = Interfaces::default();
+        let mtu = NetworkInterface { mtu: Some(67), ..interface("a") };
+        refused(&mut none, mtu, &["`mtu` is 67", "68 to 65535"]);
+        for pairs in [0, 33] {
+            let pairs = NetworkInterface { queue_pairs: Some(pairs), ..interface("a") };
+            refused(&mut none, pairs, &["`queue_pairs` is", "1 to 32"]);
+        }
+        for mac in ["01:00:00:00:00:01", "00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff"] {
+            let settings = NetworkInterface { guest_mac: Some(mac.parse().unwrap()), ..interface("a") };
+            refused(&mut none, settings, &["`guest_mac`", mac, "must be even"]);
+        }
+        let name = NetworkInterface { host_dev_name: "a/b".into(), ..interface("a") };
+        refused(&mut none, name, &["`host_dev_name` is \"a/b\""]);
+    }
+
+    #[test]
+    fn an_address_is_of_one_interface() {
+        let guest_mac = Some("06:00:00:00:00:01".parse().unwrap());
+        let mut interfaces = with(NetworkInterface { guest_mac, ..interface("a") });
+        let second = NetworkInterface { guest_mac, ..interface("b") };
+        refused(&mut interfaces, second, &["06:00:00:00:00:01", "\"a\" has already"]);
+        // The one that is replaced may keep it; this one fails later, for want of a tap of that name.
+        let first = NetworkInterface { guest_mac, host_dev_name: "no/tap".into(), ..interface("a") };
+        refused(&mut interfaces, first, &["host_dev_name"]);
+    }
+
+    #[test]
+    fn an_interface_that_does_not_exist_is_named() {
+        let message = with(interface("a")).find("b").unwrap_err().message;
+        assert!(message.contains("`iface_id` is \"b\"") && message.contains("GET /vm/config"), "{message}");
+    }
+
+    #[test]
+    fn a_limit_that_a_change_leaves_out_stays() {
+        let limit = |size| Some(TokenBucket { size, one_time_burst: None, refill_time: 1 });
+        let limiter = |bandwidth, ops| Some(RateLimiter { bandwidth, ops });
+        let mut interfaces = with(NetworkInterface {
+            rx_rate_limiter: limiter(limit(1), limit(2)),
+            tx_rate_limiter: limiter(limit(3), None),
+            ..interface("a")
+        });
+        interfaces.updated(&NetworkInterfaceUpdate {
+            iface_id: "a".into(),
+            rx_rate_limiter: limiter(None, limit(5)),
+            tx_rate_limiter: None,
+        });
+        let settings = interfaces.find("a").unwrap();
+        assert_eq!(settings.rx_rate_limiter, limiter(limit(1), limit(5)));
+        assert_eq!(settings.tx_rate_limiter, limiter(limit(3), None));
+    }
+}
