@@ -240,6 +240,8 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         Request::PatchNetworkInterface(update) => {
             with_body(Method::Patch, &interface_path(&update.iface_id), update)
         }
+        Request::PutPmem(pmem) => with_body(Method::Put, &pmem_path(&pmem.id), pmem),
+        Request::PatchPmem(update) => with_body(Method::Patch, &pmem_path(&update.id), update),
         Request::PutConsole(console) => with_body(Method::Put, "/console", console),
         Request::PutEntropy(entropy) => with_body(Method::Put, "/entropy", entropy),
         Request::PutSerial(serial) => with_body(Method::Put, "/serial", serial),
@@ -268,6 +270,10 @@ fn drive_path(id: &str) -> String {
 
 fn interface_path(id: &str) -> String {
     format!("/network-interfaces/{id}")
+}
+
+fn pmem_path(id: &str) -> String {
+    format!("/pmem/{id}")
 }
 
 fn decode(request: &Request, response: &Response) -> Result<Reply, ClientError> {

@@ -29,7 +29,7 @@ pub fn read(path: &Path) -> Result<Vec<Request>, Fault> {
 /// what is in it.
 ///
 /// # Errors
-/// As [`read`], for the file of `cpu-config`; and a drive or a network interface whose id is not one.
+/// As [`read`], for the file of `cpu-config`; and a device whose id is not one.
 pub fn requests(config: VmConfig) -> Result<Vec<Request>, Fault> {
     let mut requests = Vec::new();
     requests.extend(config.logger.map(Request::PutLogger));
@@ -44,6 +44,10 @@ pub fn requests(config: VmConfig) -> Result<Vec<Request>, Fault> {
     for interface in config.network_interfaces {
         check_id("iface_id", &interface.iface_id)?;
         requests.push(Request::PutNetworkInterface(interface));
+    }
+    for pmem in config.pmem {
+        check_id("id", &pmem.id)?;
+        requests.push(Request::PutPmem(pmem));
     }
     requests.extend(config.console.map(Request::PutConsole));
     requests.extend(config.entropy.map(Request::PutEntropy));
@@ -101,6 +105,7 @@ mod tests {
             "cpu-config":{"kvm_capabilities":["1"]},
             "machine-config":{"vcpu_count":2,"mem_size_mib":512},
             "network-interfaces":[{"iface_id":"eth0","host_dev_name":"tap0"}],
+            "pmem":[{"id":"p","path_on_host":"/p"}],
             "metrics":{"metrics_path":"/m"},"logger":{"level":"Debug"}}"#;
         let drive = |id: &str, root| Drive {
             drive_id: id.to_string(),
@@ -123,6 +128,7 @@ mod tests {
                 host_dev_name: "tap0".to_string(),
                 ..NetworkInterface::default()
             }),
+            Request::PutPmem(Pmem { id: "p".to_string(), path_on_host: "/p".into(), ..Pmem::default() }),
             Request::PutEntropy(Entropy::default()),
         ];
         assert_eq!(read_text(text).unwrap(), expected);
@@ -169,6 +175,10 @@ mod tests {
             &["drive_id", "a-b", "letters"],
         );
         refused_with(
+            &format!(r#"{{{boot},"pmem":[{{"id":"a-b","path_on_host":"/p"}}]}}"#),
+            &["`id`", "a-b", "letters"],
+        );
+        refused_with(
             &format!(r#"{{{boot},"network-interfaces":[{{"iface_id":"a-b","host_dev_name":"t"}}]}}"#),
             &["iface_id", "a-b", "letters"],
         );
@@ -177,7 +187,7 @@ mod tests {
     #[test]
     fn a_section_of_a_device_that_does_not_exist_is_refused_by_its_name() {
         let boot = r#""boot-source":{"kernel_image_path":"/k"}"#;
-        for (section, value) in [("vsock", "{}"), ("balloon", "{}"), ("pmem", "[1]")] {
+        for (section, value) in [("vsock", "{}"), ("balloon", "{}")] {
             refused_with(&format!(r#"{{{boot},"{section}":{value}}}"#), &[section, "does not have"]);
         }
     }

@@ -7,8 +7,8 @@ use serde::de::DeserializeOwned;
 use crate::json;
 use crate::types::{
     BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Fault, InstanceAction, Logger,
-    MachineConfig, MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Request, Serial,
-    Vm,
+    MachineConfig, MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate,
+    Request, Serial, Vm,
 };
 
 /// A request, and what its client should be told about how it was made.
@@ -64,6 +64,7 @@ pub enum Endpoint {
     CpuConfig,
     Drive,
     NetworkInterface,
+    Pmem,
     Console,
     Entropy,
     Serial,
@@ -83,6 +84,7 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::CpuConfig, "/cpu-config", &[Method::Put]),
     (Endpoint::Drive, "/drives/{drive_id}", &[Method::Put, Method::Patch, Method::Delete]),
     (Endpoint::NetworkInterface, "/network-interfaces/{iface_id}", &[Method::Put, Method::Patch]),
+    (Endpoint::Pmem, "/pmem/{id}", &[Method::Put, Method::Patch]),
     (Endpoint::Console, "/console", &[Method::Put]),
     (Endpoint::Entropy, "/entropy", &[Method::Put]),
     (Endpoint::Serial, "/serial", &[Method::Put]),
@@ -136,6 +138,18 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
             let update: NetworkInterfaceUpdate = at.parse(body)?;
             check_same_id("iface_id", id, &update.iface_id)?;
             Request::PatchNetworkInterface(update)
+        }
+        (Method::Put, Endpoint::Pmem) => {
+            let id = check_id("id", id)?;
+            let pmem: Pmem = at.parse(body)?;
+            check_same_id("id", id, &pmem.id)?;
+            Request::PutPmem(pmem)
+        }
+        (Method::Patch, Endpoint::Pmem) => {
+            let id = check_id("id", id)?;
+            let update: PmemUpdate = at.parse(body)?;
+            check_same_id("id", id, &update.id)?;
+            Request::PatchPmem(update)
         }
         (Method::Put, Endpoint::Console) => Request::PutConsole(at.parse::<Console>(body)?),
         (Method::Put, Endpoint::Entropy) => Request::PutEntropy(at.parse::<Entropy>(body)?),
@@ -336,6 +350,14 @@ mod tests {
             r#"{"iface_id":"eth_0","rx_rate_limiter":{},"tx_rate_limiter":{}}"#,
             &["iface_id"],
         ),
+        (
+            "PUT",
+            "/pmem/p_1",
+            r#"{"id":"p_1","path_on_host":"/p","root_device":true,"read_only":true,
+                "rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#,
+            &["id", "path_on_host"],
+        ),
+        ("PATCH", "/pmem/p_1", r#"{"id":"p_1","rate_limiter":{}}"#, &["id"]),
         ("PUT", "/entropy", r#"{"rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#, &[]),
         ("PUT", "/serial", r#"{"serial_out_path":"/s","rate_limiter":{"size":1,"refill_time":2}}"#, &[]),
         (
@@ -565,7 +587,7 @@ mod tests {
     #[test]
     fn each_endpoint_has_exactly_the_methods_of_its_row() {
         for (_, template, methods) in ENDPOINTS {
-            let path = template.replace("{drive_id}", "d").replace("{iface_id}", "d");
+            let path = template.replace("{drive_id}", "d").replace("{iface_id}", "d").replace("{id}", "d");
             for method in ["GET", "PUT", "PATCH", "DELETE", "POST", "HEAD"] {
                 let body = if matches!(method, "PUT" | "PATCH") { "{" } else { "" };
                 let known = match route(method, &path, body.as_bytes()) {

@@ -69,6 +69,10 @@ pub enum Request {
     PutNetworkInterface(NetworkInterface),
     /// `PATCH /network-interfaces/{iface_id}`
     PatchNetworkInterface(NetworkInterfaceUpdate),
+    /// `PUT /pmem/{id}`
+    PutPmem(Pmem),
+    /// `PATCH /pmem/{id}`
+    PatchPmem(PmemUpdate),
     /// `PUT /console`
     PutConsole(Console),
     /// `PUT /entropy`
@@ -330,6 +334,34 @@ pub struct NetworkInterfaceUpdate {
     pub tx_rate_limiter: Option<RateLimiter>,
 }
 
+/// Body of `PUT /pmem/{id}`: a file that the guest sees as persistent memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pmem {
+    /// The id of the path.
+    pub id: String,
+    /// A file or a block device.
+    pub path_on_host: PathBuf,
+    /// The guest boots from it.
+    #[serde(default)]
+    pub root_device: bool,
+    /// The guest's writes have no effect.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Of flushes; each counts as one request, and as bytes with the size of the file.
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// Body of `PATCH /pmem/{id}`: `None` leaves the limits as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemUpdate {
+    /// The id of the path.
+    pub id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
 /// Limits of bytes and of requests; `None` is unlimited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -507,6 +539,8 @@ pub struct VmConfig {
     pub drives: Vec<Drive>,
     #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
+    #[serde(default)]
+    pub pmem: Vec<Pmem>,
     pub boot_source: BootSource,
     pub cpu_config: Option<CpuConfigSource>,
     pub logger: Option<Logger>,
@@ -524,8 +558,6 @@ pub struct VmConfig {
     pub memory_hotplug: Absent,
     #[serde(default)]
     pub mmds_config: Absent,
-    #[serde(default)]
-    pub pmem: Vec<Absent>,
     #[serde(default)]
     pub vsock: Absent,
 }

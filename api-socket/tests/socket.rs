@@ -172,6 +172,14 @@ fn one_of_each() -> Vec<Request> {
             rx_rate_limiter: rate_limiter,
             tx_rate_limiter: rate_limiter,
         }),
+        Request::PutPmem(Pmem {
+            id: "p_1".to_string(),
+            path_on_host: "/p".into(),
+            root_device: true,
+            read_only: true,
+            rate_limiter,
+        }),
+        Request::PatchPmem(PmemUpdate { id: "p_1".to_string(), rate_limiter }),
         Request::PutEntropy(Entropy { rate_limiter }),
         Request::PutSerial(Serial { serial_out_path: Some("/o".into()), rate_limiter: bucket }),
         Request::PutLogger(Logger {

@@ -39,6 +39,7 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         | Request::PutCpuConfig(_)
         | Request::PutDrive(_)
         | Request::PutNetworkInterface(_)
+        | Request::PutPmem(_)
         | Request::PutConsole(_)
         | Request::PutEntropy(_)
         | Request::PutSerial(_)
@@ -48,6 +49,7 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
 
         Request::PatchDrive(_)
         | Request::PatchNetworkInterface(_)
+        | Request::PatchPmem(_)
         | Request::Action(ActionType::FlushMetrics | ActionType::SendCtrlAltDel) => {
             after_start(state, Accept)
         }
@@ -80,7 +82,7 @@ mod tests {
     use super::*;
     use api_socket::{
         BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig,
-        MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Serial,
+        MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial,
     };
 
     /// Each request with its verdict when not started, running and paused.
@@ -115,6 +117,8 @@ mod tests {
             (Request::PutConsole(Console::default()), pre),
             (Request::PutNetworkInterface(NetworkInterface::default()), pre),
             (Request::PatchNetworkInterface(NetworkInterfaceUpdate::default()), post),
+            (Request::PutPmem(Pmem::default()), pre),
+            (Request::PatchPmem(PmemUpdate::default()), post),
         ]
     }
 
@@ -158,9 +162,11 @@ mod tests {
             Request::PutConsole(_) => 20,
             Request::PutNetworkInterface(_) => 21,
             Request::PatchNetworkInterface(_) => 22,
+            Request::PutPmem(_) => 23,
+            Request::PatchPmem(_) => 24,
         };
         let places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
-        assert_eq!(places, (0..23).collect::<Vec<_>>());
+        assert_eq!(places, (0..25).collect::<Vec<_>>());
     }
 
     #[test]

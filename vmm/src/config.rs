@@ -7,6 +7,7 @@
 
 mod cmdline;
 pub mod network;
+pub mod pmem;
 mod reach;
 
 use std::fs::{File, OpenOptions};
@@ -18,12 +19,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use api_socket::{
     BootSource, CpuConfig, CpuTemplate, DriveUpdate, Entropy, Fault, HugePages, IoEngine, MachineConfig,
-    MachineConfigUpdate, NetworkInterface, NetworkInterfaceUpdate, Reply, Request, TokenBucket, VCPU_COUNT,
-    VmConfig,
+    MachineConfigUpdate, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request,
+    TokenBucket, VCPU_COUNT, VmConfig,
 };
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 
 use self::network::{Interface, Interfaces};
+use self::pmem::{PmemFile, Pmems, second_root};
 use crate::args::Identity;
 use crate::handed::Handed;
 use crate::memory::{ByteSize, Pages};
@@ -53,6 +55,7 @@ pub struct Config {
     /// The root device first, if there is one. The files are there until the guest has started.
     drives: Vec<(api_socket::Drive, Option<File>)>,
     interfaces: Interfaces,
+    pmems: Pmems,
     serial: Serial,
 }
 
@@ -116,6 +119,7 @@ impl Config {
             has_started: false,
             drives: Vec::new(),
             interfaces: Interfaces::default(),
+            pmems: Pmems::default(),
             serial: Serial::default(),
         })
     }
@@ -136,6 +140,7 @@ impl Config {
             }
             Request::PutDrive(drive) => self.put_drive(drive),
             Request::PutNetworkInterface(interface) => self.put_interface(interface),
+            Request::PutPmem(pmem) => self.put_pmem(pmem),
             Request::PutConsole(console) => self.put_console(console),
             Request::PutEntropy(entropy) => self.put_entropy(entropy),
             Request::PutSerial(serial) => self.put_serial(&serial),
@@ -163,7 +168,7 @@ impl Config {
     /// It is longer than a kernel takes.
     pub fn command_line(&self, more: &str) -> Result<String, Fault> {
         let given = self.boot_source.as_ref().and_then(|source| source.boot_args.as_deref());
-        let additions = [self.root().map_or_else(String::new, root_argument), more.to_string()];
+        let additions = [self.root_argument(), more.to_string()];
         cmdline::compose(given.unwrap_or(cmdline::default_args(self.identity)), &additions)
     }
 
@@ -197,6 +202,7 @@ impl Config {
             *file = None;
         }
         self.interfaces.close();
+        self.pmems.close();
     }
 
     /// Where the guest's console output goes. Never waits for a reader: what cannot be written is an error.
@@ -269,11 +275,33 @@ impl Config {
         self.interfaces.updated(update);
     }
 
+    /// The persistent memory devices, each with a descriptor of its own.
+    ///
+    /// # Errors
+    /// Those of `dup`; and after [`Config::started`].
+    pub fn pmems(&self) -> io::Result<Vec<PmemFile>> {
+        self.pmems.open()
+    }
+
+    /// The settings of the persistent memory with this id.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn pmem(&self, id: &str) -> Result<&Pmem, Fault> {
+        self.pmems.find(id)
+    }
+
+    /// Takes down that a running guest's persistent memory has been changed.
+    pub fn pmem_updated(&mut self, update: &PmemUpdate) {
+        self.pmems.updated(update);
+    }
+
     /// The reply of `GET /vm/config`.
     pub fn wire(&self) -> VmConfig {
         VmConfig {
             drives: self.drives.iter().map(|(drive, _)| drive.clone()).collect(),
             network_interfaces: self.interfaces.settings().cloned().collect(),
+            pmem: self.pmems.settings().cloned().collect(),
             boot_source: self.boot_source.clone().unwrap_or_default(),
             machine_config: Some(self.machine.wire()),
             entropy: self.entropy,
@@ -384,6 +412,19 @@ impl Config {
         })
     }
 
+    /// What tells the kernel of the root device; empty when there is none.
+    fn root_argument(&self) -> String {
+        let (device, read_only) = match (self.root(), self.pmems.root()) {
+            (Some(drive), _) => {
+                let partition = drive.partuuid.as_ref().map(|partuuid| format!("PARTUUID={partuuid}"));
+                (partition.unwrap_or("/dev/vda".into()), drive.is_read_only.unwrap_or(false))
+            }
+            (None, Some((number, pmem))) => (format!("/dev/pmem{number}"), pmem.read_only),
+            (None, None) => return String::new(),
+        };
+        format!("root={device} {}", if read_only { "ro" } else { "rw" })
+    }
+
     fn root(&self) -> Option<&api_socket::Drive> {
         self.drives.first().map(|(drive, _)| drive).filter(|drive| drive.is_root_device)
     }
@@ -393,11 +434,12 @@ impl Config {
             && settings.is_root_device
             && root.drive_id != settings.drive_id
         {
-            return Err(Fault::bad_request(format!(
-                "`is_root_device` is true for drive {:?}, and drive {:?} is the root device already; a guest has one. \
-                 Set it to false for one of them.",
-                settings.drive_id, root.drive_id
-            )));
+            return Err(second_root("is_root_device", &settings.drive_id, &root.drive_id));
+        }
+        if let Some((_, root)) = self.pmems.root()
+            && settings.is_root_device
+        {
+            return Err(second_root("is_root_device", &settings.drive_id, &root.id));
         }
         if place.is_some() {
             return Ok(());
@@ -409,6 +451,7 @@ impl Config {
     fn check_room(&self, device: &str) -> Result<(), Fault> {
         let taken = self.drives.len()
             + self.interfaces.settings().count()
+            + self.pmems.settings().count()
             + usize::from(self.entropy.is_some())
             + usize::from(self.console_settings.is_some());
         let capacity = slots::capacity(self.pci);
@@ -421,7 +464,7 @@ impl Config {
         };
         Err(Fault::bad_request(format!(
             "{device} would be one device too many: the guest has room for {capacity}, drives, network \
-             interfaces, entropy device and console together.{advice}"
+             interfaces, persistent memories, entropy device and console together.{advice}"
         )))
     }
 
@@ -438,6 +481,19 @@ impl Config {
         }
         self.entropy = Some(settings);
         Ok(())
+    }
+
+    fn put_pmem(&mut self, settings: Pmem) -> Result<(), Fault> {
+        if let Some(root) = self.root()
+            && settings.root_device
+        {
+            return Err(second_root("root_device", &settings.id, &root.drive_id));
+        }
+        if self.pmems.find(&settings.id).is_err() {
+            self.check_room(&format!("`id` is {:?}, which", settings.id))?;
+        }
+        let file = self.open_drive(&settings.path_on_host, settings.read_only)?;
+        self.pmems.put(settings, file)
     }
 
     fn put_console(&mut self, settings: api_socket::Console) -> Result<(), Fault> {
@@ -568,15 +624,6 @@ fn check_partuuid(partuuid: &str, is_root_device: bool) -> Result<(), Fault> {
 }
 
 /// What tells the kernel its root device. It is the first drive, so that it has the first name.
-fn root_argument(drive: &api_socket::Drive) -> String {
-    let device = match &drive.partuuid {
-        Some(partuuid) => format!("PARTUUID={partuuid}"),
-        None => "/dev/vda".to_string(),
-    };
-    let mode = if drive.is_read_only.unwrap_or(false) { "ro" } else { "rw" };
-    format!("root={device} {mode}")
-}
-
 fn bucket(limit: TokenBucket) -> Bucket {
     let one_time_burst = limit.one_time_burst.unwrap_or(0);
     Bucket { size: limit.size, one_time_burst, refill_ms: limit.refill_time }

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::args::Identity;
 use crate::boot::{self, BootError};
 use crate::config::Config;
+use crate::file_memory::FileMemory;
 use crate::host::KvmHost;
 use crate::io_thread::IoThread;
 use crate::machine::{self, Board, Machine, MachineError};
@@ -22,6 +23,7 @@ use crate::x86_64::acpi::{self, AcpiError};
 use crate::x86_64::capabilities::{self, MissingCapability};
 use crate::x86_64::cpuid::{Cpuid, CpuidError, Topology};
 use crate::x86_64::interrupts::Interrupts;
+use crate::x86_64::layout;
 use crate::x86_64::msr::{self, MsrError};
 use crate::x86_64::ports;
 use crate::x86_64::registers::{self, RegisterError};
@@ -46,8 +48,9 @@ pub struct Guest {
     pub exits: Arc<ExitCounters>,
     vcpus: Vec<Vcpu>,
     // Kept for their lifetime: a machine without virtio devices needs no io thread, and has one; KVM's memory slots point
-    // into the memory.
+    // into the files and the memory.
     _host: Arc<KvmHost>,
+    _files: FileMemory,
     _memory: GuestMemory,
     _vm: Arc<VmFd>,
 }
@@ -81,21 +84,27 @@ impl Guest {
         let (io, idle) = IoThread::new()?;
         let host = Arc::new(KvmHost { vm: vm.clone(), interrupts: interrupts.clone(), io });
         let ram = memory.handle();
+        let bits = cpuid.physical_bits();
+        // A guest without room for PCI has none for files either, and is refused below.
+        let space = layout::file_memory(settings.memory.bytes(), bits).unwrap_or_default();
+        let slots = memory.regions().len() as u32;
+        let mut files = FileMemory::new(vm.clone(), ram.clone(), space, slots);
         let board = Board {
             host: host.clone(),
             interrupts,
             ram: ram.clone(),
             ram_size: settings.memory,
-            physical_bits: cpuid.physical_bits(),
+            physical_bits: bits,
             pci: around.pci,
             boot_timer: around.boot_timer,
             serial_room: around.serial_room.try_clone()?,
             vcpus: vcpu_count,
         };
-        let machine = machine::build(config, board)?;
+        // RAM alone, as what is loaded goes by its size: there will be files above it.
+        let ram = vm_memory::GuestAddressSpace::memory(&ram);
+        let machine = machine::build(config, board, &mut files)?;
 
         let cmdline = config.command_line("")?;
-        let ram = vm_memory::GuestAddressSpace::memory(&ram);
         let entry = boot::load(&ram, &source.kernel, source.initrd.as_ref(), &cmdline)?;
         acpi::write(&ram, &machine.tables())?;
         reset_vector::write(&ram).map_err(BootError::Memory)?;
@@ -122,7 +131,7 @@ impl Guest {
             .collect::<io::Result<_>>()?;
         // Last, so that a start which fails has not to end it.
         idle.spawn(around.identity.io_thread(), around.sandbox.clone())?;
-        Ok(Self { machine, exits, vcpus, _host: host, _memory: memory, _vm: vm })
+        Ok(Self { machine, exits, vcpus, _host: host, _files: files, _memory: memory, _vm: vm })
     }
 
     /// Lets devices and then vCPUs run.

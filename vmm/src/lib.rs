@@ -8,6 +8,7 @@ pub mod boot_timer;
 pub mod config;
 pub mod control;
 pub mod faults;
+pub mod file_memory;
 pub mod guest;
 pub mod handed;
 pub mod heap;

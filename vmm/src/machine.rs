@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot_timer::BootTimer;
 use crate::config::Config;
+use crate::file_memory::FileMemory;
 use crate::host::KvmHost;
 use crate::memory::ByteSize;
 use crate::metrics::Metrics;
@@ -62,8 +63,8 @@ pub struct Machine {
     vcpus: u32,
 }
 
-/// Puts every device in its place.
-pub fn build(config: &Config, board: Board) -> Result<Machine, MachineError> {
+/// Puts every device in its place, and what must be in guest memory into `files`.
+pub fn build(config: &Config, board: Board, files: &mut FileMemory) -> Result<Machine, MachineError> {
     let mut buses = Buses::default();
     let line = |gsi| board.interrupts.line(gsi);
 
@@ -97,6 +98,9 @@ pub fn build(config: &Config, board: Board) -> Result<Machine, MachineError> {
     }
     for interface in config.interfaces()? {
         virtio.add_interface(interface, &board, &mut buses.mmio)?;
+    }
+    for pmem in config.pmems()? {
+        virtio.add_pmem(pmem, files, &board, &mut buses.mmio)?;
     }
     if let Some(entropy) = &config.entropy {
         virtio.add_entropy(entropy, &board, &mut buses.mmio)?;
@@ -142,6 +146,11 @@ impl Machine {
     /// Gives a network interface other limits while the guest runs.
     pub fn update_interface(&self, update: &NetworkInterfaceUpdate) {
         self.virtio.update_interface(update);
+    }
+
+    /// Gives persistent memory other limits while the guest runs.
+    pub fn update_pmem(&self, id: &str, limits: RateLimiter) {
+        self.virtio.update_pmem(id, limits);
     }
 
     /// Stops every device; see [`devices::virtio::transport::Transport::pause`]. Only while no vCPU runs.

@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use api_socket::{Endpoint, Fault, Method};
 use devices::times::Times;
 use devices::virtio::transport::Shared;
-use devices::virtio::{blk, console, net, rng};
+use devices::virtio::{blk, console, net, pmem, rng};
 use devices::{i8042, serial};
 use serde::Serialize;
 
@@ -207,6 +207,17 @@ impl Metrics {
             tell_times(tell, &TAP_WRITE, &c.tap_write_time);
         };
         self.add("net", Some(id), Box::new(source));
+    }
+
+    /// Adds persistent memory, in the group of all and in one of its own.
+    pub fn add_pmem(&mut self, id: &str, counters: Arc<pmem::Counters>) {
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            tell("queue_event_count", load(&counters.queue_event_count));
+            tell("event_fails", load(&counters.event_fails));
+            tell("rate_limiter_event_count", load(&counters.rate_limiter_event_count));
+            tell("rate_limiter_throttled_events", load(&counters.rate_limiter_throttled_events));
+        };
+        self.add("pmem", Some(id), Box::new(source));
     }
 
     /// Adds the console. A group of our own.
@@ -417,6 +428,7 @@ const REQUESTS: &[Row] = &[
     ("put_api_requests", Method::Put, Endpoint::CpuConfig, "cpu_cfg_count", Some("cpu_cfg_fails")),
     ("put_api_requests", Method::Put, Endpoint::Drive, "drive_count", Some("drive_fails")),
     ("put_api_requests", Method::Put, Endpoint::NetworkInterface, "network_count", Some("network_fails")),
+    ("put_api_requests", Method::Put, Endpoint::Pmem, "pmem_count", Some("pmem_fails")),
     // A key of our own.
     ("put_api_requests", Method::Put, Endpoint::Console, "console_count", Some("console_fails")),
     ("put_api_requests", Method::Put, Endpoint::Entropy, "entropy_count", Some("entropy_fails")),
@@ -432,6 +444,7 @@ const REQUESTS: &[Row] = &[
     ("put_api_requests", Method::Put, Endpoint::Serial, "serial_count", Some("serial_fails")),
     ("patch_api_requests", Method::Patch, Endpoint::Drive, "drive_count", Some("drive_fails")),
     ("patch_api_requests", Method::Patch, Endpoint::NetworkInterface, "network_count", Some("network_fails")),
+    ("patch_api_requests", Method::Patch, Endpoint::Pmem, "pmem_count", Some("pmem_fails")),
     (
         "patch_api_requests",
         Method::Patch,

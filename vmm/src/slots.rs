@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api_socket::{NetworkInterfaceUpdate, RateLimiter};
@@ -16,11 +17,14 @@ use devices::virtio::console::{self, Console};
 use devices::virtio::mmio::{self, Mmio};
 use devices::virtio::net::{self, Net};
 use devices::virtio::pci::{Pci, PciError};
+use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::rng::{Config as RngConfig, Rng};
 use devices::virtio::transport::{NewError, SharedDevice};
 
 use crate::config::network::Interface;
+use crate::config::pmem::PmemFile;
 use crate::config::{self, Drive};
+use crate::file_memory::{FileMemory, FileMemoryError};
 use crate::machine::Board;
 use crate::metrics::Metrics;
 use crate::x86_64::acpi::{PciWindows, VirtioMmio};
@@ -44,6 +48,7 @@ pub struct Slots {
     places: Vec<Place>,
     drives: Vec<(String, Arc<Mutex<Blk>>)>,
     interfaces: Vec<(String, Arc<Mutex<Net>>)>,
+    pmems: Vec<(String, Arc<Mutex<Pmem>>)>,
     entropy: Option<Arc<Mutex<Rng>>>,
     console: Option<Arc<Mutex<Console>>>,
     way: Way,
@@ -69,6 +74,7 @@ impl Slots {
             places: Vec::new(),
             drives: Vec::new(),
             interfaces: Vec::new(),
+            pmems: Vec::new(),
             entropy: None,
             console: None,
             way,
@@ -114,6 +120,25 @@ impl Slots {
         let net = Arc::new(Mutex::new(Net::new(config, None)?));
         self.plug(net.clone(), board, bus)?;
         self.interfaces.push((settings.iface_id, net));
+        Ok(())
+    }
+
+    /// A persistent memory device, and its file in guest memory.
+    pub fn add_pmem(
+        &mut self,
+        pmem: PmemFile,
+        files: &mut FileMemory,
+        board: &Board,
+        bus: &mut Bus,
+    ) -> Result<(), SlotsError> {
+        let PmemFile { settings, file } = pmem;
+        let range = files
+            .map(&file, settings.read_only)
+            .map_err(|error| SlotsError::File { path: settings.path_on_host.clone(), error })?;
+        let config = pmem::Config { file, range, limits: limits(settings.rate_limiter.as_ref()) };
+        let pmem = Arc::new(Mutex::new(Pmem::new(config, None)?));
+        self.plug(pmem.clone(), board, bus)?;
+        self.pmems.push((settings.id, pmem));
         Ok(())
     }
 
@@ -187,6 +212,13 @@ impl Slots {
         }
     }
 
+    /// Gives persistent memory other limits.
+    pub fn update_pmem(&self, id: &str, change: RateLimiter) {
+        if let Some((_, pmem)) = self.pmems.iter().find(|(known, _)| known == id) {
+            lock(pmem).set_limits(limits(Some(&change)));
+        }
+    }
+
     /// Stops every device.
     pub fn pause(&self) {
         for place in &self.places {
@@ -220,6 +252,9 @@ impl Slots {
         }
         for (id, net) in &self.interfaces {
             metrics.add_net(id, lock(net).counters());
+        }
+        for (id, pmem) in &self.pmems {
+            metrics.add_pmem(id, lock(pmem).counters());
         }
         if let Some(rng) = &self.entropy {
             metrics.add_entropy(lock(rng).counters());
@@ -295,7 +330,8 @@ fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug, thiserror::Error)]
 pub enum SlotsError {
     #[error(
-        "there is no room for another virtio device beside {devices}; give the guest fewer drives and network interfaces"
+        "there is no room for another virtio device beside {devices}; give the guest fewer drives, network \
+         interfaces and persistent memories"
     )]
     Full { devices: usize },
     #[error(
@@ -303,6 +339,8 @@ pub enum SlotsError {
          guest less memory"
     )]
     NoWindow { mib: u64, bits: u8 },
+    #[error("pmem: `path_on_host` is {}: {error}", .path.display())]
+    File { path: PathBuf, error: FileMemoryError },
     #[error("{0}")]
     Add(#[from] AddError),
     #[error("{0}")]

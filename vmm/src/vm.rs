@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use api_socket::{
-    ActionType, DriveUpdate, Fault, InstanceInfo, InstanceState, NetworkInterfaceUpdate, Reply, Request,
-    Version, VmState,
+    ActionType, DriveUpdate, Fault, InstanceInfo, InstanceState, NetworkInterfaceUpdate, PmemUpdate, Reply,
+    Request, Version, VmState,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -155,6 +155,7 @@ impl Vm {
             Request::PatchVm(VmState::Resumed) => self.resume()?,
             Request::PatchDrive(update) => self.update_drive(update)?,
             Request::PatchNetworkInterface(update) => self.update_interface(update)?,
+            Request::PatchPmem(update) => self.update_pmem(update)?,
             other => return Err(Fault::bad_request(format!("{other:?} is not supported by this version"))),
         }
         Ok(Reply::Empty)
@@ -225,6 +226,15 @@ impl Vm {
         };
         self.guest()?.machine.update_interface(&update);
         self.config.interface_updated(&update);
+        Ok(())
+    }
+
+    fn update_pmem(&mut self, update: PmemUpdate) -> Result<(), Fault> {
+        let before = self.config.pmem(&update.id)?.rate_limiter;
+        if let Some(limits) = update.rate_limiter.and_then(|change| changed(before, Some(change))) {
+            self.guest()?.machine.update_pmem(&update.id, limits);
+        }
+        self.config.pmem_updated(&update);
         Ok(())
     }
 

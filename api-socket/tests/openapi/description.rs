@@ -62,7 +62,7 @@ impl Operation<'_> {
 
     /// The path with an id in it that the examples of the schemas have too.
     pub fn example_path(&self) -> String {
-        self.path.replace("{drive_id}", "rootfs").replace("{iface_id}", "eth0")
+        self.path.replace("{drive_id}", "rootfs").replace("{iface_id}", "eth0").replace("{id}", "pmem0")
     }
 }
 

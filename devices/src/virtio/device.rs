@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::host::Source;
 use crate::memory::Memory;
 use crate::virtio::queue::Queue;
-use crate::virtio::{blk, console, net, rng};
+use crate::virtio::{blk, console, net, pmem, rng};
 
 /// A device model behind any transport. The transport holds its lock for every call; none may block.
 pub trait VirtioDevice: Send {
@@ -71,6 +71,7 @@ pub enum DeviceType {
     Block = 2,
     Console = 3,
     Entropy = 4,
+    PersistentMemory = 27,
 }
 
 /// What a running device owns until `stop`.
@@ -103,6 +104,7 @@ pub enum DeviceState {
     Console(console::State),
     Entropy(rng::State),
     Network(net::State),
+    PersistentMemory(pmem::State),
 }
 
 /// Why a device could not start; the driver sees DEVICE_NEEDS_RESET.

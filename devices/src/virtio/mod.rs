@@ -8,6 +8,7 @@ mod echo;
 pub mod mmio;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]

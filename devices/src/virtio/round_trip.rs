@@ -14,6 +14,7 @@ use crate::virtio::blk::{self, Blk};
 use crate::virtio::console::{self, Console, Size};
 use crate::virtio::device::{DeviceState, VirtioDevice};
 use crate::virtio::net::{self, Net};
+use crate::virtio::pmem::{self, Pmem};
 use crate::virtio::queue::{Queue, QueueState};
 use crate::virtio::rng::{self, Rng};
 use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
@@ -153,6 +154,32 @@ fn rng() {
 #[test]
 fn rng_that_is_held_back() {
     nothing_is_lost(rng_of(a_few_at_a_time()), 0, |driver| vec![driver.room(64)]);
+}
+
+fn pmem_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Pmem {
+    let file = tempfile::tempfile().unwrap();
+    move |state| {
+        let config = pmem::Config { file: file.try_clone().unwrap(), range: 1 << 32..1 << 33, limits };
+        let state = state.map(|state| match state {
+            DeviceState::PersistentMemory(state) => state,
+            other => panic!("{other:?}"),
+        });
+        Pmem::new(config, state).unwrap()
+    }
+}
+
+fn pmem_flush(driver: &mut Driver) -> Vec<Buffer> {
+    vec![driver.data(&[0; 4]), driver.room(4)]
+}
+
+#[test]
+fn pmem() {
+    nothing_is_lost(pmem_of(Limits::default()), 0, pmem_flush);
+}
+
+#[test]
+fn pmem_that_is_held_back() {
+    nothing_is_lost(pmem_of(a_few_at_a_time()), 0, pmem_flush);
 }
 
 fn console(state: Option<DeviceState>) -> Console {

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use berth_fuzz::saved_state::{blk, console, net, rng};
+use berth_fuzz::saved_state::{blk, console, net, pmem, rng};
 use devices::testing::FakeHost;
 use devices::virtio::pci::Pci;
 use devices::virtio::testing;
@@ -44,6 +44,9 @@ fn seeds() -> Vec<Seed> {
         ("net", "limited", net_both_ways(13)),
         ("net", "pairs", net_pairs()),
         ("net", "broken", hostile(&[3])),
+        ("pmem", "flush", pmem_flushes(0)),
+        ("pmem", "limited", pmem_flushes(12)),
+        ("pmem", "broken", hostile(&[0])),
         ("ports", "uart", ports_uart()),
         ("ports", "others", ports_others()),
         ("pci_config", "scan", pci_scan()),
@@ -94,14 +97,16 @@ fn json() -> Vec<Seed> {
             r#"{"iface_id":"d","host_dev_name":"tap0","guest_mac":"06:00:ac:10:00:02","mtu":1500,"queue_pairs":2}"#,
         ),
         ("network-patch", 7, r#"{"iface_id":"d","rx_rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#),
-        ("console", 8, r#"{"columns":80}"#),
-        ("entropy", 9, "{}"),
-        ("serial", 10, r#"{"serial_out_path":"/s"}"#),
-        ("logger", 11, r#"{"level":"Debug","log_path":"/l","show_level":true}"#),
-        ("metrics", 12, r#"{"metrics_path":"/m"}"#),
-        ("action", 13, r#"{"action_type":"InstanceStart"}"#),
-        ("vm", 14, r#"{"state":"Paused"}"#),
-        ("config-file", 15, &config),
+        ("pmem", 8, r#"{"id":"d","path_on_host":"/p","read_only":true}"#),
+        ("pmem-patch", 9, r#"{"id":"d","rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#),
+        ("console", 10, r#"{"columns":80}"#),
+        ("entropy", 11, "{}"),
+        ("serial", 12, r#"{"serial_out_path":"/s"}"#),
+        ("logger", 13, r#"{"level":"Debug","log_path":"/l","show_level":true}"#),
+        ("metrics", 14, r#"{"metrics_path":"/m"}"#),
+        ("action", 15, r#"{"action_type":"InstanceStart"}"#),
+        ("vm", 16, r#"{"state":"Paused"}"#),
+        ("config-file", 17, &config),
     ];
     bodies.map(|(name, choice, body)| ("json", name, [&[choice], body.as_bytes()].concat())).into()
 }
@@ -221,6 +226,15 @@ fn net_both_ways(flags: u8) -> Vec<u8> {
     let header = [1, 1, 54, 0, 20, 0, 34, 0, 16, 0, 0, 0];
     let memory: [(u16, &[u8]); 1] = [(0x2000, &header)];
     [vec![flags], chains(&[room, frame, small, frame, room, room], &memory)].concat()
+}
+
+/// Flushes, one of them without room for its answer, and a request that is none.
+fn pmem_flushes(flags: u8) -> Vec<u8> {
+    let flush: (u8, &[Buffer]) = (0, &[(0x2000, 4, false), (0x2100, 4, true)]);
+    let mute: (u8, &[Buffer]) = (0, &[(0x2000, 4, false)]);
+    let other: (u8, &[Buffer]) = (0, &[(0x2200, 4, false), (0x2100, 4, true)]);
+    let memory: [(u16, &[u8]); 2] = [(0x2000, &[0; 4]), (0x2200, &[1, 0, 0, 0])];
+    [vec![flags], chains(&[flush, mute, other, flush], &memory)].concat()
 }
 
 /// Two queue pairs, enabled by a command; then both are used.
@@ -399,11 +413,12 @@ fn elf(pvh: bool) -> Vec<u8> {
 }
 
 fn saved_states() -> Vec<Seed> {
-    let devices: [(&str, SharedDevice); 4] = [
+    let devices: [(&str, SharedDevice); 5] = [
         ("blk", Arc::new(Mutex::new(blk(None)))),
         ("console", Arc::new(Mutex::new(console(None)))),
         ("rng", Arc::new(Mutex::new(rng(None)))),
         ("net", Arc::new(Mutex::new(net(None)))),
+        ("pmem", Arc::new(Mutex::new(pmem(None)))),
     ];
     let save = |(name, device)| {
         let host = Arc::new(FakeHost::new());

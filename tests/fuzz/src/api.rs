@@ -68,6 +68,8 @@ const ENDPOINTS: &[(&str, &str)] = &[
     ("PATCH", "/drives/d"),
     ("PUT", "/network-interfaces/d"),
     ("PATCH", "/network-interfaces/d"),
+    ("PUT", "/pmem/d"),
+    ("PATCH", "/pmem/d"),
     ("PUT", "/console"),
     ("PUT", "/entropy"),
     ("PUT", "/serial"),

@@ -14,6 +14,7 @@ use devices::virtio::blk::{self, Blk, Cache};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::{DeviceState, VirtioDevice};
 use devices::virtio::net::{self, Net};
+use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::queue::Queue;
 use devices::virtio::rng::{self, Rng};
 use devices::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
@@ -144,6 +145,20 @@ fn new_net(tap: Tap, flags: u8, state: Option<DeviceState>) -> Net {
         other => panic!("{other:?}"),
     });
     Net::new(config, state).unwrap()
+}
+
+pub fn pmem(data: &[u8]) {
+    crate::log_to_nowhere();
+    let flags = data.first().copied().unwrap_or(0);
+    let file = tempfile::tempfile().unwrap();
+    drive(data.get(1..).unwrap_or_default(), |state| {
+        let config = pmem::Config { file: file.try_clone().unwrap(), range: 0..0, limits: limits(flags) };
+        let state = state.map(|state| match state {
+            DeviceState::PersistentMemory(state) => state,
+            other => panic!("{other:?}"),
+        });
+        Pmem::new(config, state).unwrap()
+    });
 }
 
 /// A writer that takes a little, or fails in one of its ways.

@@ -11,6 +11,7 @@ use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::DeviceState;
 use devices::virtio::net::{self, Net};
 use devices::virtio::pci::{self, Pci};
+use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::rng::{self, Rng};
 use devices::virtio::testing;
 use devices::virtio::transport::SharedDevice;
@@ -26,6 +27,7 @@ pub fn saved_state(data: &[u8]) {
         DeviceState::Console(state) => Arc::new(Mutex::new(console(Some(state)))),
         DeviceState::Entropy(state) => Arc::new(Mutex::new(rng(Some(state)))),
         DeviceState::Network(state) => Arc::new(Mutex::new(net(Some(state)))),
+        DeviceState::PersistentMemory(state) => Arc::new(Mutex::new(pmem(Some(state)))),
     };
     let host = FakeHost::new();
     let memory = testing::ram(RAM);
@@ -64,4 +66,9 @@ pub fn net(state: Option<net::State>) -> Net {
     let limits = Limits::default();
     let config = net::Config { tap, mac: None, mtu: None, receive_limits: limits, transmit_limits: limits };
     Net::new(config, state).unwrap()
+}
+
+pub fn pmem(state: Option<pmem::State>) -> Pmem {
+    let file = tempfile::tempfile().unwrap();
+    Pmem::new(pmem::Config { file, range: 0..0, limits: Limits::default() }, state).unwrap()
 }

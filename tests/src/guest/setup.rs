@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use api_socket::{BootSource, CacheType, Drive, Entropy, MachineConfig, NetworkInterface, Request};
+use api_socket::{BootSource, CacheType, Drive, Entropy, MachineConfig, NetworkInterface, Pmem, Request};
 
 use super::{Name, asset};
 use crate::host::provide;
@@ -24,6 +24,7 @@ pub struct Setup {
     pub initramfs: bool,
     pub drives: Vec<Drive>,
     pub interfaces: Vec<NetworkInterface>,
+    pub pmems: Vec<Pmem>,
     pub entropy: bool,
     /// All of the kernel command line but for [`CONSOLE`] and how much the kernel says.
     pub command_line: String,
@@ -51,6 +52,7 @@ impl Default for Setup {
             initramfs: true,
             drives: Vec::new(),
             interfaces: Vec::new(),
+            pmems: Vec::new(),
             entropy: false,
             command_line: String::new(),
             arguments: Vec::new(),
@@ -85,6 +87,7 @@ impl Setup {
         let mut requests = vec![Request::PutMachineConfig(machine), Request::PutBootSource(boot)];
         requests.extend(self.drives.iter().cloned().map(Request::PutDrive));
         requests.extend(self.interfaces.iter().cloned().map(Request::PutNetworkInterface));
+        requests.extend(self.pmems.iter().cloned().map(Request::PutPmem));
         requests.extend(self.entropy.then(|| Request::PutEntropy(Entropy::default())));
         requests
     }

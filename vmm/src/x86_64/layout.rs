@@ -7,6 +7,7 @@
 //! 0xc0000000  the hole: boot timer, virtio-mmio, PCI window, ECAM, IOAPIC, LAPIC, KVM's own pages
 //!      4 GiB  RAM above the hole
 //!        ...  64-bit PCI window, above all RAM
+//!        ...  files as persistent memory, to the end of what the CPUs address
 //! ```
 //!
 //! Only numbers: nothing is mapped or written here.
@@ -115,6 +116,14 @@ pub fn pci_window_64(ram_size: u64, physical_bits: u8) -> Option<Range<u64>> {
     (end.checked_sub(start)? >= PCI_WINDOW_64_MIN).then_some(start..end)
 }
 
+/// Guest addresses for files: from the PCI window to the end of what CPUs with `physical_bits` address lines can reach.
+/// `None` when there is no window.
+pub fn file_memory(ram_size: u64, physical_bits: u8) -> Option<Range<u64>> {
+    let window = pci_window_64(ram_size, physical_bits)?;
+    let limit = 1u64.checked_shl(physical_bits.into())?;
+    Some(window.end..limit)
+}
+
 // I/O ports.
 
 /// First serial port (COM1): 16550.
@@ -207,5 +216,12 @@ mod tests {
         assert_eq!(pci_window_64(63 * GIB, 36), None);
         assert_eq!(pci_window_64(MAX_RAM, 46), None);
         assert_eq!(pci_window_64(u64::MAX - 4 * GIB, 255), None);
+    }
+
+    #[test]
+    fn files_have_what_the_window_leaves() {
+        assert_eq!(file_memory(128 * MIB, 40), Some(68 * GIB..1024 * GIB));
+        assert_eq!(file_memory(128 * MIB, 36), Some(64 * GIB..64 * GIB));
+        assert_eq!(file_memory(63 * GIB, 36), None);
     }
 }

@@ -1,0 +1,236 @@
+//! Files of the host in guest memory: each has a KVM memory slot of its own above the PCI window, where a persistent
+//! memory device tells the guest of it. Devices reach it like RAM, so that a guest can read from a disk into it.
+//!
+//! Does not open or flush files, and no part of what is here is RAM to the guest.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::{Arc, PoisonError};
+
+use devices::memory::Memory;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestRegionMmap};
+
+use crate::x86_64::layout;
+
+/// Addresses and sizes are multiples of this, in bytes: Linux makes persistent memory of no smaller parts (its sections
+/// of a direct map), and maps it in pages of this size.
+pub const ALIGN: u64 = 2 << 20;
+
+const ACCESS: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+const SPACE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+/// Where files are mapped. Dropping it takes them out of this process; no vCPU may run then.
+pub struct FileMemory {
+    vm: Arc<VmFd>,
+    ram: Memory,
+    free: Range<u64>,
+    next_slot: u32,
+    mapped: Vec<Mapping>,
+}
+
+/// Address space of this process that is never given back, since nothing else makes sure that no [`Memory`] handle is
+/// left which could reach it; only what is in it goes.
+struct Mapping {
+    start: *mut libc::c_void,
+    len: usize,
+}
+
+// SAFETY: a mapping belongs to the whole process, and `start` is not written to after it is made.
+unsafe impl Send for Mapping {}
+
+impl FileMemory {
+    /// Nothing mapped yet; files go into `free` of the guest's addresses, and into slots from `first_slot` on.
+    pub fn new(vm: Arc<VmFd>, ram: Memory, free: Range<u64>, first_slot: u32) -> FileMemory {
+        FileMemory { vm, ram, free, next_slot: first_slot, mapped: Vec::new() }
+    }
+
+    /// Maps the whole of `file`, and zeros behind it up to a multiple of [`ALIGN`]; says where. What the guest writes is
+    /// in the file at once and durable when the file is flushed; with `read_only` the guest's writes have no effect, and
+    /// what a device writes there on its behalf stays within this process.
+    ///
+    /// The file must not shrink afterwards: this process ends when the guest reaches what is gone (SIGBUS).
+    pub fn map(&mut self, file: &File, read_only: bool) -> Result<Range<u64>, FileMemoryError> {
+        let mut end = file;
+        // Unlike the metadata's length, this is also right for a block device.
+        let bytes = end.seek(SeekFrom::End(0))?;
+        if bytes == 0 {
+            return Err(FileMemoryError::Empty);
+        }
+        let range = bytes
+            .checked_next_multiple_of(ALIGN)
+            .and_then(|size| Some(self.free.start..self.free.start.checked_add(size)?))
+            .filter(|range| range.end <= self.free.end)
+            .ok_or_else(|| FileMemoryError::Full { bytes, left: self.free.end - self.free.start })?;
+        let mapping = Mapping::new(file, bytes, range.end - range.start, read_only)?;
+        self.insert(&mapping, &range)?;
+        let region = kvm_userspace_memory_region {
+            slot: self.next_slot,
+            guest_phys_addr: range.start,
+            memory_size: range.end - range.start,
+            userspace_addr: mapping.start.addr() as u64,
+            flags: if read_only { KVM_MEM_READONLY } else { 0 },
+        };
+        // SAFETY: the range is `mapping`, which stays for the life of the process.
+        unsafe { self.vm.set_user_memory_region(region) }.map_err(FileMemoryError::Slot)?;
+        self.mapped.push(mapping);
+        self.next_slot += 1;
+        self.free.start = range.end;
+        Ok(range)
+    }
+
+    /// Lets devices reach it.
+    fn insert(&self, mapping: &Mapping, range: &Range<u64>) -> Result<(), FileMemoryError> {
+        let builder = MmapRegionBuilder::new(mapping.len).with_mmap_prot(ACCESS).with_mmap_flags(SPACE);
+        // SAFETY: `start` and `len` are those of a mapping that stays for the life of the process.
+        let region = unsafe { builder.with_raw_mmap_pointer(mapping.start.cast()) }.build();
+        let region = region.ok().and_then(|region| GuestRegionMmap::new(region, GuestAddress(range.start)));
+        let region = region.ok_or_else(|| io::Error::other("it has no place among the guest's memory"))?;
+        // Both looks at the regions are under the lock, or two changes at once could lose one.
+        let lock = self.ram.lock().unwrap_or_else(PoisonError::into_inner);
+        let with = self.ram.memory().insert_region(Arc::new(region)).map_err(io::Error::other)?;
+        lock.replace(with);
+        Ok(())
+    }
+}
+
+impl Mapping {
+    fn new(file: &File, bytes: u64, size: u64, read_only: bool) -> Result<Mapping, io::Error> {
+        let (len, boundary) = (size as usize, ALIGN as usize);
+        // SAFETY: without a wanted address and MAP_FIXED this makes a new mapping and touches no other.
+        let space = unsafe { libc::mmap(ptr::null_mut(), len + boundary, ACCESS, SPACE, -1, 0) };
+        if space == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = space.map_addr(|address| address.next_multiple_of(boundary));
+        let mapping = Mapping { start, len };
+        let kind = if read_only { libc::MAP_PRIVATE } else { libc::MAP_SHARED };
+        let flags = kind | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: `start` is less than `boundary` after `space`, so `bytes`, at most `len`, lie within what the call above
+        // has made, where nothing is yet.
+        let over = unsafe { libc::mmap(start, bytes as usize, ACCESS, flags, file.as_raw_fd(), 0) };
+        if over == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // A core dump of this process must hold none of the guest's secrets. Advice: a kernel without it is fine.
+        // SAFETY: the range is that of the mapping, and the advice changes no byte of it.
+        unsafe { libc::madvise(start, len, libc::MADV_DONTDUMP) };
+        Ok(mapping)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is one that `new` has made and nobody else maps anything into. It stays mapped, so that no
+        // address which a handle still has is invalid; no reference into guest memory exists that could see it change.
+        unsafe { libc::mmap(self.start, self.len, ACCESS, SPACE | libc::MAP_FIXED, -1, 0) };
+    }
+}
+
+/// Why a file is not in guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum FileMemoryError {
+    #[error("the file is empty; give it a size first, for example with `truncate`")]
+    Empty,
+    #[error(
+        "the file has {bytes} bytes, and the guest's CPUs address only {left} more for files; give the guest less \
+         memory, or smaller files"
+    )]
+    Full { bytes: u64, left: u64 },
+    #[error("KVM_SET_USER_MEMORY_REGION: {0}")]
+    Slot(kvm_ioctls::Error),
+    #[error("cannot map the file: {0}")]
+    Host(#[from] io::Error),
+}
+
+const _: () = assert!(ALIGN.is_multiple_of(layout::PAGE));
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use devices::memory::GuestRam;
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    use super::*;
+
+    const FREE: Range<u64> = 0x40_0000_0000..0x40_0080_0000;
+
+    /// With a VM of the host's KVM, which need not be able to run anything.
+    fn files(free: Range<u64>) -> Option<(FileMemory, Memory)> {
+        let Ok(kvm) = kvm_ioctls::Kvm::new() else {
+            eprintln!("skipped: this test needs /dev/kvm");
+            return None;
+        };
+        let ram = Memory::new(GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        Some((FileMemory::new(Arc::new(kvm.create_vm().unwrap()), ram.clone(), free, 1), ram))
+    }
+
+    fn file(bytes: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn files_lie_one_after_the_other_and_their_bytes_are_guest_memory() {
+        let Some((mut files, ram)) = files(FREE) else { return };
+        let (odd, even) = (file(ALIGN + 5), file(ALIGN));
+        odd.write_all_at(b"hello", ALIGN).unwrap();
+        let first = files.map(&odd, false).unwrap();
+        assert_eq!(first, FREE.start..FREE.start + 2 * ALIGN);
+        let second = files.map(&even, false).unwrap();
+        assert_eq!(second, first.end..first.end + ALIGN);
+
+        let memory = ram.memory();
+        let mut read = [1; 8];
+        memory.read_slice(&mut read, GuestAddress(first.start + ALIGN)).unwrap();
+        assert_eq!(&read, b"hello\0\0\0");
+        memory.write_slice(b"there", GuestAddress(second.start + 3)).unwrap();
+        let mut written = [0; 5];
+        even.read_exact_at(&mut written, 3).unwrap();
+        assert_eq!(&written, b"there");
+        // Behind the end of a file there is memory too, which is nobody's.
+        memory.write_slice(b"x", GuestAddress(first.end - 1)).unwrap();
+    }
+
+    #[test]
+    fn what_is_written_to_a_read_only_file_is_not_in_the_file() {
+        let Some((mut files, ram)) = files(FREE) else { return };
+        let disk = file(ALIGN);
+        let range = files.map(&disk, true).unwrap();
+        ram.memory().write_slice(b"x", GuestAddress(range.start)).unwrap();
+        let mut byte = [1];
+        disk.read_exact_at(&mut byte, 0).unwrap();
+        assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn when_it_is_over_the_files_are_not_mapped_and_no_handle_is_left_in_the_air() {
+        let Some((mut files, ram)) = files(FREE) else { return };
+        let disk = file(ALIGN);
+        let range = files.map(&disk, false).unwrap();
+        drop(files);
+        ram.memory().write_slice(b"x", GuestAddress(range.start)).unwrap();
+        let mut byte = [1];
+        disk.read_exact_at(&mut byte, 0).unwrap();
+        assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn empty_files_and_those_that_do_not_fit_are_refused() {
+        let Some((mut files, ram)) = files(FREE) else { return };
+        assert!(matches!(files.map(&file(0), false), Err(FileMemoryError::Empty)));
+        let bytes = FREE.end - FREE.start;
+        let error = files.map(&file(bytes + 1), false).unwrap_err().to_string();
+        assert!(error.contains(&bytes.to_string()) && error.contains(&(bytes + 1).to_string()), "{error}");
+        assert_eq!(ram.memory().iter().count(), 1);
+        files.map(&file(bytes), false).unwrap();
+        assert!(matches!(files.map(&file(1), false), Err(FileMemoryError::Full { left: 0, .. })));
+    }
+}
