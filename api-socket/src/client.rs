@@ -243,6 +243,7 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         Request::PutPmem(pmem) => with_body(Method::Put, &pmem_path(&pmem.id), pmem),
         Request::PatchPmem(update) => with_body(Method::Patch, &pmem_path(&update.id), update),
         Request::PutConsole(console) => with_body(Method::Put, "/console", console),
+        Request::PutVsock(vsock) => with_body(Method::Put, "/vsock", vsock),
         Request::PutEntropy(entropy) => with_body(Method::Put, "/entropy", entropy),
         Request::PutSerial(serial) => with_body(Method::Put, "/serial", serial),
         Request::PutLogger(logger) => with_body(Method::Put, "/logger", logger),

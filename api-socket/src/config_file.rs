@@ -50,6 +50,7 @@ pub fn requests(config: VmConfig) -> Result<Vec<Request>, Fault> {
         requests.push(Request::PutPmem(pmem));
     }
     requests.extend(config.console.map(Request::PutConsole));
+    requests.extend(config.vsock.map(Request::PutVsock));
     requests.extend(config.entropy.map(Request::PutEntropy));
     Ok(requests)
 }
@@ -102,6 +103,7 @@ mod tests {
         let text = r#"{"drives":[{"drive_id":"a","is_root_device":true,"path_on_host":"/a"},
                                  {"drive_id":"b","is_root_device":false,"path_on_host":"/b"}],
             "boot-source":{"kernel_image_path":"/k"},"entropy":{},
+            "vsock":{"guest_cid":3,"uds_path":"/v"},
             "cpu-config":{"kvm_capabilities":["1"]},
             "machine-config":{"vcpu_count":2,"mem_size_mib":512},
             "network-interfaces":[{"iface_id":"eth0","host_dev_name":"tap0"}],
@@ -129,6 +131,7 @@ mod tests {
                 ..NetworkInterface::default()
             }),
             Request::PutPmem(Pmem { id: "p".to_string(), path_on_host: "/p".into(), ..Pmem::default() }),
+            Request::PutVsock(Vsock { guest_cid: 3, uds_path: "/v".into(), vsock_id: None }),
             Request::PutEntropy(Entropy::default()),
         ];
         assert_eq!(read_text(text).unwrap(), expected);
@@ -187,7 +190,7 @@ mod tests {
     #[test]
     fn a_section_of_a_device_that_does_not_exist_is_refused_by_its_name() {
         let boot = r#""boot-source":{"kernel_image_path":"/k"}"#;
-        for (section, value) in [("vsock", "{}"), ("balloon", "{}")] {
+        for (section, value) in [("memory-hotplug", "{}"), ("balloon", "{}")] {
             refused_with(&format!(r#"{{{boot},"{section}":{value}}}"#), &[section, "does not have"]);
         }
     }

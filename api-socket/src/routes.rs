@@ -8,7 +8,7 @@ use crate::json;
 use crate::types::{
     BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Fault, InstanceAction, Logger,
     MachineConfig, MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate,
-    Request, Serial, Vm,
+    Request, Serial, Vm, Vsock,
 };
 
 /// A request, and what its client should be told about how it was made.
@@ -66,6 +66,7 @@ pub enum Endpoint {
     NetworkInterface,
     Pmem,
     Console,
+    Vsock,
     Entropy,
     Serial,
     Logger,
@@ -86,6 +87,7 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::NetworkInterface, "/network-interfaces/{iface_id}", &[Method::Put, Method::Patch]),
     (Endpoint::Pmem, "/pmem/{id}", &[Method::Put, Method::Patch]),
     (Endpoint::Console, "/console", &[Method::Put]),
+    (Endpoint::Vsock, "/vsock", &[Method::Put]),
     (Endpoint::Entropy, "/entropy", &[Method::Put]),
     (Endpoint::Serial, "/serial", &[Method::Put]),
     (Endpoint::Logger, "/logger", &[Method::Put]),
@@ -152,6 +154,7 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
             Request::PatchPmem(update)
         }
         (Method::Put, Endpoint::Console) => Request::PutConsole(at.parse::<Console>(body)?),
+        (Method::Put, Endpoint::Vsock) => return Ok(put_vsock(at.parse(body)?)),
         (Method::Put, Endpoint::Entropy) => Request::PutEntropy(at.parse::<Entropy>(body)?),
         (Method::Put, Endpoint::Serial) => Request::PutSerial(at.parse::<Serial>(body)?),
         (Method::Put, Endpoint::Logger) => Request::PutLogger(at.parse::<Logger>(body)?),
@@ -249,6 +252,11 @@ fn patch_machine_config(update: MachineConfigUpdate) -> Result<Routed, Fault> {
     }
     let deprecated = update.cpu_template.map(|_| "PATCH /machine-config: cpu_template field is deprecated.");
     Ok(Routed { request: Request::PatchMachineConfig(update), deprecated })
+}
+
+fn put_vsock(vsock: Vsock) -> Routed {
+    let deprecated = vsock.vsock_id.as_ref().map(|_| "PUT /vsock: vsock_id field is deprecated.");
+    Routed { request: Request::PutVsock(vsock), deprecated }
 }
 
 /// Where a body came from, for its errors.
@@ -358,6 +366,7 @@ mod tests {
             &["id", "path_on_host"],
         ),
         ("PATCH", "/pmem/p_1", r#"{"id":"p_1","rate_limiter":{}}"#, &["id"]),
+        ("PUT", "/vsock", r#"{"vsock_id":"v","guest_cid":3,"uds_path":"/v"}"#, &["guest_cid", "uds_path"]),
         ("PUT", "/entropy", r#"{"rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#, &[]),
         ("PUT", "/serial", r#"{"serial_out_path":"/s","rate_limiter":{"size":1,"refill_time":2}}"#, &[]),
         (
@@ -533,7 +542,7 @@ mod tests {
         refused_with("GET", "/vm", "", &["GET /vm", "/vm has PATCH"]);
         refused_with("GET", "/version/x", "", &["no such path"]);
         refused_with("PUT", "/drives/a/b", "{}", &["no such path"]);
-        for later in ["/mmds", "/balloon", "/vsock", "/snapshot/load"] {
+        for later in ["/mmds", "/balloon", "/snapshot/load"] {
             refused_with("PUT", later, "{}", &["Invalid request method", later]);
         }
     }
@@ -582,6 +591,14 @@ mod tests {
         );
         let without = route("PUT", "/machine-config", br#"{"vcpu_count":1,"mem_size_mib":1}"#);
         assert_eq!(without.unwrap().deprecated, None);
+    }
+
+    #[test]
+    fn an_id_of_the_socket_device_is_accepted_and_reported_as_deprecated() {
+        let put = |body: &[u8]| route("PUT", "/vsock", body).unwrap().deprecated;
+        let with = put(br#"{"vsock_id":"v","guest_cid":3,"uds_path":"/v"}"#);
+        assert_eq!(with, Some("PUT /vsock: vsock_id field is deprecated."));
+        assert_eq!(put(br#"{"guest_cid":3,"uds_path":"/v"}"#), None);
     }
 
     #[test]

@@ -39,6 +39,9 @@ pub const DEFAULT_CONSOLE_COLUMNS: u16 = 80;
 /// `rows` of a console where nothing is said.
 pub const DEFAULT_CONSOLE_ROWS: u16 = 25;
 
+/// What `guest_cid` may be: the numbers below are taken, the one above means anybody (VIRTIO 1.3, section 5.10.4).
+pub const GUEST_CID: RangeInclusive<u32> = 3..=u32::MAX - 1;
+
 /// One request to the guest API, parsed. What arrives on the socket and what a configuration file says are both a
 /// list of these.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,6 +78,8 @@ pub enum Request {
     PatchPmem(PmemUpdate),
     /// `PUT /console`
     PutConsole(Console),
+    /// `PUT /vsock`
+    PutVsock(Vsock),
     /// `PUT /entropy`
     PutEntropy(Entropy),
     /// `PUT /serial`
@@ -384,6 +389,19 @@ pub struct TokenBucket {
     pub refill_time: u64,
 }
 
+/// Body of `PUT /vsock`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vsock {
+    /// Deprecated: a guest has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_id: Option<String>,
+    /// Within [`GUEST_CID`].
+    pub guest_cid: u32,
+    /// The Unix socket that the host's programs connect to; one for the guest's port N is at `<uds_path>_N`.
+    pub uds_path: PathBuf,
+}
+
 /// Body of `PUT /entropy`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -546,6 +564,7 @@ pub struct VmConfig {
     pub logger: Option<Logger>,
     pub machine_config: Option<MachineConfig>,
     pub metrics: Option<Metrics>,
+    pub vsock: Option<Vsock>,
     pub entropy: Option<Entropy>,
     /// Left out of a reply where there is none: Firecracker's clients know no such section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -558,8 +577,6 @@ pub struct VmConfig {
     pub memory_hotplug: Absent,
     #[serde(default)]
     pub mmds_config: Absent,
-    #[serde(default)]
-    pub vsock: Absent,
 }
 
 /// A device that this VMM does not have: `null`, and nothing else may be read into it.

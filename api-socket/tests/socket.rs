@@ -180,6 +180,7 @@ fn one_of_each() -> Vec<Request> {
             rate_limiter,
         }),
         Request::PatchPmem(PmemUpdate { id: "p_1".to_string(), rate_limiter }),
+        Request::PutVsock(Vsock { vsock_id: Some("v".to_string()), guest_cid: 3, uds_path: "/v".into() }),
         Request::PutEntropy(Entropy { rate_limiter }),
         Request::PutSerial(Serial { serial_out_path: Some("/o".into()), rate_limiter: bucket }),
         Request::PutLogger(Logger {

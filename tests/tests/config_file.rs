@@ -84,7 +84,8 @@ fn what_is_wrong_in_a_file_is_told_and_ends_with_152() {
             vec!["kernel_image_path", "not a kernel"],
         ),
         (with("drives", json!([disk])), vec!["path_on_host", "/no/such/disk"]),
-        (with("vsock", json!({"guest_cid": 3, "uds_path": "v"})), vec!["vsock"]),
+        (with("vsock", json!({"guest_cid": 2, "uds_path": "v"})), vec!["guest_cid", "2"]),
+        (with("vsock", json!({"guest_cid": 3, "uds_path": "vm.json"})), vec!["uds_path", "vm.json"]),
     ];
     for (config, words) in cases {
         let mut vmm = run(&config, &["--no-api"]);

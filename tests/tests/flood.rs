@@ -9,7 +9,7 @@ use std::time::Duration;
 use api_socket::{ActionType, Console, Request, Serial};
 use berth_tests::footprint::Footprint;
 use berth_tests::guest::setup::disk_drive;
-use berth_tests::guest::{Guest, Setup, blank_disk, limits, program};
+use berth_tests::guest::{Guest, Setup, blank_disk, limits, program_drive};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Of each part of the flood, in the guest's time. Together they are longer than two periods of the log's limit.
@@ -70,14 +70,10 @@ fn a_guest_at_full_blast_on_every_device_moves_nothing_beyond_its_limits() {
     let directory = tempfile::tempdir().unwrap();
     let broken = blank_disk(directory.path().join("broken"), BROKEN_DISK);
     let sound = blank_disk(directory.path().join("sound"), BROKEN_DISK);
-    let attacker = directory.path().join("attacker");
-    let bytes = fs::copy(program("berth-attacker"), &attacker).unwrap();
-    // A guest sees whole sectors.
-    fs::File::options().write(true).open(&attacker).unwrap().set_len(bytes.next_multiple_of(512)).unwrap();
     let mut guest = Guest::configured(Setup {
         memory_mib: 256,
         drives: vec![
-            disk_drive("attacker", attacker),
+            program_drive(directory.path(), "berth-attacker"),
             disk_drive("broken", broken.clone()),
             disk_drive("sound", sound),
         ],
@@ -99,7 +95,7 @@ fn a_guest_at_full_blast_on_every_device_moves_nothing_beyond_its_limits() {
     guest.console.wait_for("# ", limits::BOOT);
     // What the guest's kernel has to say of it would be one more flood, on the console of this test.
     guest.run("dmesg -n 1");
-    guest.run(&format!("head -c {bytes} /dev/vda > /bin/berth-attacker; chmod 755 /bin/berth-attacker"));
+    guest.take_program("/dev/vda", "berth-attacker");
     // Each read of it fails in the host from now on.
     fs::File::options().write(true).open(&broken).unwrap().set_len(0).unwrap();
 

@@ -41,6 +41,7 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         | Request::PutNetworkInterface(_)
         | Request::PutPmem(_)
         | Request::PutConsole(_)
+        | Request::PutVsock(_)
         | Request::PutEntropy(_)
         | Request::PutSerial(_)
         | Request::PutLogger(_)
@@ -83,6 +84,7 @@ mod tests {
     use api_socket::{
         BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig,
         MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial,
+        Vsock,
     };
 
     /// Each request with its verdict when not started, running and paused.
@@ -119,6 +121,7 @@ mod tests {
             (Request::PatchNetworkInterface(NetworkInterfaceUpdate::default()), post),
             (Request::PutPmem(Pmem::default()), pre),
             (Request::PatchPmem(PmemUpdate::default()), post),
+            (Request::PutVsock(Vsock::default()), pre),
         ]
     }
 
@@ -164,9 +167,10 @@ mod tests {
             Request::PatchNetworkInterface(_) => 22,
             Request::PutPmem(_) => 23,
             Request::PatchPmem(_) => 24,
+            Request::PutVsock(_) => 25,
         };
         let places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
-        assert_eq!(places, (0..25).collect::<Vec<_>>());
+        assert_eq!(places, (0..26).collect::<Vec<_>>());
     }
 
     #[test]

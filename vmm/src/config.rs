@@ -9,6 +9,7 @@ mod cmdline;
 pub mod network;
 pub mod pmem;
 mod reach;
+mod vsock;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -26,6 +27,7 @@ use devices::backend::rate_limiter::{self, Bucket, Limits};
 
 use self::network::{Interface, Interfaces};
 use self::pmem::{PmemFile, Pmems, second_root};
+use self::vsock::Vsock;
 use crate::args::Identity;
 use crate::handed::Handed;
 use crate::memory::{ByteSize, Pages};
@@ -48,6 +50,7 @@ pub struct Config {
     /// Until the guest has started; the settings are in `console_settings`.
     pub console: Option<Console>,
     console_settings: Option<api_socket::Console>,
+    vsock: Option<Vsock>,
     boot_source: Option<BootSource>,
     /// What `boot_source` names, until the guest has started.
     boot: Option<Boot>,
@@ -114,6 +117,7 @@ impl Config {
             entropy: None,
             console: None,
             console_settings: None,
+            vsock: None,
             boot_source: None,
             boot: None,
             has_started: false,
@@ -142,6 +146,7 @@ impl Config {
             Request::PutNetworkInterface(interface) => self.put_interface(interface),
             Request::PutPmem(pmem) => self.put_pmem(pmem),
             Request::PutConsole(console) => self.put_console(console),
+            Request::PutVsock(settings) => self.put_vsock(settings),
             Request::PutEntropy(entropy) => self.put_entropy(entropy),
             Request::PutSerial(serial) => self.put_serial(&serial),
             other => return Err(other),
@@ -198,6 +203,7 @@ impl Config {
         self.boot = None;
         self.serial.output = None;
         self.console = None;
+        self.vsock.iter_mut().for_each(Vsock::started);
         for (_, file) in &mut self.drives {
             *file = None;
         }
@@ -222,6 +228,14 @@ impl Config {
     /// Counts the bytes of console output that were dropped because they were more than the limit.
     pub fn serial_dropped(&self) -> Arc<AtomicU64> {
         self.serial.dropped.clone()
+    }
+
+    /// The socket device, if there is to be one.
+    ///
+    /// # Errors
+    /// Those of `dup`; and after [`Config::started`].
+    pub fn vsock(&self) -> io::Result<Option<devices::virtio::vsock::Config>> {
+        self.vsock.as_ref().map(Vsock::device).transpose()
     }
 
     /// The settings of the drive with this id.
@@ -304,6 +318,7 @@ impl Config {
             pmem: self.pmems.settings().cloned().collect(),
             boot_source: self.boot_source.clone().unwrap_or_default(),
             machine_config: Some(self.machine.wire()),
+            vsock: self.vsock.as_ref().map(|vsock| vsock.settings.clone()),
             entropy: self.entropy,
             console: self.console_settings.clone(),
             ..VmConfig::default()
@@ -452,6 +467,7 @@ impl Config {
         let taken = self.drives.len()
             + self.interfaces.settings().count()
             + self.pmems.settings().count()
+            + usize::from(self.vsock.is_some())
             + usize::from(self.entropy.is_some())
             + usize::from(self.console_settings.is_some());
         let capacity = slots::capacity(self.pci);
@@ -464,7 +480,8 @@ impl Config {
         };
         Err(Fault::bad_request(format!(
             "{device} would be one device too many: the guest has room for {capacity}, drives, network \
-             interfaces, persistent memories, entropy device and console together.{advice}"
+             interfaces, persistent memories, socket device, entropy \
+             device and console together.{advice}"
         )))
     }
 
@@ -510,6 +527,17 @@ impl Config {
         let input = settings.input_path.as_deref().map(open_input).transpose()?;
         self.console = Some(Console { input, output, settings: settings.clone() });
         self.console_settings = Some(settings);
+        Ok(())
+    }
+
+    fn put_vsock(&mut self, settings: api_socket::Vsock) -> Result<(), Fault> {
+        self.vsock = Some(match self.vsock.take() {
+            Some(before) => before.replace(settings).map_err(|(before, fault)| {
+                self.vsock = Some(before);
+                fault
+            })?,
+            None => Vsock::listen(settings)?,
+        });
         Ok(())
     }
 

@@ -102,6 +102,9 @@ pub fn build(config: &Config, board: Board, files: &mut FileMemory) -> Result<Ma
     for pmem in config.pmems()? {
         virtio.add_pmem(pmem, files, &board, &mut buses.mmio)?;
     }
+    if let Some(vsock) = config.vsock()? {
+        virtio.add_vsock(vsock, &board, &mut buses.mmio)?;
+    }
     if let Some(entropy) = &config.entropy {
         virtio.add_entropy(entropy, &board, &mut buses.mmio)?;
     }

@@ -20,6 +20,7 @@ use devices::virtio::pci::{Pci, PciError};
 use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::rng::{Config as RngConfig, Rng};
 use devices::virtio::transport::{NewError, SharedDevice};
+use devices::virtio::vsock::{self, Vsock};
 
 use crate::config::network::Interface;
 use crate::config::pmem::PmemFile;
@@ -51,6 +52,7 @@ pub struct Slots {
     pmems: Vec<(String, Arc<Mutex<Pmem>>)>,
     entropy: Option<Arc<Mutex<Rng>>>,
     console: Option<Arc<Mutex<Console>>>,
+    vsock: Option<Arc<Mutex<Vsock>>>,
     way: Way,
 }
 
@@ -77,6 +79,7 @@ impl Slots {
             pmems: Vec::new(),
             entropy: None,
             console: None,
+            vsock: None,
             way,
         })
     }
@@ -174,6 +177,19 @@ impl Slots {
         Ok(())
     }
 
+    /// The socket device.
+    pub fn add_vsock(
+        &mut self,
+        config: vsock::Config,
+        board: &Board,
+        bus: &mut Bus,
+    ) -> Result<(), SlotsError> {
+        let device = Arc::new(Mutex::new(Vsock::new(config, None)?));
+        self.plug(device.clone(), board, bus)?;
+        self.vsock = Some(device);
+        Ok(())
+    }
+
     /// What ACPI must tell the guest of PCI, if there is PCI.
     pub fn pci_windows(&self) -> Option<PciWindows> {
         match &self.way {
@@ -261,6 +277,9 @@ impl Slots {
         }
         if let Some(console) = &self.console {
             metrics.add_console(lock(console).counters());
+        }
+        if let Some(vsock) = &self.vsock {
+            metrics.add_vsock(lock(vsock).counters());
         }
     }
 

@@ -174,6 +174,12 @@ fn the_described_limits_are_those_in_force() {
 }
 
 #[test]
+fn the_described_addresses_of_a_guest_are_those_in_force() {
+    let cid = &Description::read().schema("Vsock")["properties"]["guest_cid"];
+    assert_eq!((&cid["minimum"], &cid["maximum"]), (&json!(GUEST_CID.start()), &json!(GUEST_CID.end())));
+}
+
+#[test]
 fn a_refusal_is_what_a_fault_is_described_to_be() {
     let description = Description::read();
     let fault = variants::full(&description, &description.schema("Fault"));

@@ -4,4 +4,4 @@ pub mod disk;
 pub mod gate;
 pub mod rate_limiter;
 pub mod tap;
-mod vectored;
+pub(crate) mod vectored;

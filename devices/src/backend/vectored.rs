@@ -1,5 +1,6 @@
-//! Reading a file straight into guest memory and writing it straight from there: `preadv` and `pwritev` on slices of guest
-//! RAM, to the last byte; and packets, each with one `readv` or `writev`.
+//! Reading a file or a stream straight into guest memory and writing it straight from there: `preadv` and `pwritev` on
+//! slices of guest RAM, to the last byte; `readv` and `writev`, one for a packet, or as far as a descriptor that does not
+//! block goes.
 //!
 //! The gate for unsafe code of the back-ends: nothing else in here, and nothing of the kind elsewhere.
 
@@ -77,6 +78,37 @@ fn finished(done: libc::ssize_t) -> Option<io::Result<usize>> {
             (error.kind() != io::ErrorKind::Interrupted).then_some(Err(error))
         }
     }
+}
+
+/// Fills the front of `slices` with what there is to read now; 0 at the end of the stream. One call, at most `UIO_MAXIOV`
+/// slices.
+pub fn read(stream: &impl AsRawFd, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
+    let result = once(stream, slices, libc::readv);
+    for slice in slices {
+        // The kernel's writes pass by the bitmap.
+        slice.bitmap().mark_dirty(0, slice.len());
+    }
+    result
+}
+
+/// Writes the front of `slices`, as far as it is taken now. One call, at most `UIO_MAXIOV` slices. A reader that hung up is
+/// an error, for SIGPIPE is ignored.
+pub fn write(stream: &impl AsRawFd, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
+    once(stream, slices, libc::writev)
+}
+
+type CallOnce = unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int) -> libc::ssize_t;
+
+fn once(stream: &impl AsRawFd, slices: &[GuestSlice<'_>], call: CallOnce) -> io::Result<usize> {
+    // The guards keep the memory mapped; they live until the call has returned.
+    let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard_mut()).collect();
+    let vectors: Vec<libc::iovec> = guards.iter().map(to_vector).collect();
+    let count = vectors.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
+    // SAFETY: `call` is readv or writev. They touch only the first `count` vectors, which `vectors` holds, and the memory
+    // these name: parts of guest RAM that `guards` keeps mapped for their whole length, and to which no Rust reference
+    // exists, since a volatile slice gives none.
+    let done = unsafe { call(stream.as_raw_fd(), vectors.as_ptr(), count) };
+    usize::try_from(done).map_err(|_| io::Error::last_os_error())
 }
 
 fn to_vector(guard: &vm_memory::volatile_memory::PtrGuardMut) -> libc::iovec {

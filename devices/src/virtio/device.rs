@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::host::Source;
 use crate::memory::Memory;
 use crate::virtio::queue::Queue;
-use crate::virtio::{blk, console, net, pmem, rng};
+use crate::virtio::{blk, console, net, pmem, rng, vsock};
 
 /// A device model behind any transport. The transport holds its lock for every call; none may block.
 pub trait VirtioDevice: Send {
@@ -71,6 +71,7 @@ pub enum DeviceType {
     Block = 2,
     Console = 3,
     Entropy = 4,
+    Socket = 19,
     PersistentMemory = 27,
 }
 
@@ -105,6 +106,7 @@ pub enum DeviceState {
     Entropy(rng::State),
     Network(net::State),
     PersistentMemory(pmem::State),
+    Socket(vsock::State),
 }
 
 /// Why a device could not start; the driver sees DEVICE_NEEDS_RESET.

@@ -17,3 +17,4 @@ pub mod running;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;
+pub mod vsock;

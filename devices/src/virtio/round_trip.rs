@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -18,6 +19,8 @@ use crate::virtio::pmem::{self, Pmem};
 use crate::virtio::queue::{Queue, QueueState};
 use crate::virtio::rng::{self, Rng};
 use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
+use crate::virtio::vsock::packet::{HOST_CID, Header, op};
+use crate::virtio::vsock::{self, Vsock};
 
 /// Keeps the queue with this index full of `request` while the device comes and goes.
 fn nothing_is_lost<D: VirtioDevice>(
@@ -246,4 +249,27 @@ fn net_transmit() {
 #[test]
 fn net_transmit_that_is_held_back() {
     nothing_is_lost(net_of(a_few_at_a_time()), 1, |driver| vec![driver.data(&[0; 72])]);
+}
+
+fn vsock(state: Option<DeviceState>) -> Vsock {
+    let directory = tempfile::tempdir().unwrap();
+    let config = vsock::Config {
+        guest_cid: 3,
+        listener: UnixListener::bind(directory.path().join("v.sock")).unwrap(),
+        connect: Box::new(|_| Err(std::io::ErrorKind::NotFound.into())),
+    };
+    let state = state.map(|state| match state {
+        DeviceState::Socket(state) => state,
+        other => panic!("{other:?}"),
+    });
+    Vsock::new(config, state).unwrap()
+}
+
+#[test]
+fn vsock_packets() {
+    nothing_is_lost(vsock, 1, |driver| {
+        // One that has no answer: nobody takes answers here.
+        let header = Header { src_cid: 3, dst_cid: HOST_CID, op: op::RST, ..Header::default() };
+        vec![driver.data(&header.to_bytes())]
+    });
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use berth_fuzz::saved_state::{blk, console, net, pmem, rng};
+use berth_fuzz::saved_state::{blk, console, net, pmem, rng, vsock};
 use devices::testing::FakeHost;
 use devices::virtio::pci::Pci;
 use devices::virtio::testing;
@@ -47,6 +47,9 @@ fn seeds() -> Vec<Seed> {
         ("pmem", "flush", pmem_flushes(0)),
         ("pmem", "limited", pmem_flushes(12)),
         ("pmem", "broken", hostile(&[0])),
+        ("vsock", "host-calls", vsock_host_calls()),
+        ("vsock", "guest-calls", vsock_guest_calls()),
+        ("vsock", "broken", hostile(&[])),
         ("ports", "uart", ports_uart()),
         ("ports", "others", ports_others()),
         ("pci_config", "scan", pci_scan()),
@@ -197,6 +200,50 @@ fn blk_requests(flags: u8) -> Vec<u8> {
         &memory,
     );
     [vec![flags], data].concat()
+}
+
+/// Room for what the guest is to get: eight buffers, in the first queue.
+fn vsock_room() -> Vec<u8> {
+    let mut data = vec![1];
+    for buffer in 0..8u16 {
+        data.extend([6, 1]);
+        data.extend((0x8000 + 0x400 * buffer).to_le_bytes());
+        data.extend((0x400u16 | 1 << 15).to_le_bytes());
+    }
+    data
+}
+
+/// A packet with its operation, ports, payload, flags and credit.
+fn vsock_packet(op: u8, ports: u8, payload: u8, flags: u8) -> Vec<u8> {
+    vec![1 << 4 | 13, op, ports, 0, 0, payload, flags, 0, 0x10, 4, 1 << 4 | 5, 5]
+}
+
+fn vsock_host_calls() -> Vec<u8> {
+    let steps = [
+        vsock_room(),
+        vec![12, 0, 4, 5],
+        vsock_packet(2, 5, 0, 0),
+        vec![12, 5, 12, 1, 4, 5],
+        vsock_packet(5, 5, 100, 0),
+        vec![12, 5, 12, 9, 4, 5],
+        vsock_packet(4, 5, 0, 3),
+        vec![9, 4, 10, 4],
+    ];
+    steps.concat()
+}
+
+fn vsock_guest_calls() -> Vec<u8> {
+    let steps = [
+        vsock_room(),
+        vsock_packet(1, 1, 0, 0),
+        vsock_packet(5, 1, 200, 0),
+        vec![12, 4, 4, 5],
+        vsock_packet(6, 1, 0, 0),
+        vsock_packet(7, 1, 0, 0),
+        vec![12, 11, 4, 5],
+        vsock_packet(3, 1, 0, 0),
+    ];
+    steps.concat()
 }
 
 /// One request at the end of the disk: short, so that a change is likely to matter.
@@ -413,12 +460,13 @@ fn elf(pvh: bool) -> Vec<u8> {
 }
 
 fn saved_states() -> Vec<Seed> {
-    let devices: [(&str, SharedDevice); 5] = [
+    let devices: [(&str, SharedDevice); 6] = [
         ("blk", Arc::new(Mutex::new(blk(None)))),
         ("console", Arc::new(Mutex::new(console(None)))),
         ("rng", Arc::new(Mutex::new(rng(None)))),
         ("net", Arc::new(Mutex::new(net(None)))),
         ("pmem", Arc::new(Mutex::new(pmem(None)))),
+        ("vsock", Arc::new(Mutex::new(vsock(None)))),
     ];
     let save = |(name, device)| {
         let host = Arc::new(FakeHost::new());

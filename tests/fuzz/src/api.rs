@@ -71,6 +71,7 @@ const ENDPOINTS: &[(&str, &str)] = &[
     ("PUT", "/pmem/d"),
     ("PATCH", "/pmem/d"),
     ("PUT", "/console"),
+    ("PUT", "/vsock"),
     ("PUT", "/entropy"),
     ("PUT", "/serial"),
     ("PUT", "/logger"),

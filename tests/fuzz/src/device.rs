@@ -18,11 +18,14 @@ use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::queue::Queue;
 use devices::virtio::rng::{self, Rng};
 use devices::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
+use devices::virtio::vsock;
+use devices::virtio::vsock::packet::{HEADER_BYTES, HOST_CID, Header, TYPE_STREAM};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::input::Input;
+use crate::vsock::GUEST_CID;
 
 /// Small, so that addresses meet; the rings are at its beginning.
 const RAM: usize = 1 << 16;
@@ -47,7 +50,7 @@ pub fn blk_request(data: &[u8]) {
         disk.set_len(DISK_BYTES).unwrap();
         disk.write_all_at(b"the first sector", 0).unwrap();
         let flags = data.first().copied().unwrap_or(0);
-        drive(data.get(1..).unwrap_or_default(), |state| new_blk(disk, flags, state));
+        drive(data.get(1..).unwrap_or_default(), |state| new_blk(disk, flags, state), |_| {});
         assert_eq!(disk.metadata().unwrap().len(), DISK_BYTES, "no request changes the size of the disk");
     });
 }
@@ -70,13 +73,17 @@ fn new_blk(disk: &File, flags: u8, state: Option<DeviceState>) -> Blk {
 pub fn rng(data: &[u8]) {
     crate::log_to_nowhere();
     let flags = data.first().copied().unwrap_or(0);
-    drive(data.get(1..).unwrap_or_default(), |state| {
-        let state = state.map(|state| match state {
-            DeviceState::Entropy(state) => state,
-            other => panic!("{other:?}"),
-        });
-        Rng::new(rng::Config { limits: limits(flags) }, state).unwrap()
-    });
+    drive(
+        data.get(1..).unwrap_or_default(),
+        |state| {
+            let state = state.map(|state| match state {
+                DeviceState::Entropy(state) => state,
+                other => panic!("{other:?}"),
+            });
+            Rng::new(rng::Config { limits: limits(flags) }, state).unwrap()
+        },
+        |_| {},
+    );
 }
 
 /// None, or such that a few requests pass in each millisecond.
@@ -90,18 +97,22 @@ pub fn console(data: &[u8]) {
     // Input that is always readable, or typed in advance and then at its end.
     let typed = data.first().is_some_and(|flags| flags & 1 != 0);
     let input = || if typed { keyboard() } else { File::open("/dev/zero").unwrap().into() };
-    drive(data.get(1..).unwrap_or_default(), |state| {
-        let config = console::Config {
-            input: Some(input()),
-            output: Box::new(Moody(0)),
-            size: Size { columns: 80, rows: 25 },
-        };
-        let state = state.map(|state| match state {
-            DeviceState::Console(state) => state,
-            other => panic!("{other:?}"),
-        });
-        Console::new(config, state).unwrap()
-    });
+    drive(
+        data.get(1..).unwrap_or_default(),
+        |state| {
+            let config = console::Config {
+                input: Some(input()),
+                output: Box::new(Moody(0)),
+                size: Size { columns: 80, rows: 25 },
+            };
+            let state = state.map(|state| match state {
+                DeviceState::Console(state) => state,
+                other => panic!("{other:?}"),
+            });
+            Console::new(config, state).unwrap()
+        },
+        |_| {},
+    );
 }
 
 fn keyboard() -> OwnedFd {
@@ -129,7 +140,7 @@ pub fn net(data: &[u8]) {
     };
     let mergeable = 1 << 15;
     let features = new(None).identity().features & !if flags & 1 != 0 { 0 } else { mergeable };
-    drive_with(data.get(1..).unwrap_or_default(), features & !EVENT_IDX, new);
+    drive_with(data.get(1..).unwrap_or_default(), features & !EVENT_IDX, new, |_| {});
 }
 
 fn new_net(tap: Tap, flags: u8, state: Option<DeviceState>) -> Net {
@@ -151,14 +162,18 @@ pub fn pmem(data: &[u8]) {
     crate::log_to_nowhere();
     let flags = data.first().copied().unwrap_or(0);
     let file = tempfile::tempfile().unwrap();
-    drive(data.get(1..).unwrap_or_default(), |state| {
-        let config = pmem::Config { file: file.try_clone().unwrap(), range: 0..0, limits: limits(flags) };
-        let state = state.map(|state| match state {
-            DeviceState::PersistentMemory(state) => state,
-            other => panic!("{other:?}"),
-        });
-        Pmem::new(config, state).unwrap()
-    });
+    drive(
+        data.get(1..).unwrap_or_default(),
+        |state| {
+            let config = pmem::Config { file: file.try_clone().unwrap(), range: 0..0, limits: limits(flags) };
+            let state = state.map(|state| match state {
+                DeviceState::PersistentMemory(state) => state,
+                other => panic!("{other:?}"),
+            });
+            Pmem::new(config, state).unwrap()
+        },
+        |_| {},
+    );
 }
 
 /// A writer that takes a little, or fails in one of its ways.
@@ -179,12 +194,18 @@ impl Write for Moody {
     }
 }
 
-fn drive<D: VirtioDevice>(data: &[u8], new: impl Fn(Option<DeviceState>) -> D) {
-    drive_with(data, 0, new);
+/// Drives a device as `data` says; `outside` is what happens on its other side, by a number.
+pub fn drive<D: VirtioDevice>(data: &[u8], new: impl Fn(Option<DeviceState>) -> D, outside: impl FnMut(u8)) {
+    drive_with(data, 0, new, outside);
 }
 
 /// The driver agrees on `features`, and as the first byte says on event indices.
-fn drive_with<D: VirtioDevice>(data: &[u8], features: u64, new: impl Fn(Option<DeviceState>) -> D) {
+fn drive_with<D: VirtioDevice>(
+    data: &[u8],
+    features: u64,
+    new: impl Fn(Option<DeviceState>) -> D,
+    mut outside: impl FnMut(u8),
+) {
     let mut input = Input::new(data);
     let features = features | if input.u8().unwrap_or(0) & 1 != 0 { EVENT_IDX } else { 0 };
     let memory = testing::ram(RAM);
@@ -192,7 +213,7 @@ fn drive_with<D: VirtioDevice>(data: &[u8], features: u64, new: impl Fn(Option<D
     let queues = device.identity().queue_sizes.len();
     let mut machine = Machine { slot: Slot::new(device, &memory), drivers: Vec::new(), features, memory };
     machine.plug_in(queues);
-    while machine.step(&mut input, &new).is_some() {}
+    while machine.step(&mut input, &new, &mut outside).is_some() {}
     machine.slot.stop();
 }
 
@@ -215,7 +236,12 @@ impl<D: VirtioDevice> Machine<D> {
     }
 
     /// One thing that happens. `None` at the end of the input. `examples/seeds.rs` knows the numbers.
-    fn step(&mut self, input: &mut Input, new: &impl Fn(Option<DeviceState>) -> D) -> Option<()> {
+    fn step(
+        &mut self,
+        input: &mut Input,
+        new: &impl Fn(Option<DeviceState>) -> D,
+        outside: &mut impl FnMut(u8),
+    ) -> Option<()> {
         let operation = input.u8()?;
         let queue = usize::from(operation >> 4) % self.drivers.len();
         let driver = &mut self.drivers[queue];
@@ -275,6 +301,32 @@ impl<D: VirtioDevice> Machine<D> {
                     Buffer { address: HEADER, len: 16, writable: false },
                     Buffer { address: DATA, len: data, writable: kind >> 7 != 0 },
                     Buffer { address: STATUS, len: 1, writable: true },
+                ];
+                if driver.free_descriptors() >= buffers.len() {
+                    driver.add(&buffers);
+                }
+            }
+            12 => outside(input.u8()?),
+            // A packet of a socket, of one of a few ports, with a length that may be a lie.
+            13 => {
+                let (op, ports, len) = (input.u8()?, input.u8()?, input.u16()?);
+                let (payload, flags, buf_alloc) = (input.u8()?, input.u8()?, input.u16()?);
+                let header = Header {
+                    src_cid: GUEST_CID,
+                    dst_cid: HOST_CID,
+                    src_port: u32::from(ports & 3),
+                    dst_port: if ports & 4 != 0 { vsock::FIRST_HOST_PORT } else { 0 } + u32::from(ports >> 4),
+                    len: if flags & 0x80 != 0 { len.into() } else { payload.into() },
+                    kind: TYPE_STREAM,
+                    op: (op & 15).into(),
+                    flags: (flags & 3).into(),
+                    buf_alloc: buf_alloc.into(),
+                    fwd_cnt: (flags & 0x70).into(),
+                };
+                self.memory.memory().write_slice(&header.to_bytes(), GuestAddress(HEADER)).unwrap();
+                let buffers = [
+                    Buffer { address: HEADER, len: HEADER_BYTES as u32, writable: false },
+                    Buffer { address: DATA, len: u32::from(payload) << (op >> 4 & 7), writable: false },
                 ];
                 if driver.free_descriptors() >= buffers.len() {
                     driver.add(&buffers);

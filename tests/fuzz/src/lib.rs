@@ -12,6 +12,7 @@ pub mod pci;
 pub mod ports;
 pub mod queue;
 pub mod saved_state;
+pub mod vsock;
 
 use std::sync::Once;
 

@@ -1,5 +1,6 @@
 //! Saved state from a damaged or hostile file: refused, or a device that runs.
 
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
 use devices::backend::rate_limiter::Limits;
@@ -15,6 +16,7 @@ use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::rng::{self, Rng};
 use devices::virtio::testing;
 use devices::virtio::transport::SharedDevice;
+use devices::virtio::vsock::Vsock;
 
 const RAM: usize = 1 << 16;
 const TURNS: usize = 8;
@@ -28,6 +30,7 @@ pub fn saved_state(data: &[u8]) {
         DeviceState::Entropy(state) => Arc::new(Mutex::new(rng(Some(state)))),
         DeviceState::Network(state) => Arc::new(Mutex::new(net(Some(state)))),
         DeviceState::PersistentMemory(state) => Arc::new(Mutex::new(pmem(Some(state)))),
+        DeviceState::Socket(_) => Arc::new(Mutex::new(vsock(Some(state.transport.device.clone())))),
     };
     let host = FakeHost::new();
     let memory = testing::ram(RAM);
@@ -40,6 +43,12 @@ pub fn saved_state(data: &[u8]) {
     }
     pci.pause();
     let _ = postcard::to_stdvec(&pci.save()).unwrap();
+}
+
+pub fn vsock(state: Option<DeviceState>) -> Vsock {
+    let directory = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(directory.path().join("v")).unwrap();
+    crate::vsock::device(listener, None, state)
 }
 
 pub fn blk(state: Option<blk::State>) -> Blk {

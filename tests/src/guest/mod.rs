@@ -17,7 +17,7 @@ pub mod tap;
 pub mod vmm;
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use api_socket::{ActionType, Client, Drive, InstanceState, Request, VmState};
@@ -129,6 +129,13 @@ impl Guest {
         self.run("for tree in dev proc sys; do mount -o bind /$tree /debian/$tree; done");
     }
 
+    /// Puts the program of [`program_drive`], which is this disk of the guest's, where its shell finds it.
+    #[track_caller]
+    pub fn take_program(&mut self, disk: &str, name: &str) {
+        // Without the bytes that filled its last sector it would run as well.
+        self.run(&format!("cat {disk} > /bin/{name} && chmod 755 /bin/{name}"));
+    }
+
     /// Says something to the guest's shell that has no answer, such as a command that ends it.
     pub fn say(&mut self, command: &str) {
         self.console.send(format!("{command}\n").as_bytes());
@@ -222,6 +229,21 @@ pub fn debian_drive() -> Drive {
         drive_id: "debian".into(),
         is_read_only: Some(true),
         path_on_host: Some(asset(provide::DEBIAN)),
+        ..Drive::default()
+    }
+}
+
+/// A read-only drive with a program that a guest may want, copied into `directory`; see [`Guest::take_program`].
+pub fn program_drive(directory: &Path, name: &str) -> Drive {
+    let copy = directory.join(name);
+    let bytes = fs::copy(program(name), &copy).unwrap_or_else(|e| panic!("{name}: {e}"));
+    // A guest sees whole sectors.
+    let file = File::options().write(true).open(&copy);
+    file.and_then(|file| file.set_len(bytes.next_multiple_of(512))).unwrap_or_else(|e| panic!("{name}: {e}"));
+    Drive {
+        drive_id: "program".into(),
+        is_read_only: Some(true),
+        path_on_host: Some(copy),
         ..Drive::default()
     }
 }

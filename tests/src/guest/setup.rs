@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use api_socket::{BootSource, CacheType, Drive, Entropy, MachineConfig, NetworkInterface, Pmem, Request};
+use api_socket::{
+    BootSource, CacheType, Drive, Entropy, MachineConfig, NetworkInterface, Pmem, Request, Vsock,
+};
 
 use super::{Name, asset};
 use crate::host::provide;
@@ -12,6 +14,10 @@ pub const CONSOLE: &str = "console=ttyS0 panic=1 berth.plain";
 
 /// Set to anything, the guests' kernels say on the console what they do, from their first moment.
 pub const VERBOSE: &str = "BERTH_VERBOSE";
+
+/// Where the host's programs call the guest, and the guest's address.
+pub const VSOCK: &str = "v.sock";
+const GUEST_CID: u32 = 3;
 
 /// A guest to be. Take [`Setup::default`] (a busybox shell in 128 MiB) or [`Setup::debian`] and change what matters.
 #[derive(Clone, Debug)]
@@ -26,6 +32,8 @@ pub struct Setup {
     pub interfaces: Vec<NetworkInterface>,
     pub pmems: Vec<Pmem>,
     pub entropy: bool,
+    /// Sockets at [`VSOCK`] in the guest's directory.
+    pub vsock: bool,
     /// All of the kernel command line but for [`CONSOLE`] and how much the kernel says.
     pub command_line: String,
     /// Further arguments of the VMM.
@@ -54,6 +62,7 @@ impl Default for Setup {
             interfaces: Vec::new(),
             pmems: Vec::new(),
             entropy: false,
+            vsock: false,
             command_line: String::new(),
             arguments: Vec::new(),
         }
@@ -89,6 +98,8 @@ impl Setup {
         requests.extend(self.interfaces.iter().cloned().map(Request::PutNetworkInterface));
         requests.extend(self.pmems.iter().cloned().map(Request::PutPmem));
         requests.extend(self.entropy.then(|| Request::PutEntropy(Entropy::default())));
+        let vsock = || Vsock { vsock_id: None, guest_cid: GUEST_CID, uds_path: VSOCK.into() };
+        requests.extend(self.vsock.then(|| Request::PutVsock(vsock())));
         requests
     }
 

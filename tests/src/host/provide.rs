@@ -24,7 +24,8 @@ pub const DEBIAN: &str = "debian.ext4";
 const PROGRAMS: [&str; 2] = ["berth-vmm", "berth-jailer"];
 
 /// Tools, which a host shows from this program's own directory.
-const TOOLS: [&str; 5] = ["berth-host", "berth-bench", "berth-attacker", "berth-killer", AGENT];
+const TOOLS: [&str; 6] =
+    ["berth-host", "berth-bench", "berth-attacker", "berth-killer", "berth-vsock", AGENT];
 
 const AGENT: &str = "berth-host-agent";
 

@@ -2,16 +2,16 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Duration;
 
 use super::*;
 use api_socket::{Client, Serial};
-use berth_tests::guest::setup::disk_drive;
+use berth_tests::guest::setup::{VSOCK, disk_drive};
 use berth_tests::guest::tap::Tap;
-use berth_tests::guest::{asset, blank_disk, debian_drive, program};
+use berth_tests::guest::{asset, blank_disk, debian_drive, program, program_drive};
 use berth_tests::host::{process, provide};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -28,6 +28,7 @@ pub const ALL: &[(&str, Life)] = &[
     ("told to be quiet", told_to_be_quiet),
     ("on a terminal", on_a_terminal),
     ("on the network", on_the_network),
+    ("over sockets", over_sockets),
     ("busy", busy),
 ];
 
@@ -112,7 +113,7 @@ fn on_a_terminal() -> Vec<Call> {
 /// A tap of two queues, of which the guest takes one and both; limits that hold packets back; a driver that comes and goes.
 fn on_the_network() -> Vec<Call> {
     let tap = Tap::new(9, &["multi_queue"]);
-    let limiter = api_socket::TokenBucket { size: 2000, one_time_burst: None, refill_time: 100 };
+    let limiter = api_socket::TokenBucket { size: 10_000, one_time_burst: None, refill_time: 100 };
     let limiter = Some(api_socket::RateLimiter { bandwidth: Some(limiter), ops: None });
     let interface = api_socket::NetworkInterface {
         queue_pairs: Some(2),
@@ -127,12 +128,59 @@ fn on_the_network() -> Vec<Call> {
     guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
     guest.console.wait_for("# ", limits::BOOT);
     tap.set_up(&mut guest, "eth0", None);
-    guest.run(&format!("ping -c 3 -i 0.2 -s 8000 {}", tap.host()));
+    guest.run(&format!("ping -c 3 -W 30 -s 8000 {}", tap.host()));
     guest.pause();
     guest.resume();
     guest.run("for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_net/$way; done");
     tap.set_up(&mut guest, "eth0", None);
-    guest.run(&format!("ping -c 3 -i 0.2 {}", tap.host()));
+    guest.run(&format!("ping -c 3 -W 30 {}", tap.host()));
+    guest.say("poweroff");
+    guest.ended();
+    tracer.calls()
+}
+
+/// Programs of host and guest call each other, wait for each other and leave; a driver that goes in the middle of it.
+fn over_sockets() -> Vec<Call> {
+    let place = tempfile::tempdir().unwrap();
+    let drives = vec![program_drive(place.path(), "berth-vsock")];
+    let mut guest = Guest::configured(Setup { vsock: true, drives, ..Setup::default() });
+    let path = guest.path(VSOCK);
+    let tracer = Tracer::attach(guest.vmm.pid());
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+    guest.console.wait_for("# ", limits::BOOT);
+    guest.take_program("/dev/vda", "berth-vsock");
+    guest.run("berth-vsock echo 1000 > /run/said & until grep -q listening /run/said; do sleep 0.1; done");
+    let call = || {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(b"CONNECT 1000\n").unwrap();
+        let mut reply = [0; 3];
+        stream.read_exact(&mut reply).unwrap();
+        assert_eq!(&reply, b"OK ");
+        stream
+    };
+    // More than the VMM's side holds: it is watched for room.
+    let mut stream = call();
+    std::thread::scope(|scope| {
+        let mut reader = stream.try_clone().unwrap();
+        stream.set_read_timeout(Some(limits::COMMAND)).unwrap();
+        scope.spawn(move || {
+            stream.write_all(&[7; 4 << 20]).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+        });
+        std::thread::sleep(Duration::from_secs(1));
+        reader.read_to_end(&mut Vec::new()).unwrap();
+    });
+    let listener = UnixListener::bind(format!("{}_2000", path.display())).unwrap();
+    let server = std::thread::spawn(move || listener.accept().unwrap().0.write_all(b"words").unwrap());
+    guest.run("berth-vsock connect 2000 cat");
+    server.join().unwrap();
+    let _kept = call();
+    guest.run(
+        "cd /sys/bus/virtio/drivers/vmw_vsock_virtio_transport; echo virtio1 > unbind; echo virtio1 > bind",
+    );
+    guest.pause();
+    guest.resume();
     guest.say("poweroff");
     guest.ended();
     tracer.calls()

@@ -1,4 +1,5 @@
 use std::io::{Read, Seek};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use api_socket::{CacheType, LogLevel, RateLimiter, VmState};
@@ -559,6 +560,43 @@ fn the_entropy_device_and_its_limit_are_told_back() {
     fixture.accept(Request::PutEntropy(entropy));
     assert_eq!(fixture.config.entropy, Some(entropy));
     assert_eq!(fixture.config.wire().entropy, Some(entropy));
+}
+
+#[test]
+fn sockets_are_made_at_once_and_replaced_by_those_of_another_request() {
+    let mut fixture = fixture();
+    let (first, second) = (fixture.path("v.sock"), fixture.path("w.sock"));
+    let at = |guest_cid, uds_path: &Path| api_socket::Vsock {
+        vsock_id: None,
+        guest_cid,
+        uds_path: uds_path.to_owned(),
+    };
+    assert!(fixture.config.vsock().unwrap().is_none());
+    fixture.accept(Request::PutVsock(at(3, &first)));
+    UnixStream::connect(&first).unwrap();
+    // The same path: the socket that somebody may wait at stays.
+    fixture.accept(Request::PutVsock(at(4, &first)));
+    assert_eq!(fixture.config.vsock().unwrap().unwrap().guest_cid, 4);
+    UnixStream::connect(&first).unwrap();
+
+    fixture.file("w.sock");
+    fixture.refuse(Request::PutVsock(at(4, &second)), &["`uds_path`", "w.sock", "Remove the file"]);
+    fixture.refuse(Request::PutVsock(at(4, &fixture.path("no/v"))), &["`uds_path`", "no/v", "exists"]);
+    let long = fixture.path(&"v".repeat(108));
+    fixture.refuse(Request::PutVsock(at(4, &long)), &["`uds_path`", "shorter", "107"]);
+    for (cid, path) in [(2, &first), (0, &second), (u32::MAX, &first)] {
+        fixture.refuse(Request::PutVsock(at(cid, path)), &["`guest_cid`", &cid.to_string(), "from 3 to"]);
+    }
+    UnixStream::connect(&first).unwrap();
+
+    std::fs::remove_file(&second).unwrap();
+    fixture.accept(Request::PutVsock(at(5, &second)));
+    UnixStream::connect(&second).unwrap();
+    assert!(!first.exists());
+    assert_eq!(fixture.config.wire().vsock, Some(at(5, &second)));
+    fixture.config.started();
+    assert!(fixture.config.vsock().is_err());
+    assert_eq!(fixture.config.wire().vsock, Some(at(5, &second)));
 }
 
 #[test]
