@@ -1,9 +1,11 @@
 //! Measures a boot of Debian's kernel in 128 MiB with one vCPU: Berth beside QEMU's microvm, in one run in one host,
-//! interleaved, as medians and ratios. `make bench` runs it in the host; docs/benchmarks.md says what it measures.
+//! interleaved, as medians and ratios; and what the jailer's cell adds. `make bench` runs it in the host; docs/benchmarks.md
+//! says what it measures.
 //!
 //! It measures processes from outside, by strace, tracefs, /proc and their own sockets, and knows nothing of how they
 //! work. What cannot be measured ends it: a table with holes would be taken for a good one.
 
+mod cell;
 mod measure;
 mod peer;
 mod table;
@@ -74,6 +76,7 @@ fn bench(runs: usize) -> Result<()> {
             }
         }
     }
-    print!("{results}");
+    let cells = cell::bench(runs)?;
+    print!("{results}{cells}");
     Ok(())
 }

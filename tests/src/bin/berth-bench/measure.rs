@@ -20,11 +20,11 @@ use crate::table::{Measure, Results};
 use crate::trace::Trace;
 
 /// To find a hang. A boot takes about two seconds in a nested host, under strace three.
-const LIMIT: Duration = Duration::from_secs(120);
+pub const LIMIT: Duration = Duration::from_secs(120);
 
 /// How often a socket is tried. Often, for the answer comes within milliseconds; but the host may have one processor,
 /// which the one that is measured needs.
-const API_RETRY: Duration = Duration::from_micros(500);
+pub const API_RETRY: Duration = Duration::from_micros(500);
 
 const STRACE: &str = "strace";
 const STRACE_POLL: Duration = Duration::from_millis(50);
@@ -131,14 +131,14 @@ impl Bench {
     }
 }
 
-/// A started VMM, or strace with a VMM. It is killed when this is dropped.
-struct Vmm {
+/// A started VMM, or strace with a VMM, or a jailer. It is killed when this is dropped.
+pub struct Vmm {
     child: Child,
     errors: std::path::PathBuf,
 }
 
 impl Vmm {
-    fn start(command: &mut Command, directory: &Path) -> Result<Vmm> {
+    pub fn start(command: &mut Command, directory: &Path) -> Result<Vmm> {
         let errors = directory.join("stderr");
         let file = File::create(&errors).doing(|| format!("cannot make {}", errors.display()))?;
         command.current_dir(directory).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file);
@@ -147,7 +147,7 @@ impl Vmm {
         Ok(Vmm { child, errors })
     }
 
-    fn wait_for_marker(&mut self) -> Result<()> {
+    pub fn wait_for_marker(&mut self) -> Result<()> {
         let output = self.child.stdout.take().ok_or_else(|| Error("the output was taken already".into()))?;
         let (sender, receiver) = mpsc::channel();
         // It ends with the VMM.
@@ -167,6 +167,18 @@ impl Vmm {
             Ok(None) => Err(Error(format!("{awaited}: nothing within {LIMIT:?}; {}", self.errors()))),
             ended => Err(Error(format!("{awaited}: ended with {ended:?}; {}", self.errors()))),
         }
+    }
+
+    /// As [`Vmm::expect_alive`], for a process that may leave the VMM to others and end well.
+    pub fn expect_no_failure(&mut self, awaited: &str, deadline: Instant) -> Result<()> {
+        match self.child.try_wait() {
+            Ok(Some(status)) if status.success() && Instant::now() < deadline => Ok(()),
+            _ => self.expect_alive(awaited, deadline),
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     fn errors(&self) -> String {
@@ -212,7 +224,7 @@ fn calls_before_run(strace: &str) -> Option<u64> {
     None
 }
 
-fn directory() -> Result<TempDir> {
+pub fn directory() -> Result<TempDir> {
     let scratch = std::env::var_os("BERTH_SCRATCH").unwrap_or_else(|| std::env::temp_dir().into());
     tempfile::tempdir_in(&scratch).doing(|| format!("cannot make a directory in {}", scratch.display()))
 }
@@ -231,7 +243,7 @@ fn touch_memory() -> Result<()> {
 }
 
 /// By the clock that the trace's stamps are of.
-fn now_us() -> u64 {
+pub fn now_us() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     u64::try_from(now.tv_sec * 1_000_000 + now.tv_nsec / 1000).unwrap_or_default()
 }

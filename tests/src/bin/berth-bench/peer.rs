@@ -161,19 +161,23 @@ const QEMU_MICROVM: [&str; 13] = [
     "host",
 ];
 
-fn kernel_arguments() -> String {
+pub fn kernel_arguments() -> String {
     format!("{KERNEL_ARGUMENTS} -- sh -c \"echo {MARKER}; exec sleep 1000000\"")
 }
 
-fn berth() -> Result<PathBuf> {
+pub fn berth() -> Result<PathBuf> {
     file("BERTH_BUILD", "berth-vmm")
 }
 
-fn kernel() -> Result<PathBuf> {
+pub fn jailer() -> Result<PathBuf> {
+    file("BERTH_BUILD", "berth-jailer")
+}
+
+pub fn kernel() -> Result<PathBuf> {
     file("BERTH_ASSETS", provide::VMLINUX)
 }
 
-fn initramfs() -> Result<PathBuf> {
+pub fn initramfs() -> Result<PathBuf> {
     file("BERTH_ASSETS", provide::INITRAMFS)
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::hash::Hash;
 
 use crate::peer::Peer;
 use crate::trace::Exits;
@@ -71,15 +72,47 @@ impl Measure {
     }
 }
 
+/// Values by what they were measured of.
+#[derive(Debug)]
+pub struct Samples<K>(HashMap<K, Vec<u64>>);
+
+impl<K> Default for Samples<K> {
+    fn default() -> Self {
+        Samples(HashMap::new())
+    }
+}
+
+impl<K: Eq + Hash> Samples<K> {
+    pub fn add(&mut self, key: K, value: u64) {
+        self.0.entry(key).or_default().push(value);
+    }
+
+    /// Median, and least and most if they differ; a hyphen for what was not measured.
+    pub fn spread(&self, key: K, show: impl Fn(u64) -> String) -> String {
+        let values = self.sorted(key);
+        let (Some(median), Some(least), Some(most)) = (median(&values), values.first(), values.last()) else {
+            return "-".into();
+        };
+        let [median, least, most] = [median, *least, *most].map(show);
+        if least == most { median } else { format!("{median} ({least} to {most})") }
+    }
+
+    fn sorted(&self, key: K) -> Vec<u64> {
+        let mut values = self.0.get(&key).cloned().unwrap_or_default();
+        values.sort_unstable();
+        values
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Results {
-    samples: HashMap<(Peer, Measure), Vec<u64>>,
+    samples: Samples<(Peer, Measure)>,
     exits: HashMap<Peer, Exits>,
 }
 
 impl Results {
     pub fn add(&mut self, peer: Peer, measure: Measure, value: u64) {
-        self.samples.entry((peer, measure)).or_default().push(value);
+        self.samples.add((peer, measure), value);
     }
 
     /// Where the exits of a boot come from; of several boots, the last.
@@ -87,25 +120,16 @@ impl Results {
         self.exits.insert(peer, exits);
     }
 
-    fn sorted(&self, peer: Peer, measure: Measure) -> Vec<u64> {
-        let mut values = self.samples.get(&(peer, measure)).cloned().unwrap_or_default();
-        values.sort_unstable();
-        values
-    }
-
     /// Median, least and most, and the ratio of the median to the base's.
     fn cell(&self, peer: Peer, measure: Measure) -> String {
-        let values = self.sorted(peer, measure);
-        let (Some(median), Some(least), Some(most)) = (median(&values), values.first(), values.last()) else {
-            return "-".into();
-        };
-        let [median_text, least, most] = [median, *least, *most].map(|value| measure.show(value));
-        let spread = if least == most { String::new() } else { format!(" ({least} to {most})") };
-        let ratio = match self::median(&self.sorted(Peer::BASE, measure)) {
-            Some(base @ 1..) if peer != Peer::BASE => format!(", **{:.2}**", median as f64 / base as f64),
-            _ => String::new(),
-        };
-        format!("{median_text}{spread}{ratio}")
+        let spread = self.samples.spread((peer, measure), |value| measure.show(value));
+        let median = |peer| median(&self.samples.sorted((peer, measure)));
+        match (median(peer), median(Peer::BASE)) {
+            (Some(own), Some(base @ 1..)) if peer != Peer::BASE => {
+                format!("{spread}, **{:.2}**", own as f64 / base as f64)
+            }
+            _ => spread,
+        }
     }
 }
 
