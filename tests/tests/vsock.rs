@@ -2,7 +2,6 @@
 //! limits say.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
-use std::fs;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use berth_tests::guest::setup::VSOCK;
-use berth_tests::guest::{Guest, Name, Setup, limits, program_drive, times};
+use berth_tests::guest::{Guest, Name, Setup, limits, md5, program_drive, times};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 
@@ -112,13 +111,6 @@ fn exchange(stream: &UnixStream, data: &[u8]) -> Vec<u8> {
         writing.join().unwrap();
         heard
     })
-}
-
-fn md5(data: &[u8]) -> String {
-    let path = tempfile::NamedTempFile::new().unwrap();
-    fs::write(path.path(), data).unwrap();
-    let output = std::process::Command::new("md5sum").stdin(path.reopen().unwrap()).output().unwrap();
-    String::from_utf8(output.stdout).unwrap()
 }
 
 #[test]

@@ -248,6 +248,17 @@ pub fn program_drive(directory: &Path, name: &str) -> Drive {
     }
 }
 
+/// What `md5sum` in a guest prints of these bytes.
+pub fn md5(data: &[u8]) -> String {
+    let sum = || {
+        let path = tempfile::NamedTempFile::new()?;
+        fs::write(path.path(), data)?;
+        std::process::Command::new("md5sum").stdin(path.reopen()?).output()
+    };
+    let output = sum().unwrap_or_else(|error| panic!("md5sum: {error}"));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 /// A new sparse file of so many bytes in a guest's or a test's directory.
 pub fn blank_disk(path: PathBuf, bytes: u64) -> PathBuf {
     File::create(&path)
