@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use api_socket::{CacheType, Drive};
+use api_socket::{CacheType, Drive, IoEngine};
 use berth_tests::guest::setup::disk_drive;
 use berth_tests::guest::{Ended, Guest, Name, Setup, blank_disk, debian_drive, limits, times};
 use tempfile::TempDir;
@@ -30,6 +30,11 @@ impl Disk {
 
     fn setup(&self) -> Setup {
         Setup { drives: vec![disk_drive("disk", self.path.clone())], ..Setup::default() }
+    }
+
+    fn with(&self, engine: IoEngine) -> Setup {
+        let drive = Drive { io_engine: Some(engine), ..disk_drive("disk", self.path.clone()) };
+        Setup { drives: vec![drive], ..Setup::default() }
     }
 
     fn file(&self) -> File {
@@ -93,14 +98,21 @@ fn survives_reboot(name: Name) {
 #[test]
 fn a_vmm_that_is_killed_loses_nothing_that_was_flushed() {
     for round in 0..times(1, 50) {
-        a_killed_vmm_loses_nothing_flushed(Duration::from_millis((round * 37 % 500).into()));
+        a_killed_vmm_loses_nothing_flushed(IoEngine::Sync, Duration::from_millis((round * 37 % 500).into()));
+    }
+}
+
+#[test]
+fn an_asynchronous_vmm_that_is_killed_loses_nothing_that_was_flushed() {
+    for round in 0..times(1, 50) {
+        a_killed_vmm_loses_nothing_flushed(IoEngine::Async, Duration::from_millis((round * 37 % 500).into()));
     }
 }
 
 /// The VMM is killed so long after the flush, while the guest writes more.
-fn a_killed_vmm_loses_nothing_flushed(after: Duration) {
+fn a_killed_vmm_loses_nothing_flushed(engine: IoEngine, after: Duration) {
     let disk = Disk::blank(64 * MIB);
-    let mut guest = Guest::booted(disk.setup());
+    let mut guest = Guest::booted(disk.with(engine));
     assert_eq!(guest.run("cat /sys/block/vda/queue/write_cache"), "write back\n");
     guest.run("mke2fs /dev/vda > /dev/null; mkdir /mnt; mount -t ext4 /dev/vda /mnt");
     guest.run("dd if=/dev/urandom of=/mnt/kept bs=1M count=4 conv=fsync; sync");
@@ -109,7 +121,7 @@ fn a_killed_vmm_loses_nothing_flushed(after: Duration) {
     std::thread::sleep(after);
     guest.vmm.kill();
 
-    let mut guest = Guest::booted(disk.setup());
+    let mut guest = Guest::booted(disk.with(engine));
     guest.run("mkdir /mnt; mount -t ext4 /dev/vda /mnt");
     assert_eq!(guest.run("md5sum /mnt/kept"), sum);
     guest.power_off();
@@ -164,6 +176,24 @@ fn a_discard_gives_space_back_to_the_host_and_reads_as_zeros() {
     assert!(is_zero(8, 24));
     let full = |at: u64| &bytes[(at * MIB) as usize..][..5] != b"\0\0\0\0\0";
     assert!(full(0) && full(7) && full(24) && full(31));
+}
+
+#[test]
+fn an_asynchronous_disk_is_discarded_trimmed_and_zeroed() {
+    let disk = Disk::blank(32 * MIB);
+    let drives = [vec![debian_drive()], disk.with(IoEngine::Async).drives].concat();
+    let mut guest = Guest::booted(Setup { drives, memory_mib: 256, ..Setup::default() });
+    guest.mount_debian();
+    guest.run("yes full | dd of=/dev/vdb bs=1M count=32 iflag=fullblock conv=fsync");
+    let full = disk.allocated();
+    guest.run("blkdiscard -o 8388608 -l 8388608 /dev/vdb; sync");
+    guest.run("chroot /debian /sbin/blkdiscard --zeroout --offset 16777216 --length 4194304 /dev/vdb; sync");
+    assert!(disk.allocated() <= full - 7 * MIB);
+    guest.power_off();
+    let bytes = fs::read(&disk.path).unwrap();
+    let zeroes = bytes.chunks(MIB as usize).map(|part| part.iter().all(|byte| *byte == 0));
+    let expected = (0..32).map(|mib| (8..20).contains(&mib));
+    assert_eq!(zeroes.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
 }
 
 #[test]
@@ -257,9 +287,23 @@ fn a_disk_of_terabytes_is_written_at_its_end() {
 
 #[test]
 fn a_disk_verifies_under_random_writes_of_all_sizes() {
+    verifies(Name::Berth, IoEngine::Sync);
+}
+
+#[test]
+fn an_asynchronous_disk_verifies_under_random_writes_of_all_sizes() {
+    verifies(Name::Berth, IoEngine::Async);
+}
+
+#[test]
+fn an_asynchronous_disk_verifies_without_pci() {
+    verifies(Name::Firecracker, IoEngine::Async);
+}
+
+fn verifies(name: Name, engine: IoEngine) {
     let disk = Disk::blank(48 * MIB);
-    let drives = vec![debian_drive(), disk_drive("disk", disk.path.clone())];
-    let mut guest = Guest::booted(Setup { drives, memory_mib: 256, vcpus: 2, ..Setup::default() });
+    let drives = [vec![debian_drive()], disk.with(engine).drives].concat();
+    let mut guest = Guest::booted(Setup { name, drives, memory_mib: 256, vcpus: 2, ..Setup::default() });
     guest.mount_debian();
     guest.run(
         "chroot /debian fio --name=disk --filename=/dev/vdb --direct=1 --rw=randrw --bsrange=512-256k --fsync=50 \

@@ -128,6 +128,8 @@ fn a_limit_holds_packets_back_and_can_be_lifted_while_the_guest_runs() {
 
 #[test]
 fn what_is_wrong_with_a_tap_is_said() {
+    // First, as it brings the module.
+    let tap = Tap::new(3, &[]);
     let mut guest = Guest::configured(Setup::default());
     let settings = |name: &str| NetworkInterface {
         iface_id: "net".into(),
@@ -139,7 +141,6 @@ fn what_is_wrong_with_a_tap_is_said() {
         let error = guest.api.apply(&request).unwrap_err().to_string();
         assert!(error.contains("`host_dev_name`") && error.contains(name), "{name}: {error}");
     }
-    let tap = Tap::new(3, &[]);
     guest.apply(Request::PutNetworkInterface(tap.interface()));
     // A tap has one user at a time.
     let mut second = Guest::configured(Setup::default());

@@ -24,6 +24,7 @@ use api_socket::{
     TokenBucket, VCPU_COUNT, VmConfig,
 };
 use devices::backend::rate_limiter::{self, Bucket, Limits};
+use devices::virtio::blk::Engine;
 
 use self::network::{Interface, Interfaces};
 use self::pmem::{PmemFile, Pmems, second_root};
@@ -375,11 +376,6 @@ impl Config {
                 "`socket` is set, and this version has no vhost-user-blk; give the disk as `path_on_host`.",
             ));
         }
-        if drive.io_engine == Some(IoEngine::Async) {
-            return Err(Fault::bad_request(
-                "`io_engine` is Async, which this version does not have; leave it out, or give Sync.",
-            ));
-        }
         if let Some(partuuid) = &drive.partuuid {
             check_partuuid(partuuid, drive.is_root_device)?;
         }
@@ -388,7 +384,14 @@ impl Config {
                 "`path_on_host` is not set; give the path of a raw disk image or of a block device.",
             )
         })?;
-        self.open_drive(path, drive.is_read_only.unwrap_or(false))
+        let file = self.open_drive(path, drive.is_read_only.unwrap_or(false))?;
+        engine(drive).check(&file).map_err(|error| {
+            Fault::bad_request(format!(
+                "`io_engine` is Async, and this host refuses io_uring: {error}. Give Sync, or see whether \
+                 kernel.io_uring_disabled is 0 and no filter of system calls stands in the way."
+            ))
+        })?;
+        Ok(file)
     }
 
     /// Opens for reading what must be an ordinary file.
@@ -649,6 +652,14 @@ fn check_partuuid(partuuid: &str, is_root_device: bool) -> Result<(), Fault> {
         )));
     }
     Ok(())
+}
+
+/// How the requests of this drive reach the host's disk.
+pub fn engine(drive: &api_socket::Drive) -> Engine {
+    match drive.io_engine {
+        None | Some(IoEngine::Sync) => Engine::Sync,
+        Some(IoEngine::Async) => Engine::Async,
+    }
 }
 
 /// What tells the kernel its root device. It is the first drive, so that it has the first name.

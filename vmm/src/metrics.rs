@@ -161,6 +161,7 @@ impl Metrics {
             tell("queue_event_count", load(&c.queue_event_count));
             tell("rate_limiter_event_count", load(&c.rate_limiter_event_count));
             tell("rate_limiter_throttled_events", load(&c.rate_limiter_throttled_events));
+            tell("io_engine_throttled_events", load(&c.io_engine_throttled_events));
             tell("read_count", load(&c.read_count));
             tell("read_bytes", load(&c.read_bytes));
             tell_times(tell, &READ, &c.read_time);

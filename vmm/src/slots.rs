@@ -95,6 +95,7 @@ impl Slots {
                     api_socket::CacheType::Unsafe => Cache::Unsafe,
                     api_socket::CacheType::Writeback => Cache::Writeback,
                 },
+                engine: config::engine(&settings),
                 serial: settings.drive_id.clone(),
                 limits: limits(settings.rate_limiter.as_ref()),
             },

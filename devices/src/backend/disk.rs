@@ -1,7 +1,8 @@
 //! A raw disk: a file or a block device of the host, read and written straight from and to guest memory.
 //!
-//! Knows no sectors and no virtio status; does not open, lock, grow or guess the format of anything. The engine is
-//! synchronous. An [`Operation`] owns its buffers, so that an asynchronous engine can keep it until the kernel is done.
+//! Knows no sectors and no virtio status; does not open, lock, grow or guess the format of anything. What is here
+//! is synchronous. An [`Operation`] owns its buffers, so that the asynchronous engine (`uring.rs`) can keep it until the
+//! kernel is done.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -28,6 +29,10 @@ impl Disk {
         // Unlike the metadata's length, this is also right for a block device.
         let bytes = file.seek(SeekFrom::End(0))?;
         Ok(Disk { file, bytes })
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     pub fn bytes(&self) -> u64 {

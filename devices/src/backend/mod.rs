@@ -2,6 +2,8 @@
 
 pub mod disk;
 pub mod gate;
+pub(crate) mod job;
 pub mod rate_limiter;
 pub mod tap;
+pub(crate) mod uring;
 pub(crate) mod vectored;

@@ -151,13 +151,23 @@ fn transfer(
     }
 }
 
+/// `slices` as the kernel takes them. They are addresses and keep nothing mapped.
+pub(super) fn vectors(slices: &[GuestSlice<'_>]) -> Vec<libc::iovec> {
+    slices.iter().map(|slice| to_vector(&slice.ptr_guard_mut())).collect()
+}
+
+/// How many vectors at the front are empty.
+pub(super) fn empty(vectors: &[libc::iovec]) -> usize {
+    vectors.iter().take_while(|vector| vector.iov_len == 0).count()
+}
+
 fn skip_empty(vectors: &mut [libc::iovec]) -> &mut [libc::iovec] {
-    let empty = vectors.iter().take_while(|vector| vector.iov_len == 0).count();
+    let empty = empty(vectors);
     vectors.get_mut(empty..).unwrap_or_default()
 }
 
 /// Takes the first `done` bytes off the vectors.
-fn advance(vectors: &mut [libc::iovec], mut done: usize) -> &mut [libc::iovec] {
+pub(super) fn advance(vectors: &mut [libc::iovec], mut done: usize) -> &mut [libc::iovec] {
     for vector in vectors.iter_mut() {
         let step = done.min(vector.iov_len);
         vector.iov_base = vector.iov_base.wrapping_byte_add(step);

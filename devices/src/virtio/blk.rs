@@ -3,6 +3,9 @@
 //! Does not open files or know formats: the VMM hands over an open, raw disk. One queue. Write caching is configured, not
 //! negotiated (no VIRTIO_BLK_F_CONFIG_WCE). The block size and topology are the driver's defaults and not offered: each
 //! field would cost an exit at boot to say what is assumed anyway.
+//!
+//! With the synchronous engine a request is done before the next is looked at. With the asynchronous one the ring keeps
+//! requests, which end in any order (5.2.6.2 asks for none), and stopping waits for them.
 
 use std::fs::File;
 use std::io;
@@ -13,10 +16,12 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as spec;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::backend::disk::{Disk, Extent, Operation};
+use crate::backend::job::Job;
 use crate::backend::rate_limiter::{Limits, RateLimiter, RateLimiterState};
+use crate::backend::uring::Ring;
 use crate::host::Source;
 use crate::memory::GuestRam;
 use crate::times::Times;
@@ -52,6 +57,7 @@ pub struct Config {
     pub file: File,
     pub read_only: bool,
     pub cache: Cache,
+    pub engine: Engine,
     /// What the guest sees as the disk's serial number; cut to 20 bytes.
     pub serial: String,
     pub limits: Limits,
@@ -67,6 +73,29 @@ pub enum Cache {
     Writeback,
 }
 
+/// How requests reach the host's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// One after the other: the io thread waits for the disk.
+    Sync,
+    /// Many at a time, through an io_uring.
+    Async,
+}
+
+impl Engine {
+    /// Whether this host has it, for disks like this.
+    pub fn check(self, file: &File) -> io::Result<()> {
+        self.ring(file).map(drop)
+    }
+
+    fn ring(self, file: &File) -> io::Result<Option<Ring<Answer>>> {
+        match self {
+            Engine::Sync => Ok(None),
+            Engine::Async => Ring::new(file).map(Some),
+        }
+    }
+}
+
 /// The block device.
 pub struct Blk {
     worker: Worker,
@@ -78,7 +107,8 @@ pub struct Blk {
 impl Blk {
     /// A stopped device. With a state, the one that was saved; if the disk's size has changed since, its driver is told.
     pub fn new(config: Config, state: Option<State>) -> io::Result<Blk> {
-        let Config { file, read_only, cache, serial, limits } = config;
+        let Config { file, read_only, cache, engine, serial, limits } = config;
+        let ring = engine.ring(&file)?;
         let disk = Disk::new(file)?;
         let worker = Worker {
             read_only,
@@ -88,6 +118,8 @@ impl Blk {
             limiter: RateLimiter::new(limits, state.as_ref().map(|state| &state.limiter))?,
             write_through: false,
             disk,
+            ring,
+            is_held_back: false,
         };
         worker.warn_of_odd_size();
         let resized = state.is_some_and(|state| state.sectors != worker.sectors());
@@ -99,10 +131,11 @@ impl Blk {
         self.worker.counters.clone()
     }
 
-    /// Another file from now on, running or not; opened as the first one was. The driver is told and reads the new
-    /// capacity. On an error the old file stays.
+    /// Another file from now on, running or not; opened as the first one was. Requests that have begun end on the old
+    /// one. The driver is told and reads the new capacity. On an error the old file stays.
     pub fn replace(&mut self, file: File) -> io::Result<()> {
-        self.worker.disk = Disk::new(file).inspect_err(|_| count(&self.worker.counters.update_fails, 1))?;
+        self.drain();
+        self.worker.replace(file).inspect_err(|_| count(&self.worker.counters.update_fails, 1))?;
         count(&self.worker.counters.update_count, 1);
         self.worker.warn_of_odd_size();
         self.resized = true;
@@ -113,6 +146,15 @@ impl Blk {
     /// Other limits from now on, running or not.
     pub fn set_limits(&mut self, limits: Limits) {
         self.worker.limiter.set_limits(limits);
+    }
+
+    /// Waits for what the ring keeps, and gives it back to the driver.
+    fn drain(&mut self) {
+        let (Some(ring), Some(running)) = (&mut self.worker.ring, &mut self.running) else { return };
+        match ring.drain() {
+            Ok(ended) => self.worker.give_back(running, ended),
+            Err(error) => running.interrupt.needs_reset(&format_args!("requests are lost: {error}")),
+        }
     }
 
     fn announce(&mut self) {
@@ -142,6 +184,7 @@ impl VirtioDevice for Blk {
         let knows_flush = active.features & (1 << spec::VIRTIO_BLK_F_FLUSH) != 0;
         let (running, mut sources) = Running::start(active, 1)?;
         sources.push(Source { fd: self.worker.limiter.fd(), token: TIMER });
+        sources.extend(self.worker.ring.as_ref().map(|ring| Source { fd: ring.fd(), token: RING }));
         self.worker.write_through = self.worker.cache == Cache::Writeback && !knows_flush;
         self.running = Some(running);
         self.announce();
@@ -150,17 +193,28 @@ impl VirtioDevice for Blk {
 
     fn handle(&mut self, token: u32) {
         let Some(running) = &mut self.running else { return };
-        if token == TIMER {
-            self.worker.limiter.clear();
-            count(&self.worker.counters.rate_limiter_event_count, 1);
-        } else {
-            count(&self.worker.counters.queue_event_count, 1);
+        let worker = &mut self.worker;
+        match token {
+            RING => {
+                worker.turn(running);
+                if !std::mem::take(&mut worker.is_held_back) {
+                    return;
+                }
+            }
+            TIMER => {
+                worker.limiter.clear();
+                count(&worker.counters.rate_limiter_event_count, 1);
+            }
+            _ => count(&worker.counters.queue_event_count, 1),
         }
-        running.serve(QUEUE, |memory, chain| self.worker.request(memory, chain));
+        running.serve(QUEUE, |memory, chain| worker.request(memory, chain));
+        if worker.ring.as_ref().is_some_and(|ring| !ring.is_empty()) {
+            worker.turn(running);
+        }
     }
 
     fn stop(&mut self) -> Vec<Queue> {
-        // Nothing is in flight: a request is done before `handle` returns.
+        self.drain();
         self.running.take().map(Running::stop).unwrap_or_default()
     }
 
@@ -184,6 +238,8 @@ pub struct Counters {
     pub rate_limiter_event_count: AtomicU64,
     /// Requests that were found waiting for the rate limiter.
     pub rate_limiter_throttled_events: AtomicU64,
+    /// Requests that were found waiting for room in the ring of the asynchronous engine.
+    pub io_engine_throttled_events: AtomicU64,
     pub read_count: AtomicU64,
     pub read_bytes: AtomicU64,
     pub read_time: Times,
@@ -205,6 +261,8 @@ pub struct Counters {
 const QUEUE: u16 = 0;
 /// The token of the rate limiter's timer; queues have their index.
 const TIMER: u32 = 1;
+/// The token of the asynchronous engine's ring.
+const RING: u32 = 2;
 
 const HEADER_BYTES: usize = 16;
 /// One range of a discard or of zeroes.
@@ -230,9 +288,38 @@ enum Failure {
     Host(#[from] io::Error),
 }
 
+/// What a request needs to be answered when it is done.
+#[derive(Clone, Copy, Debug)]
+struct Answer {
+    head: u16,
+    status_at: GuestAddress,
+    /// Bytes that the driver left for data.
+    room: u32,
+    what: What,
+    /// Bytes between the disk and the driver's buffers.
+    bytes: u64,
+    begin: Instant,
+}
+
+/// What a request was, for the counters.
+#[derive(Clone, Copy, Debug)]
+enum What {
+    Read,
+    Write,
+    Flush,
+    Discard,
+    WriteZeroes,
+    /// Nothing that reaches the disk.
+    Other,
+}
+
 /// What serves requests; the device is its shell.
 struct Worker {
     disk: Disk,
+    /// Of the asynchronous engine; the synchronous one has none.
+    ring: Option<Ring<Answer>>,
+    /// A request waits for room in the ring.
+    is_held_back: bool,
     read_only: bool,
     cache: Cache,
     serial: [u8; ID_BYTES],
@@ -245,27 +332,111 @@ struct Worker {
 impl Worker {
     /// Serves one request. Its status is written whatever happens; only where there is no room for one is it an error.
     fn request(&mut self, memory: &GuestRam, chain: &mut Chain) -> Result<Step, QueueError> {
+        if self.ring.as_ref().is_some_and(Ring::is_full) {
+            count(&self.counters.io_engine_throttled_events, 1);
+            self.is_held_back = true;
+            return Ok(Step::Later);
+        }
         let status_at = chain.writable.take_last_byte().ok_or(QueueError::Short { needed: 1, left: 0 })?;
         let room = chain.writable.bytes();
         let request = self.parse(memory, chain);
-        if !self.limiter.take(request.as_ref().map_or(0, Request::bytes)) {
+        let (what, bytes) = request.as_ref().map_or((What::Other, 0), |request| request.kind(self.cache));
+        if !self.limiter.take(bytes) {
             count(&self.counters.rate_limiter_throttled_events, 1);
             return Ok(Step::Later);
         }
-        let result = request.and_then(|request| self.perform(memory, request));
+        let answer = Answer { head: chain.head, status_at, room, what, bytes, begin: Instant::now() };
+        match request.and_then(|request| self.perform(memory, request, answer)) {
+            Ok(None) => Ok(Step::Kept),
+            Ok(Some(written)) => self.finish(memory, &answer, Ok(written)).map(Step::Used),
+            Err(failure) => self.finish(memory, &answer, Err(failure)).map(Step::Used),
+        }
+    }
+
+    /// Does a request, and says how many bytes it has written to the driver's buffers; or gives it to the ring.
+    fn perform(
+        &mut self,
+        memory: &GuestRam,
+        request: Request,
+        answer: Answer,
+    ) -> Result<Option<u32>, Failure> {
+        let operation = match request {
+            Request::Id(mut buffers) => {
+                buffers
+                    .write(memory, &self.serial)
+                    .map_err(|_| Failure::Driver("has no room for the serial number"))?;
+                return Ok(Some(ID_BYTES as u32));
+            }
+            // Not offered; the operator has chosen not to wait for the host's disk.
+            Request::Disk(Operation::Flush) if self.cache == Cache::Unsafe => return Ok(Some(0)),
+            Request::Disk(operation) => operation,
+        };
+        if let Some(ring) = &mut self.ring {
+            ring.put(Job::new(memory, operation, self.write_through)?, answer)?;
+            return Ok(None);
+        }
+        self.disk.perform(memory, &operation)?;
+        if self.write_through && !matches!(operation, Operation::Read { .. } | Operation::Flush) {
+            self.disk.perform(memory, &Operation::Flush)?;
+        }
+        Ok(Some(answer.written()))
+    }
+
+    /// Counts a request, writes its status and says how many bytes of its buffers are used.
+    fn finish(
+        &self,
+        memory: &GuestRam,
+        answer: &Answer,
+        result: Result<u32, Failure>,
+    ) -> Result<u32, QueueError> {
         let status = match &result {
             Ok(_) => spec::VIRTIO_BLK_S_OK,
             Err(Failure::Unsupported(_)) => spec::VIRTIO_BLK_S_UNSUPP,
             Err(_) => spec::VIRTIO_BLK_S_IOERR,
         };
-        let gone = QueueError::Buffer { address: status_at.0, len: 1 };
-        memory.write_obj(status as u8, status_at).map_err(|_| gone)?;
-        let written = result.unwrap_or_else(|failure| {
-            self.complain(&failure);
-            0
-        });
+        let gone = QueueError::Buffer { address: answer.status_at.0, len: 1 };
+        memory.write_obj(status as u8, answer.status_at).map_err(|_| gone)?;
+        let written = match result {
+            Ok(written) => {
+                self.counters.add(answer);
+                written
+            }
+            Err(failure) => {
+                self.complain(&failure);
+                0
+            }
+        };
         // What is used is counted from the front (2.7.8.2): the status, at the end, only if all before it is filled.
-        Ok(Step::Used(if written == room { written + 1 } else { written }))
+        Ok(if written == answer.room { written + 1 } else { written })
+    }
+
+    /// Sends off what the ring was given, and gives back what is done.
+    fn turn(&mut self, running: &mut Running) {
+        let ended = self.ring.as_mut().map(Ring::turn).unwrap_or_default();
+        self.give_back(running, ended);
+    }
+
+    fn give_back(&self, running: &mut Running, ended: Vec<(Answer, io::Result<()>)>) {
+        if ended.is_empty() {
+            return;
+        }
+        running.turn(QUEUE, |turn| {
+            ended.into_iter().try_for_each(|(answer, result)| {
+                let result = result.map(|()| answer.written()).map_err(Failure::Host);
+                let used = self.finish(turn.memory, &answer, result)?;
+                turn.queue.push(turn.memory, answer.head, used)
+            })
+        });
+    }
+
+    /// Another file. Only while nothing is under way.
+    fn replace(&mut self, file: File) -> io::Result<()> {
+        let disk = Disk::new(file)?;
+        if let Some(ring) = &mut self.ring {
+            ring.replace(disk.file())?;
+        }
+        self.disk = disk;
+        Ok(())
     }
 
     /// Takes the request out of its chain, from which the status byte is already cut (5.2.6).
@@ -368,49 +539,6 @@ impl Worker {
         if self.read_only { Err(Failure::Driver("writes to a read-only disk")) } else { Ok(()) }
     }
 
-    /// Returns the number of bytes written to the driver's buffers.
-    fn perform(&self, memory: &GuestRam, request: Request) -> Result<u32, Failure> {
-        let bytes = request.bytes();
-        let operation = match request {
-            Request::Disk(operation) => operation,
-            Request::Id(mut buffers) => {
-                buffers
-                    .write(memory, &self.serial)
-                    .map_err(|_| Failure::Driver("has no room for the serial number"))?;
-                return Ok(ID_BYTES as u32);
-            }
-        };
-        if operation == Operation::Flush && self.cache == Cache::Unsafe {
-            return Ok(0); // Not offered; the operator has chosen not to wait for the host's disk.
-        }
-        let counters = &self.counters;
-        let begin = Instant::now();
-        self.disk.perform(memory, &operation)?;
-        match operation {
-            Operation::Read { .. } => {
-                counters.read_time.add(begin);
-                count(&counters.read_count, 1);
-                count(&counters.read_bytes, bytes);
-                return Ok(bytes as u32);
-            }
-            Operation::Flush => {
-                count(&counters.flush_count, 1);
-                return Ok(0);
-            }
-            Operation::Write { .. } => {
-                counters.write_time.add(begin);
-                count(&counters.write_count, 1);
-                count(&counters.write_bytes, bytes);
-            }
-            Operation::Discard(_) => count(&counters.discard_count, 1),
-            Operation::WriteZeroes { .. } => count(&counters.write_zeroes_count, 1),
-        }
-        if self.write_through {
-            self.disk.perform(memory, &Operation::Flush)?;
-        }
-        Ok(0)
-    }
-
     fn complain(&self, failure: &Failure) {
         let counter = match failure {
             Failure::Host(_) => &self.counters.execute_fails,
@@ -437,13 +565,48 @@ impl Worker {
 }
 
 impl Request {
-    /// Bytes between the disk and the driver's buffers.
-    fn bytes(&self) -> u64 {
+    /// What it is, and its bytes between the disk and the driver's buffers.
+    fn kind(&self, cache: Cache) -> (What, u64) {
         match self {
-            Request::Disk(Operation::Read { buffers, .. } | Operation::Write { buffers, .. }) => {
-                buffers.bytes().into()
+            Request::Disk(Operation::Read { buffers, .. }) => (What::Read, buffers.bytes().into()),
+            Request::Disk(Operation::Write { buffers, .. }) => (What::Write, buffers.bytes().into()),
+            Request::Disk(Operation::Flush) if cache == Cache::Writeback => (What::Flush, 0),
+            Request::Disk(Operation::Discard(_)) => (What::Discard, 0),
+            Request::Disk(Operation::WriteZeroes { .. }) => (What::WriteZeroes, 0),
+            Request::Disk(Operation::Flush) | Request::Id(_) => (What::Other, 0),
+        }
+    }
+}
+
+impl Answer {
+    /// Bytes written to the driver's buffers by a request that reached the disk.
+    fn written(&self) -> u32 {
+        match self.what {
+            // As many as a chain's buffers have, which is a u32.
+            What::Read => self.bytes as u32,
+            _ => 0,
+        }
+    }
+}
+
+impl Counters {
+    /// A request that was done.
+    fn add(&self, answer: &Answer) {
+        match answer.what {
+            What::Read => {
+                self.read_time.add(answer.begin);
+                count(&self.read_count, 1);
+                count(&self.read_bytes, answer.bytes);
             }
-            Request::Disk(_) | Request::Id(_) => 0,
+            What::Write => {
+                self.write_time.add(answer.begin);
+                count(&self.write_count, 1);
+                count(&self.write_bytes, answer.bytes);
+            }
+            What::Flush => count(&self.flush_count, 1),
+            What::Discard => count(&self.discard_count, 1),
+            What::WriteZeroes => count(&self.write_zeroes_count, 1),
+            What::Other => {}
         }
     }
 }
@@ -490,475 +653,4 @@ fn u64_at(bytes: &[u8; 16], offset: usize) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::FileExt;
-    use std::sync::atomic::Ordering;
-
-    use proptest::prelude::*;
-    use virtio_queue::desc::split::Descriptor;
-    use vm_memory::{GuestAddress, GuestAddressSpace};
-
-    use super::*;
-    use crate::backend::rate_limiter::Bucket;
-    use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, NEXT, Slot, WRITE};
-
-    const OK: u8 = spec::VIRTIO_BLK_S_OK as u8;
-    const IOERR: u8 = spec::VIRTIO_BLK_S_IOERR as u8;
-    const UNSUPP: u8 = spec::VIRTIO_BLK_S_UNSUPP as u8;
-    const FLUSH: u64 = 1 << spec::VIRTIO_BLK_F_FLUSH;
-    const SECTORS: u64 = 64;
-
-    struct Rig {
-        slot: Slot<Blk>,
-        driver: Driver,
-        file: File,
-    }
-
-    fn config(file: &File) -> Config {
-        Config {
-            file: file.try_clone().unwrap(),
-            read_only: false,
-            cache: Cache::Writeback,
-            serial: "disk-1".into(),
-            limits: Limits::default(),
-        }
-    }
-
-    fn file(bytes: u64) -> File {
-        let file = tempfile::tempfile().unwrap();
-        let data: Vec<u8> = (0..bytes).map(|i| ((i / SECTOR_BYTES) as u8).wrapping_add(1)).collect();
-        file.write_all_at(&data, 0).unwrap();
-        file
-    }
-
-    fn rig_with(change: impl FnOnce(&mut Config)) -> Rig {
-        let file = file(SECTORS * SECTOR_BYTES);
-        let mut config = config(&file);
-        change(&mut config);
-        let memory = testing::ram(8 << 20);
-        let driver = Driver::new(&memory, 0x1000, 256, EVENT_IDX | FLUSH);
-        let mut slot = Slot::new(Blk::new(config, None).unwrap(), &memory);
-        slot.start(vec![driver.queue(0)], EVENT_IDX | FLUSH);
-        Rig { slot, driver, file }
-    }
-
-    fn rig() -> Rig {
-        rig_with(|_| {})
-    }
-
-    fn header(kind: u32, sector: u64) -> Vec<u8> {
-        [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat()
-    }
-
-    fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
-        [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
-    }
-
-    impl Rig {
-        /// Makes a request available; returns the status byte.
-        fn submit(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> Buffer {
-            let header = self.driver.data(&header(kind, sector));
-            let status = self.driver.room(1);
-            self.driver.memory.memory().write_obj(0xffu8, GuestAddress(status.address)).unwrap();
-            let (out, room): (Vec<Buffer>, Vec<Buffer>) = data.iter().partition(|buffer| !buffer.writable);
-            self.driver.add(&[vec![header], out, room, vec![status]].concat());
-            status
-        }
-
-        /// Does a request from start to end; returns its status and how much was written.
-        fn request(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
-            let status = self.submit(kind, sector, data);
-            self.slot.run(10);
-            let used = self.driver.reap().unwrap();
-            assert_eq!(self.driver.reap(), None);
-            (self.driver.read(status)[0], used.written)
-        }
-
-        fn status(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> u8 {
-            self.request(kind, sector, data).0
-        }
-
-        fn ranges(&mut self, kind: u32, ranges: &[Vec<u8>]) -> u8 {
-            let data = self.driver.data(&ranges.concat());
-            self.status(kind, 0, &[data])
-        }
-
-        fn on_disk(&self, sector: u64, sectors: u64) -> Vec<u8> {
-            let mut data = vec![0; (sectors * SECTOR_BYTES) as usize];
-            self.file.read_exact_at(&mut data, sector * SECTOR_BYTES).unwrap();
-            data
-        }
-
-        fn counter(&self, counter: impl Fn(&Counters) -> &AtomicU64) -> u64 {
-            counter(&self.slot.device.counters()).load(Ordering::Relaxed)
-        }
-    }
-
-    #[test]
-    fn what_is_written_is_on_the_disk_and_is_read_back() {
-        let mut rig = rig();
-        let out = [rig.driver.data(&[7; 512]), rig.driver.data(&[8; 1024])];
-        assert_eq!(rig.request(spec::VIRTIO_BLK_T_OUT, 5, &out), (OK, 1));
-        assert_eq!(rig.on_disk(4, 1), [5; 512]);
-        assert_eq!(rig.on_disk(5, 1), [7; 512]);
-        assert_eq!(rig.on_disk(6, 2), [8; 1024]);
-
-        let room = [rig.driver.room(1000), rig.driver.room(536)];
-        assert_eq!(rig.request(spec::VIRTIO_BLK_T_IN, 5, &room), (OK, 1537));
-        let read = [rig.driver.read(room[0]), rig.driver.read(room[1])].concat();
-        assert_eq!(read, [vec![7; 512], vec![8; 1024]].concat());
-        assert_eq!(rig.counter(|c| &c.read_bytes) + rig.counter(|c| &c.write_bytes), 2 * 1536);
-    }
-
-    #[test]
-    fn a_mebibyte_in_scattered_pages_is_two_indirect_requests_and_one_interrupt() {
-        let mut rig = rig_with(|config| config.file = file(2 << 20));
-        rig.slot.run(10);
-        let mut add = |sector: u64, pages: u32| {
-            let header = rig.driver.data(&header(spec::VIRTIO_BLK_T_IN, sector));
-            let room: Vec<Buffer> = (0..pages).map(|_| rig.driver.room(4096)).collect();
-            let status = rig.driver.room(1);
-            rig.driver.add_indirect(&[vec![header], room, vec![status]].concat());
-        };
-        add(0, SEG_MAX);
-        add(u64::from(SEG_MAX) * 8, 256 - SEG_MAX);
-        rig.slot.run(10);
-        assert_eq!(rig.driver.reap_all().iter().map(|used| used.written).sum::<u32>(), (1 << 20) + 2);
-        assert_eq!(rig.slot.calls.take_queue(), 1);
-    }
-
-    #[test]
-    fn the_header_may_be_cut_anywhere_and_stand_with_the_data() {
-        let mut rig = rig();
-        let whole = [header(spec::VIRTIO_BLK_T_OUT, 1), vec![9; 512]].concat();
-        for cut in [1, 15, 16, 17, 527] {
-            let parts = [rig.driver.data(&whole[..cut]), rig.driver.data(&whole[cut..]), rig.driver.room(1)];
-            rig.driver.add(&parts);
-            rig.slot.run(10);
-            assert_eq!(rig.driver.read(parts[2]), [OK]);
-            assert_eq!(rig.on_disk(1, 1), [9; 512]);
-            assert_eq!(rig.driver.reap_all().len(), 1);
-        }
-    }
-
-    #[test]
-    fn the_end_of_the_disk_is_the_end() {
-        let mut rig = rig_with(|config| config.file = file(SECTORS * SECTOR_BYTES + 511));
-        let mut capacity = [0; 8];
-        rig.slot.device.config(0, &mut capacity);
-        assert_eq!(u64::from_le_bytes(capacity), SECTORS, "the last part of a sector is not the guest's");
-        for (kind, writable) in [(spec::VIRTIO_BLK_T_IN, true), (spec::VIRTIO_BLK_T_OUT, false)] {
-            let one = Buffer { writable, ..rig.driver.data(&[0; 512]) };
-            let two = Buffer { writable, ..rig.driver.data(&[0; 1024]) };
-            assert_eq!(rig.status(kind, SECTORS - 1, &[one]), OK);
-            assert_eq!(rig.status(kind, SECTORS - 1, &[two]), IOERR);
-            assert_eq!(rig.status(kind, SECTORS, &[one]), IOERR);
-            assert_eq!(rig.status(kind, SECTORS, &[]), OK, "nothing, at the end");
-            for sector in [SECTORS + 1, u64::MAX, u64::MAX / 512, u64::MAX / 512 + 1] {
-                assert_eq!(rig.status(kind, sector, &[one]), IOERR, "sector {sector}");
-                assert_eq!(rig.status(kind, sector, &[]), IOERR, "sector {sector}");
-            }
-            let odd = Buffer { len: 511, ..one };
-            assert_eq!(rig.status(kind, 0, &[odd]), IOERR);
-        }
-        assert_eq!(rig.file.metadata().unwrap().len(), SECTORS * SECTOR_BYTES);
-    }
-
-    #[test]
-    fn one_request_moves_no_more_than_64_mib() {
-        let mut rig = rig_with(|config| config.file.set_len(1 << 30).unwrap());
-        let part = rig.driver.room(4 << 20);
-        for (kind, writable) in [(spec::VIRTIO_BLK_T_IN, true), (spec::VIRTIO_BLK_T_OUT, false)] {
-            let part = Buffer { writable, ..part };
-            assert_eq!(rig.status(kind, 0, &[part; 16]), OK);
-            let sector = Buffer { len: 512, ..part };
-            assert_eq!(rig.status(kind, 0, &[vec![part; 16], vec![sector]].concat()), IOERR);
-        }
-    }
-
-    #[test]
-    fn a_file_that_shrank_behind_our_back_is_an_error_of_the_host() {
-        let mut rig = rig();
-        rig.file.set_len(512).unwrap();
-        let room = rig.driver.room(1024);
-        assert_eq!(rig.request(spec::VIRTIO_BLK_T_IN, 0, &[room]), (IOERR, 0), "nothing of it is to be used");
-        assert_eq!(rig.counter(|c| &c.execute_fails), 1);
-        let room = rig.driver.room(512);
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_IN, 0, &[room]), OK, "and the device goes on");
-    }
-
-    #[test]
-    fn a_read_only_disk_is_not_written_by_anything() {
-        let mut rig = rig_with(|config| config.read_only = true);
-        let features = rig.slot.device.identity().features;
-        assert_ne!(features & 1 << spec::VIRTIO_BLK_F_RO, 0);
-        assert_eq!(features & (1 << spec::VIRTIO_BLK_F_DISCARD | 1 << spec::VIRTIO_BLK_F_WRITE_ZEROES), 0);
-        let data = rig.driver.data(&[0; 512]);
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_OUT, 0, &[data]), IOERR);
-        assert_eq!(rig.ranges(spec::VIRTIO_BLK_T_DISCARD, &[range(0, 8, 0)]), IOERR);
-        assert_eq!(rig.ranges(spec::VIRTIO_BLK_T_WRITE_ZEROES, &[range(0, 8, 0)]), IOERR);
-        assert_eq!(rig.on_disk(0, 1), [1; 512]);
-        let room = rig.driver.room(512);
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_IN, 0, &[room]), OK);
-    }
-
-    #[test]
-    fn the_serial_number_is_twenty_bytes_at_most() {
-        for (serial, expected) in [
-            ("disk-1", *b"disk-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0"),
-            ("a-serial-of-more-than-20", *b"a-serial-of-more-tha"),
-        ] {
-            let mut rig = rig_with(|config| config.serial = serial.into());
-            let room = rig.driver.room(20);
-            assert_eq!(rig.request(spec::VIRTIO_BLK_T_GET_ID, 0, &[room]), (OK, 21));
-            assert_eq!(rig.driver.read(room), expected);
-            let short = rig.driver.room(19);
-            assert_eq!(rig.status(spec::VIRTIO_BLK_T_GET_ID, 0, &[short]), IOERR);
-            let long = rig.driver.room(40);
-            assert_eq!(
-                rig.request(spec::VIRTIO_BLK_T_GET_ID, 0, &[long]),
-                (OK, 20),
-                "the rest is not filled"
-            );
-        }
-    }
-
-    #[test]
-    fn a_flush_is_offered_with_writeback_only_and_costs_nothing_without() {
-        for (cache, offered) in [(Cache::Writeback, true), (Cache::Unsafe, false)] {
-            let mut rig = rig_with(|config| config.cache = cache);
-            assert_eq!(rig.slot.device.identity().features & FLUSH != 0, offered);
-            assert_eq!(rig.request(spec::VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
-            assert_eq!(rig.counter(|c| &c.flush_count), u64::from(offered));
-        }
-    }
-
-    #[test]
-    fn for_a_driver_that_knows_no_flush_every_write_is_one() {
-        for (cache, features, expected) in
-            [(Cache::Writeback, 0, IOERR), (Cache::Writeback, FLUSH, OK), (Cache::Unsafe, 0, OK)]
-        {
-            // An empty disk that takes a write of nothing and refuses to be flushed.
-            let null = File::options().read(true).write(true).open("/dev/null").unwrap();
-            let mut rig = rig_with(|config| (config.file, config.cache) = (null, cache));
-            let queues = rig.slot.stop();
-            rig.slot.start(queues, features);
-            assert_eq!(rig.status(spec::VIRTIO_BLK_T_OUT, 0, &[]), expected);
-        }
-    }
-
-    #[test]
-    fn discarded_sectors_and_zeroes_change_what_was_named_and_nothing_else() {
-        let mut rig = rig();
-        assert_eq!(rig.ranges(spec::VIRTIO_BLK_T_DISCARD, &[range(8, 8, 0), range(24, 8, 0)]), OK);
-        assert_eq!(rig.ranges(spec::VIRTIO_BLK_T_WRITE_ZEROES, &[range(33, 2, 0)]), OK);
-        assert_eq!(rig.ranges(spec::VIRTIO_BLK_T_WRITE_ZEROES, &[range(41, 1, 1)]), OK);
-        assert_eq!(rig.on_disk(33, 2), [0; 1024]);
-        assert_eq!(rig.on_disk(41, 1), [0; 512]);
-        for kept in [7, 16, 23, 32, 35, 40, 42] {
-            assert_eq!(rig.on_disk(kept, 1), [kept as u8 + 1; 512]);
-        }
-    }
-
-    #[test]
-    fn ranges_are_checked_before_any_of_them_is_done() {
-        let mut rig = rig();
-        let (discard, zeroes) = (spec::VIRTIO_BLK_T_DISCARD, spec::VIRTIO_BLK_T_WRITE_ZEROES);
-        for (kind, flags) in [(discard, 1), (discard, 2), (zeroes, 2), (zeroes, u32::MAX)] {
-            assert_eq!(rig.ranges(kind, &[range(0, 8, flags)]), UNSUPP, "flags {flags}");
-        }
-        for (sector, sectors) in [(SECTORS, 1), (0, SECTORS as u32 + 1), (u64::MAX, 1), (1, u32::MAX)] {
-            assert_eq!(rig.ranges(discard, &[range(0, 8, 0), range(sector, sectors, 0)]), IOERR);
-            assert_eq!(rig.ranges(zeroes, &[range(sector, sectors, 0)]), IOERR);
-        }
-        let many = vec![range(0, 8, 0); MAX_DISCARD_SEGMENTS as usize + 1];
-        assert_eq!(rig.ranges(discard, &many), IOERR);
-        assert_eq!(rig.ranges(zeroes, &many[..2]), IOERR);
-        assert_eq!(rig.ranges(zeroes, &[]), IOERR);
-        assert_eq!(rig.ranges(discard, &[vec![0; 15]]), IOERR);
-        assert_eq!(rig.on_disk(0, 1), [1; 512]);
-    }
-
-    #[test]
-    fn unknown_requests_are_unsupported_and_mixed_up_ones_fail() {
-        let mut rig = rig();
-        for kind in [2, 3, 7, 14, 15, u32::MAX] {
-            assert_eq!(rig.request(kind, 0, &[]), (UNSUPP, 1), "type {kind}");
-        }
-        let (out, room) = (rig.driver.data(&[0; 512]), rig.driver.room(512));
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_IN, 0, &[out]), IOERR);
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_OUT, 0, &[room]), IOERR);
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_GET_ID, 0, &[out, room]), IOERR);
-        assert_eq!(rig.on_disk(0, 1), [1; 512]);
-    }
-
-    #[test]
-    fn a_request_without_a_whole_header_fails() {
-        let mut rig = rig();
-        let parts = [rig.driver.data(&[0; 15]), rig.driver.room(513)];
-        rig.driver.add(&parts);
-        rig.slot.run(10);
-        assert_eq!(rig.driver.reap().unwrap().written, 0);
-        assert_eq!(rig.driver.read(parts[1])[512], IOERR);
-        assert!(!rig.slot.calls.broken());
-    }
-
-    #[test]
-    fn a_request_without_a_status_byte_breaks_the_device_until_it_is_started_again() {
-        let mut rig = rig();
-        let header = rig.driver.data(&header(spec::VIRTIO_BLK_T_FLUSH, 0));
-        rig.driver.add(&[header]);
-        rig.slot.run(10);
-        assert!(rig.slot.calls.broken());
-        rig.submit(spec::VIRTIO_BLK_T_FLUSH, 0, &[]);
-        rig.driver.kick.write(1).unwrap();
-        assert!(rig.slot.run(10) < 10, "a broken device comes to rest");
-        assert_eq!(rig.driver.reap(), None);
-
-        rig.slot.stop();
-        rig.slot.device.reset();
-        let memory = rig.slot.memory.clone();
-        rig.driver = Driver::new(&memory, 0x10_0000, 256, EVENT_IDX | FLUSH);
-        rig.slot.start(vec![rig.driver.queue(0)], EVENT_IDX | FLUSH);
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
-    }
-
-    #[test]
-    fn what_was_done_before_the_driver_broke_the_rules_is_told() {
-        let mut rig = rig();
-        let status = rig.submit(spec::VIRTIO_BLK_T_FLUSH, 0, &[]);
-        rig.driver.set_descriptor(9, Descriptor::new(0x1000, 1, WRITE | NEXT, 9));
-        rig.driver.offer(9);
-        rig.slot.run(300);
-        assert!(rig.slot.calls.broken());
-        assert_eq!(rig.slot.calls.take_queue(), 1);
-        assert_eq!(rig.driver.read(status), [OK]);
-    }
-
-    #[test]
-    fn a_busy_disk_gives_way_after_its_turn_and_loses_nothing() {
-        let mut rig = rig();
-        let statuses: Vec<Buffer> = (0..80).map(|_| rig.submit(spec::VIRTIO_BLK_T_FLUSH, 0, &[])).collect();
-        assert_eq!(rig.slot.run(1), 1);
-        let first = rig.driver.reap_all().len();
-        // Fewer if they take long.
-        assert!((1..=crate::virtio::running::REQUESTS_PER_TURN).contains(&first));
-        rig.slot.run(100);
-        assert_eq!(rig.driver.reap_all().len(), 80 - first);
-        assert!(statuses.iter().all(|&status| rig.driver.read(status) == [OK]));
-    }
-
-    #[test]
-    fn a_full_queue_of_requests_held_back_is_served_when_the_limit_goes() {
-        let hour = Bucket { size: 1, one_time_burst: 0, refill_ms: 3_600_000 };
-        let mut rig = rig_with(|config| config.limits.ops = Some(hour));
-        while rig.driver.free_descriptors() >= 2 {
-            rig.submit(spec::VIRTIO_BLK_T_FLUSH, 0, &[]);
-        }
-        rig.slot.run(10);
-        assert_eq!(rig.driver.reap_all().len(), 1);
-        rig.submit(spec::VIRTIO_BLK_T_FLUSH, 0, &[]);
-        assert!(rig.slot.run(10) < 10, "it waits, and does not spin");
-        assert!(rig.counter(|c| &c.rate_limiter_throttled_events) > 0);
-        rig.slot.device.set_limits(Limits::default());
-        rig.slot.run(300);
-        assert_eq!(rig.driver.reap_all().len(), 128);
-    }
-
-    #[test]
-    fn a_whole_queue_of_requests_that_fail_comes_back_and_the_next_are_served() {
-        let mut rig = rig();
-        for (sector, expected) in [(SECTORS, IOERR), (0, OK), (SECTORS, IOERR), (0, OK)] {
-            let room = rig.driver.room(512);
-            // A request has a header, a buffer and a status: as many as the queue holds.
-            let statuses: Vec<_> =
-                (0..QUEUE_SIZE / 3).map(|_| rig.submit(spec::VIRTIO_BLK_T_IN, sector, &[room])).collect();
-            rig.slot.run(100);
-            assert_eq!(rig.driver.reap_all().len(), statuses.len());
-            assert!(statuses.iter().all(|status| rig.driver.read(*status) == [expected]));
-        }
-    }
-
-    #[test]
-    fn a_limited_disk_is_slow_but_gets_done() {
-        let fast = Bucket { size: 1024, one_time_burst: 0, refill_ms: 5 };
-        let mut rig = rig_with(|config| config.limits.bandwidth = Some(fast));
-        let room = rig.driver.room(4096);
-        let last = (0..4).map(|_| rig.submit(spec::VIRTIO_BLK_T_IN, 0, &[room])).last().unwrap();
-        let memory = rig.slot.memory.clone();
-        rig.slot.run_until(|_| memory.memory().read_obj::<u8>(GuestAddress(last.address)).unwrap() == OK);
-        assert_eq!(rig.driver.reap_all().len(), 4);
-    }
-
-    #[test]
-    fn another_file_has_another_content_and_size_and_the_driver_hears_of_it() {
-        let mut rig = rig();
-        let new = tempfile::tempfile().unwrap();
-        new.write_all_at(&[0x55; 1024], 0).unwrap();
-        rig.slot.device.replace(new).unwrap();
-        assert_eq!(rig.slot.calls.config.load(Ordering::SeqCst), 1);
-        let mut capacity = [0; 8];
-        rig.slot.device.config(0, &mut capacity);
-        assert_eq!(u64::from_le_bytes(capacity), 2);
-        let room = rig.driver.room(512);
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_IN, 0, &[room]), OK);
-        assert_eq!(rig.driver.read(room), [0x55; 512]);
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_IN, 2, &[room]), IOERR);
-    }
-
-    #[test]
-    fn a_driver_that_finds_another_size_after_a_restore_is_told() {
-        let mut rig = rig();
-        rig.slot.stop();
-        let DeviceState::Block(state) = rig.slot.device.save() else { unreachable!() };
-        for (sectors, told) in [(SECTORS, 0), (SECTORS * 2, 1)] {
-            let file = file(sectors * SECTOR_BYTES);
-            let blk = Blk::new(config(&file), Some(state.clone())).unwrap();
-            let mut slot = Slot::new(blk, &rig.slot.memory);
-            slot.start(vec![rig.driver.queue(0)], EVENT_IDX);
-            assert_eq!(slot.calls.config.load(Ordering::SeqCst), told);
-        }
-    }
-
-    #[test]
-    fn the_configuration_space_ends_and_may_be_read_in_any_piece() {
-        let rig = rig();
-        let space = config_space(SECTORS);
-        for (offset, len) in [(0, 60), (12, 4), (34, 2), (56, 8), (59, 1), (60, 4), (u64::MAX, 4)] {
-            let mut data = vec![0xee; len];
-            rig.slot.device.config(offset, &mut data);
-            let expected: Vec<u8> =
-                (0..len).map(|i| *space.get((offset as usize).saturating_add(i)).unwrap_or(&0)).collect();
-            assert_eq!(data, expected, "offset {offset}");
-        }
-        assert_eq!(u32::from_le_bytes(*space[12..].first_chunk().unwrap()), 254);
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(300))]
-        #[test]
-        fn no_request_whatever_kills_the_device_or_reaches_beyond_the_disk(
-            requests in proptest::collection::vec(
-                (prop_oneof![0u32..16, any::<u32>()],
-                 prop_oneof![0..SECTORS + 2, any::<u64>()],
-                 proptest::collection::vec((any::<bool>(), prop_oneof![Just(512u32), 0u32..2000]), 0..4)),
-                1..8),
-            noise in proptest::collection::vec(any::<u8>(), 16),
-        ) {
-            let mut rig = rig();
-            for (kind, sector, buffers) in requests {
-                let buffers: Vec<Buffer> = buffers
-                    .into_iter()
-                    .map(|(writable, len)| {
-                        let fill: Vec<u8> = noise.iter().copied().cycle().take(len as usize).collect();
-                        Buffer { writable, ..rig.driver.data(&fill) }
-                    })
-                    .collect();
-                let (status, _) = rig.request(kind, sector, &buffers);
-                prop_assert!([OK, IOERR, UNSUPP].contains(&status));
-            }
-            prop_assert!(!rig.slot.calls.broken());
-            prop_assert_eq!(rig.file.metadata().unwrap().len(), SECTORS * SECTOR_BYTES);
-        }
-    }
-}
+mod tests;

@@ -260,6 +260,13 @@ pub struct Segments {
 }
 
 impl Segments {
+    /// Of buffers that were checked elsewhere.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn new(list: Vec<Segment>) -> Segments {
+        let bytes = list.iter().map(|segment| segment.len).sum();
+        Segments { list, bytes }
+    }
+
     /// Bytes left.
     pub fn bytes(&self) -> u32 {
         self.bytes

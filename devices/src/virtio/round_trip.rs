@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::backend::rate_limiter::{Bucket, Limits};
 use crate::backend::tap::Tap;
-use crate::virtio::blk::{self, Blk};
+use crate::virtio::blk::{self, Blk, Engine};
 use crate::virtio::console::{self, Console, Size};
 use crate::virtio::device::{DeviceState, VirtioDevice};
 use crate::virtio::net::{self, Net};
@@ -98,7 +98,7 @@ fn a_few_at_a_time() -> Limits {
     Limits { bandwidth: None, ops: Some(Bucket { size: 50, one_time_burst: 20, refill_ms: 5 }) }
 }
 
-fn blk_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk {
+fn blk_of(engine: Engine, limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
     move |state| {
@@ -106,6 +106,7 @@ fn blk_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk {
             file: file.try_clone().unwrap(),
             read_only: false,
             cache: blk::Cache::Writeback,
+            engine,
             serial: "disk".into(),
             limits,
         };
@@ -131,12 +132,22 @@ fn blk_request(kind: u32) -> impl Fn(&mut Driver) -> Vec<Buffer> {
 
 #[test]
 fn blk() {
-    nothing_is_lost(blk_of(Limits::default()), 0, blk_request(VIRTIO_BLK_T_IN));
+    nothing_is_lost(blk_of(Engine::Sync, Limits::default()), 0, blk_request(VIRTIO_BLK_T_IN));
 }
 
 #[test]
 fn blk_that_is_held_back() {
-    nothing_is_lost(blk_of(a_few_at_a_time()), 0, blk_request(VIRTIO_BLK_T_FLUSH));
+    nothing_is_lost(blk_of(Engine::Sync, a_few_at_a_time()), 0, blk_request(VIRTIO_BLK_T_FLUSH));
+}
+
+#[test]
+fn blk_with_requests_in_the_ring() {
+    nothing_is_lost(blk_of(Engine::Async, Limits::default()), 0, blk_request(VIRTIO_BLK_T_IN));
+}
+
+#[test]
+fn blk_with_flushes_in_the_ring_that_are_held_back() {
+    nothing_is_lost(blk_of(Engine::Async, a_few_at_a_time()), 0, blk_request(VIRTIO_BLK_T_FLUSH));
 }
 
 fn rng_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Rng {

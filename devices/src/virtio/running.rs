@@ -38,6 +38,8 @@ pub enum Step {
     /// It has to wait for something else than the driver: it goes back, and so does the turn. The device serves the queue
     /// again when the time has come; until then no kick is needed.
     Later,
+    /// The device keeps it and gives it back in a [`Running::turn`] of later on.
+    Kept,
 }
 
 impl Running {
@@ -144,6 +146,7 @@ impl Turn<'_> {
                 requests += 1;
                 match request(self.memory, &mut chain)? {
                     Step::Used(written) => self.queue.push(self.memory, chain.head, written)?,
+                    Step::Kept => {}
                     Step::Later => {
                         self.queue.undo_pop(chain);
                         return Ok(());

@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::memory::{GuestRam, Memory};
 use crate::virtio::device::{Active, Interrupt, VirtioDevice};
-use crate::virtio::queue::Queue;
+use crate::virtio::queue::{Queue, Segment, Segments};
 
 pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
@@ -43,6 +43,12 @@ pub const ABOVE_4G: u64 = 0x2_0000_0000;
 /// Guest RAM of `bytes` at [`ABOVE_4G`], so that an address that lost a half lies nowhere.
 pub fn ram_above_4g(bytes: usize) -> Memory {
     Memory::new(GuestRam::from_ranges(&[(GuestAddress(ABOVE_4G), bytes)]).unwrap())
+}
+
+/// The buffers (address, length) of a request, as a device gets them.
+pub fn segments(parts: &[(u64, u32)]) -> Segments {
+    let segment = |&(address, len)| Segment { address: GuestAddress(address), len };
+    Segments::new(parts.iter().map(segment).collect())
 }
 
 /// A driver's buffer.
@@ -329,7 +335,13 @@ impl<D: VirtioDevice> Slot<D> {
 
     fn turn(&mut self, timeout_ms: i32) -> bool {
         let mut ready = [EpollEvent::default()];
-        let count = self.epoll.wait(timeout_ms, &mut ready).unwrap();
+        let count = loop {
+            match self.epoll.wait(timeout_ms, &mut ready) {
+                // As io_uring does to a thread that waits.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                count => break count.unwrap(),
+            }
+        };
         if count > 0 {
             self.device.handle(ready[0].data() as u32);
         }

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::backend::tap::Tap;
 use devices::memory::Memory;
-use devices::virtio::blk::{self, Blk, Cache};
+use devices::virtio::blk::{self, Blk, Cache, Engine};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::{DeviceState, VirtioDevice};
 use devices::virtio::net::{self, Net};
@@ -60,6 +60,7 @@ fn new_blk(disk: &File, flags: u8, state: Option<DeviceState>) -> Blk {
         file: disk.try_clone().unwrap(),
         read_only: flags & 1 != 0,
         cache: if flags & 2 != 0 { Cache::Unsafe } else { Cache::Writeback },
+        engine: if flags & 16 != 0 { Engine::Async } else { Engine::Sync },
         serial: "fuzz".into(),
         limits: limits(flags),
     };

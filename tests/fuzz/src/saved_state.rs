@@ -7,7 +7,7 @@ use devices::backend::rate_limiter::Limits;
 use devices::backend::tap::Tap;
 use devices::pci::Function;
 use devices::testing::FakeHost;
-use devices::virtio::blk::{self, Blk, Cache};
+use devices::virtio::blk::{self, Blk, Cache, Engine};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::DeviceState;
 use devices::virtio::net::{self, Net};
@@ -55,8 +55,14 @@ pub fn blk(state: Option<blk::State>) -> Blk {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 15).unwrap();
     let limits = Limits::default();
-    let config =
-        blk::Config { file, read_only: false, cache: Cache::Writeback, serial: "fuzz".into(), limits };
+    let config = blk::Config {
+        file,
+        read_only: false,
+        cache: Cache::Writeback,
+        engine: Engine::Sync,
+        serial: "fuzz".into(),
+        limits,
+    };
     Blk::new(config, state).unwrap()
 }
 

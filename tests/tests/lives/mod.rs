@@ -8,7 +8,7 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 use super::*;
-use api_socket::{Client, Serial};
+use api_socket::{Client, Drive, IoEngine, Serial};
 use berth_tests::guest::setup::{VSOCK, disk_drive};
 use berth_tests::guest::tap::Tap;
 use berth_tests::guest::{asset, blank_disk, debian_drive, program, program_drive};
@@ -46,10 +46,13 @@ fn busy() -> Vec<Call> {
     // A file system that cannot zero a part of a file.
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
     let no_better = blank_disk(memory.path().join("disk"), 4 * MIB);
+    let ring = blank_disk(place.path().join("ring"), 32 * MIB);
+    let other_ring = blank_disk(place.path().join("other ring"), 32 * MIB);
+    let ring = Drive { io_engine: Some(IoEngine::Async), ..disk_drive("ring", ring) };
     let _clock = SlowClock::set();
 
     let arguments = ["--metrics-path", "metrics", "--boot-timer"].map(String::from).into();
-    let drives = vec![debian_drive(), disk_drive("disk", disk), disk_drive("memory", no_better)];
+    let drives = vec![debian_drive(), disk_drive("disk", disk), disk_drive("memory", no_better), ring];
     let setup = Setup { vcpus: 2, memory_mib: 256, arguments, drives, ..Setup::default() };
     let mut guest = Guest::configured(setup);
     put(
@@ -67,6 +70,8 @@ fn busy() -> Vec<Call> {
     guest.run("dd if=/dev/urandom of=/dev/vdb bs=1M count=4 conv=fsync");
     guest.run("dd if=/dev/vdb of=/dev/null bs=1M count=4 iflag=direct");
     limit(&mut guest, 0);
+    guest.run("dd if=/dev/urandom of=/dev/vdd bs=1M count=4 conv=fsync");
+    guest.run("dd if=/dev/vdd of=/dev/null bs=1M count=4 iflag=direct");
     guest.run("blkdiscard -o 8388608 -l 8388608 /dev/vdb");
     for drive in ["vdb", "vdc"] {
         guest.run(&format!(
@@ -76,12 +81,16 @@ fn busy() -> Vec<Call> {
     guest.run("dd if=/dev/hwrng bs=64 count=64 iflag=fullblock of=/dev/null");
     guest.run("yes more than a pipe holds | head -c 200000 > /dev/hvc0 &");
     File::options().read(true).write(true).open(&input).unwrap().write_all(b"typed\n").unwrap();
-    guest.run("for way in unbind bind; do echo virtio1 > /sys/bus/virtio/drivers/virtio_blk/$way; done");
+    guest.run(
+        "for way in unbind bind; do for device in virtio1 virtio3; do \
+         echo $device > /sys/bus/virtio/drivers/virtio_blk/$way; done; done",
+    );
     guest.run("hwclock; for irq in /proc/irq/*; do echo 2 > $irq/smp_affinity; done 2> /dev/null; true");
     guest.pause();
     guest.apply(Request::Action(ActionType::FlushMetrics));
     guest.resume();
     send(&mut guest.api, "PATCH", "/drives/disk", json!({"drive_id": "disk", "path_on_host": larger}));
+    send(&mut guest.api, "PATCH", "/drives/ring", json!({"drive_id": "ring", "path_on_host": other_ring}));
     send(
         &mut guest.api,
         "PATCH",

@@ -361,6 +361,18 @@ fn every_field_of_a_drive_arrives_and_is_told_back() {
 }
 
 #[test]
+fn a_drive_has_the_engine_that_is_asked_for() {
+    let mut fixture = fixture();
+    for (io_engine, expected) in
+        [(None, Engine::Sync), (Some(IoEngine::Sync), Engine::Sync), (Some(IoEngine::Async), Engine::Async)]
+    {
+        let drive = api_socket::Drive { io_engine, ..fixture.drive("a", false) };
+        fixture.accept(Request::PutDrive(drive));
+        assert_eq!(engine(&fixture.config.drives().unwrap()[0].settings), expected);
+    }
+}
+
+#[test]
 fn a_drive_is_open_for_writing_unless_it_is_read_only() {
     let mut fixture = fixture();
     for (is_read_only, writable) in [(None, true), (Some(false), true), (Some(true), false)] {
@@ -475,8 +487,6 @@ fn what_this_version_does_not_have_is_refused_and_not_ignored() {
     let mut fixture = fixture();
     let socket = api_socket::Drive { socket: Some("/s".into()), ..fixture.drive("a", false) };
     fixture.refuse(Request::PutDrive(socket), &["`socket`", "vhost-user", "`path_on_host`"]);
-    let engine = api_socket::Drive { io_engine: Some(IoEngine::Async), ..fixture.drive("a", false) };
-    fixture.refuse(Request::PutDrive(engine), &["`io_engine`", "Async", "Sync"]);
 }
 
 #[test]
