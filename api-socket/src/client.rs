@@ -138,6 +138,14 @@ impl Client {
         }
     }
 
+    /// `GET /mmds`; errors as for [`apply`](Client::apply).
+    pub fn mmds(&mut self) -> Result<serde_json::Value, ClientError> {
+        match self.send(&Request::GetMmds)? {
+            Reply::Mmds(value) => Ok(value),
+            other => unexpected(&other),
+        }
+    }
+
     /// Makes a request and waits for its reply, which is never [`Reply::Fault`].
     ///
     /// # Errors
@@ -246,6 +254,10 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         Request::PutVsock(vsock) => with_body(Method::Put, "/vsock", vsock),
         Request::PutEntropy(entropy) => with_body(Method::Put, "/entropy", entropy),
         Request::PutSerial(serial) => with_body(Method::Put, "/serial", serial),
+        Request::GetMmds => get("/mmds"),
+        Request::PutMmds(value) => with_body(Method::Put, "/mmds", value),
+        Request::PatchMmds(patch) => with_body(Method::Patch, "/mmds", patch),
+        Request::PutMmdsConfig(config) => with_body(Method::Put, "/mmds/config", config),
         Request::PutLogger(logger) => with_body(Method::Put, "/logger", logger),
         Request::PutMetrics(metrics) => with_body(Method::Put, "/metrics", metrics),
         Request::Action(action_type) => {
@@ -283,6 +295,9 @@ fn decode(request: &Request, response: &Response) -> Result<Reply, ClientError> 
         Request::GetVersion => parse(response).map(Reply::Version),
         Request::GetMachineConfig => parse(response).map(Reply::MachineConfig),
         Request::GetVmConfig => parse(response).map(|config| Reply::VmConfig(Box::new(config))),
+        Request::GetMmds => serde_json::from_str(&response.body)
+            .map(Reply::Mmds)
+            .map_err(|error| ClientError::Protocol(error.to_string())),
         _ => Err(ClientError::Protocol(format!("200 where 204 should be: {}", response.body))),
     }
 }

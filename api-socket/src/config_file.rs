@@ -7,6 +7,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::json;
 use crate::routes::check_id;
@@ -23,6 +24,24 @@ pub const MAX_FILE_SIZE: u64 = 1 << 20;
 pub fn read(path: &Path) -> Result<Vec<Request>, Fault> {
     let config: VmConfig = read_json(path)?;
     requests(config)
+}
+
+/// Reads a file of metadata into the request that puts it.
+///
+/// # Errors
+/// A file that cannot be read, is larger than `limit` or [`MAX_FILE_SIZE`], whichever is more, or is no JSON object; the
+/// text names the file and quotes nothing of it.
+pub fn read_metadata(path: &Path, limit: usize) -> Result<Request, Fault> {
+    let bad = |error: String| Fault::bad_request(format!("--metadata {}: {error}.", path.display()));
+    let limit = MAX_FILE_SIZE.max(limit as u64);
+    let text = read_bounded(path, limit).map_err(|error| bad(error.to_string()))?;
+    match serde_json::from_slice(&text) {
+        Ok(Value::Object(object)) => Ok(Request::PutMmds(object)),
+        Ok(_) => Err(bad("this is JSON but no object; give an object, `{...}`".to_string())),
+        Err(error) => {
+            Err(bad(format!("this is not valid JSON (line {} column {})", error.line(), error.column())))
+        }
+    }
 }
 
 /// The requests of a configuration: logger and metrics first, so that they see the rest; then the machine, and then
@@ -45,6 +64,7 @@ pub fn requests(config: VmConfig) -> Result<Vec<Request>, Fault> {
         check_id("iface_id", &interface.iface_id)?;
         requests.push(Request::PutNetworkInterface(interface));
     }
+    requests.extend(config.mmds_config.map(Request::PutMmdsConfig));
     for pmem in config.pmem {
         check_id("id", &pmem.id)?;
         requests.push(Request::PutPmem(pmem));
@@ -63,17 +83,17 @@ fn cpu_config(source: CpuConfigSource) -> Result<CpuConfig, Fault> {
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Fault> {
-    let text = read_bounded(path)
+    let text = read_bounded(path, MAX_FILE_SIZE)
         .map_err(|error| Fault::bad_request(format!("Configuration file {}: {error}.", path.display())))?;
     json::parse(&text)
         .map_err(|error| Fault::bad_request(format!("Configuration file {}: {error}.", path.display())))
 }
 
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
-    File::open(path)?.take(MAX_FILE_SIZE + 1).read_to_end(&mut text)?;
-    if text.len() as u64 > MAX_FILE_SIZE {
-        return Err(io::Error::other(format!("it is larger than the limit of {MAX_FILE_SIZE} bytes")));
+    File::open(path)?.take(limit.saturating_add(1)).read_to_end(&mut text)?;
+    if text.len() as u64 > limit {
+        return Err(io::Error::other(format!("it is larger than the limit of {limit} bytes")));
     }
     Ok(text)
 }
@@ -107,6 +127,7 @@ mod tests {
             "cpu-config":{"kvm_capabilities":["1"]},
             "machine-config":{"vcpu_count":2,"mem_size_mib":512},
             "network-interfaces":[{"iface_id":"eth0","host_dev_name":"tap0"}],
+            "mmds-config":{"network_interfaces":["eth0"],"version":"V2"},
             "pmem":[{"id":"p","path_on_host":"/p"}],
             "metrics":{"metrics_path":"/m"},"logger":{"level":"Debug"}}"#;
         let drive = |id: &str, root| Drive {
@@ -129,6 +150,11 @@ mod tests {
                 iface_id: "eth0".to_string(),
                 host_dev_name: "tap0".to_string(),
                 ..NetworkInterface::default()
+            }),
+            Request::PutMmdsConfig(MmdsConfig {
+                network_interfaces: vec!["eth0".to_string()],
+                version: MmdsVersion::V2,
+                ..MmdsConfig::default()
             }),
             Request::PutPmem(Pmem { id: "p".to_string(), path_on_host: "/p".into(), ..Pmem::default() }),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "/v".into(), vsock_id: None }),
@@ -216,6 +242,21 @@ mod tests {
             "vsock": null, "entropy": null
         });
         assert_eq!(reply, expected);
+    }
+
+    #[test]
+    fn metadata_is_an_object_and_no_error_quotes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metadata.json");
+        let read = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            read_metadata(&path, 10)
+        };
+        assert!(matches!(read(r#"{"a":"b"}"#), Ok(Request::PutMmds(object)) if object["a"] == "b"));
+        for bad in ["\"password\"", "{\"password", "[]", &" ".repeat(MAX_FILE_SIZE as usize + 1)] {
+            let message = read(bad).unwrap_err().message;
+            assert!(message.contains("metadata.json") && !message.contains("password"), "{message}");
+        }
     }
 
     #[test]

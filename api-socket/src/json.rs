@@ -28,6 +28,7 @@ pub fn write_reply(reply: &Reply) -> (u16, Option<String>) {
         Reply::Version(version) => serde_json::to_string(version),
         Reply::MachineConfig(config) => serde_json::to_string(config),
         Reply::VmConfig(config) => serde_json::to_string(config),
+        Reply::Mmds(value) => serde_json::to_string(value),
     };
     match written {
         Ok(body) => (200, Some(body)),

@@ -3,12 +3,13 @@
 //! Pure: no I/O and no state. Whether the request is legal now is not decided here.
 
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
 use crate::json;
 use crate::types::{
     BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Fault, InstanceAction, Logger,
-    MachineConfig, MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate,
-    Request, Serial, Vm, Vsock,
+    MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, MmdsVersion, NetworkInterface,
+    NetworkInterfaceUpdate, Pmem, PmemUpdate, Request, Serial, Vm, Vsock,
 };
 
 /// A request, and what its client should be told about how it was made.
@@ -69,6 +70,8 @@ pub enum Endpoint {
     Vsock,
     Entropy,
     Serial,
+    Mmds,
+    MmdsConfig,
     Logger,
     Metrics,
 }
@@ -90,6 +93,8 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::Vsock, "/vsock", &[Method::Put]),
     (Endpoint::Entropy, "/entropy", &[Method::Put]),
     (Endpoint::Serial, "/serial", &[Method::Put]),
+    (Endpoint::Mmds, "/mmds", &[Method::Get, Method::Put, Method::Patch]),
+    (Endpoint::MmdsConfig, "/mmds/config", &[Method::Put]),
     (Endpoint::Logger, "/logger", &[Method::Put]),
     (Endpoint::Metrics, "/metrics", &[Method::Put]),
 ];
@@ -157,6 +162,10 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
         (Method::Put, Endpoint::Vsock) => return Ok(put_vsock(at.parse(body)?)),
         (Method::Put, Endpoint::Entropy) => Request::PutEntropy(at.parse::<Entropy>(body)?),
         (Method::Put, Endpoint::Serial) => Request::PutSerial(at.parse::<Serial>(body)?),
+        (Method::Get, Endpoint::Mmds) => Request::GetMmds,
+        (Method::Put, Endpoint::Mmds) => Request::PutMmds(at.parse_secret(body)?),
+        (Method::Patch, Endpoint::Mmds) => Request::PatchMmds(at.parse_secret(body)?),
+        (Method::Put, Endpoint::MmdsConfig) => return Ok(put_mmds_config(at.parse(body)?)),
         (Method::Put, Endpoint::Logger) => Request::PutLogger(at.parse::<Logger>(body)?),
         (Method::Put, Endpoint::Metrics) => Request::PutMetrics(at.parse::<Metrics>(body)?),
         _ => return Err(unknown()),
@@ -259,6 +268,12 @@ fn put_vsock(vsock: Vsock) -> Routed {
     Routed { request: Request::PutVsock(vsock), deprecated }
 }
 
+fn put_mmds_config(config: MmdsConfig) -> Routed {
+    let is_old = config.version == MmdsVersion::V1;
+    let deprecated = is_old.then_some("PUT /mmds/config: V1 is deprecated. Use V2 instead.");
+    Routed { request: Request::PutMmdsConfig(config), deprecated }
+}
+
 /// Where a body came from, for its errors.
 struct Place<'a> {
     method: &'a str,
@@ -269,6 +284,16 @@ impl Place<'_> {
     fn parse<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T, Fault> {
         json::parse(body)
             .map_err(|error| Fault::bad_request(format!("Body of {} {}: {error}.", self.method, self.path)))
+    }
+
+    /// As [`Place::parse`], for any object, with an error that quotes nothing of it: errors are logged.
+    fn parse_secret(&self, body: &[u8]) -> Result<Map<String, Value>, Fault> {
+        let error = match serde_json::from_slice(body) {
+            Ok(Value::Object(object)) => return Ok(object),
+            Ok(_) => "this is JSON but no object; give an object, `{...}`".to_string(),
+            Err(error) => format!("this is not valid JSON (line {} column {})", error.line(), error.column()),
+        };
+        Err(Fault::bad_request(format!("Body of {} {}: {error}.", self.method, self.path)))
     }
 }
 
@@ -368,6 +393,12 @@ mod tests {
         ("PATCH", "/pmem/p_1", r#"{"id":"p_1","rate_limiter":{}}"#, &["id"]),
         ("PUT", "/vsock", r#"{"vsock_id":"v","guest_cid":3,"uds_path":"/v"}"#, &["guest_cid", "uds_path"]),
         ("PUT", "/entropy", r#"{"rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#, &[]),
+        (
+            "PUT",
+            "/mmds/config",
+            r#"{"version":"V2","network_interfaces":["eth0"],"ipv4_address":"169.254.1.2","imds_compat":true}"#,
+            &["network_interfaces"],
+        ),
         ("PUT", "/serial", r#"{"serial_out_path":"/s","rate_limiter":{"size":1,"refill_time":2}}"#, &[]),
         (
             "PUT",
@@ -542,7 +573,7 @@ mod tests {
         refused_with("GET", "/vm", "", &["GET /vm", "/vm has PATCH"]);
         refused_with("GET", "/version/x", "", &["no such path"]);
         refused_with("PUT", "/drives/a/b", "{}", &["no such path"]);
-        for later in ["/mmds", "/balloon", "/snapshot/load"] {
+        for later in ["/balloon", "/snapshot/load"] {
             refused_with("PUT", later, "{}", &["Invalid request method", later]);
         }
     }
@@ -599,6 +630,29 @@ mod tests {
         let with = put(br#"{"vsock_id":"v","guest_cid":3,"uds_path":"/v"}"#);
         assert_eq!(with, Some("PUT /vsock: vsock_id field is deprecated."));
         assert_eq!(put(br#"{"guest_cid":3,"uds_path":"/v"}"#), None);
+    }
+
+    #[test]
+    fn metadata_is_any_object_and_no_error_quotes_it() {
+        let secret = serde_json::json!({"a": [1, null, {"password": "1234"}]});
+        let object = secret.as_object().unwrap().clone();
+        let body = secret.to_string();
+        assert_eq!(accepted("PUT", "/mmds", &body), Request::PutMmds(object.clone()));
+        assert_eq!(accepted("PATCH", "/mmds", &body), Request::PatchMmds(object));
+        let nested = format!("{}1{}", r#"{"password":"#.repeat(200), "}".repeat(200));
+        for bad in ["\"password\"", "[\"password\"]", "{\"password", "{\"password\":x}", "17", &nested] {
+            let message = refused("PUT", "/mmds", bad);
+            assert!(message.contains("PUT /mmds") && !message.contains("password"), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_first_version_of_the_metadata_service_is_accepted_and_reported_as_deprecated() {
+        let put = |body: &[u8]| route("PUT", "/mmds/config", body).unwrap().deprecated;
+        let told = Some("PUT /mmds/config: V1 is deprecated. Use V2 instead.");
+        assert_eq!(put(br#"{"network_interfaces":["a"]}"#), told);
+        assert_eq!(put(br#"{"network_interfaces":["a"],"version":"V1"}"#), told);
+        assert_eq!(put(br#"{"network_interfaces":["a"],"version":"V2"}"#), None);
     }
 
     #[test]

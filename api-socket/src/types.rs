@@ -9,10 +9,12 @@ mod cpu_config;
 mod mac;
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize, de};
+use serde_json::{Map, Value};
 
 pub use cpu_config::{
     Bitmap, CpuConfig, CpuConfigSource, CpuidLeafModifier, CpuidModifier, CpuidRegister, KvmCapability,
@@ -33,6 +35,9 @@ pub const DEFAULT_MEM_SIZE_MIB: u64 = 128;
 pub const MTU: RangeInclusive<u16> = 68..=65535;
 /// What the `queue_pairs` of a network interface may be.
 pub const QUEUE_PAIRS: RangeInclusive<u8> = 1..=32;
+
+/// Where guests find the metadata service, unless told otherwise.
+pub const DEFAULT_MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
 /// `columns` of a console where nothing is said.
 pub const DEFAULT_CONSOLE_COLUMNS: u16 = 80;
@@ -84,6 +89,14 @@ pub enum Request {
     PutEntropy(Entropy),
     /// `PUT /serial`
     PutSerial(Serial),
+    /// `GET /mmds`
+    GetMmds,
+    /// `PUT /mmds`: what guests can read; a secret of theirs.
+    PutMmds(Map<String, Value>),
+    /// `PATCH /mmds`: a merge patch (RFC 7396).
+    PatchMmds(Map<String, Value>),
+    /// `PUT /mmds/config`
+    PutMmdsConfig(MmdsConfig),
     /// `PUT /logger`
     PutLogger(Logger),
     /// `PUT /metrics`
@@ -107,6 +120,8 @@ pub enum Reply {
     MachineConfig(MachineConfig),
     /// To [`Request::GetVmConfig`]; 200.
     VmConfig(Box<VmConfig>),
+    /// To [`Request::GetMmds`]; 200.
+    Mmds(Value),
     /// Not done, and nothing was changed.
     Fault(Fault),
 }
@@ -443,6 +458,31 @@ pub struct Serial {
     pub rate_limiter: Option<TokenBucket>,
 }
 
+/// Body of `PUT /mmds/config`: the metadata service, and who reaches it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MmdsConfig {
+    #[serde(default)]
+    pub version: MmdsVersion,
+    /// The ids of network interfaces, at least one.
+    pub network_interfaces: Vec<String>,
+    /// Link-local; absent is [`DEFAULT_MMDS_ADDRESS`].
+    pub ipv4_address: Option<Ipv4Addr>,
+    /// Answer in the form of EC2's service whatever a guest says that it accepts.
+    #[serde(default)]
+    pub imds_compat: bool,
+}
+
+/// Whom the metadata service answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MmdsVersion {
+    /// Everyone. Deprecated: a program of the guest's that fetches what strangers name can be made to read it.
+    #[default]
+    V1,
+    /// Those with a session token.
+    V2,
+}
+
 /// Body of `PUT /logger`: `None` leaves a value as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -566,6 +606,7 @@ pub struct VmConfig {
     pub metrics: Option<Metrics>,
     pub vsock: Option<Vsock>,
     pub entropy: Option<Entropy>,
+    pub mmds_config: Option<MmdsConfig>,
     /// Left out of a reply where there is none: Firecracker's clients know no such section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<Console>,
@@ -575,8 +616,6 @@ pub struct VmConfig {
     pub balloon: Absent,
     #[serde(default)]
     pub memory_hotplug: Absent,
-    #[serde(default)]
-    pub mmds_config: Absent,
 }
 
 /// A device that this VMM does not have: `null`, and nothing else may be read into it.

@@ -98,6 +98,7 @@ fn answer(request: &Request) -> Reply {
         Request::GetVersion => Reply::Version(Version { firecracker_version: "1.17.0".to_string() }),
         Request::GetMachineConfig => Reply::MachineConfig(MachineConfig::default()),
         Request::GetVmConfig => Reply::VmConfig(Box::default()),
+        Request::GetMmds => Reply::Mmds(serde_json::json!({"a": 1})),
         Request::DeleteDrive(id) => Fault::bad_request(format!("there is no drive {id}")).into(),
         _ => Reply::Empty,
     }
@@ -183,6 +184,15 @@ fn one_of_each() -> Vec<Request> {
         Request::PutVsock(Vsock { vsock_id: Some("v".to_string()), guest_cid: 3, uds_path: "/v".into() }),
         Request::PutEntropy(Entropy { rate_limiter }),
         Request::PutSerial(Serial { serial_out_path: Some("/o".into()), rate_limiter: bucket }),
+        Request::GetMmds,
+        Request::PutMmds(serde_json::Map::from_iter([("a".to_string(), serde_json::json!([1, null]))])),
+        Request::PatchMmds(serde_json::Map::from_iter([("a".to_string(), serde_json::Value::Null)])),
+        Request::PutMmdsConfig(MmdsConfig {
+            version: MmdsVersion::V2,
+            network_interfaces: vec!["eth_0".to_string()],
+            ipv4_address: Some(std::net::Ipv4Addr::new(169, 254, 1, 2)),
+            imds_compat: true,
+        }),
         Request::PutLogger(Logger {
             log_path: Some("/l".into()),
             level: Some(LogLevel::Off),
@@ -256,7 +266,7 @@ fn requests_and_faults_are_counted_by_endpoint() {
     client.instance_info().unwrap();
     client.request("PUT", "/entropy", Some("{}")).unwrap();
     client.request("PUT", "/entropy", Some("{")).unwrap();
-    client.request("GET", "/mmds", None).unwrap();
+    client.request("GET", "/balloon", None).unwrap();
     let counts = |method, endpoint| {
         let count = fixture.counters.of(method, endpoint);
         (count.requests.load(Ordering::Relaxed), count.faults.load(Ordering::Relaxed))

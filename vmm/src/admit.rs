@@ -32,6 +32,8 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         Request::GetInstanceInfo | Request::GetVersion | Request::GetVmConfig | Request::GetMachineConfig => {
             Accept
         }
+        // Whether there is a service that guests could read it from is for `config.rs`.
+        Request::GetMmds | Request::PutMmds(_) | Request::PatchMmds(_) => Accept,
 
         Request::PutMachineConfig(_)
         | Request::PatchMachineConfig(_)
@@ -44,6 +46,7 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         | Request::PutVsock(_)
         | Request::PutEntropy(_)
         | Request::PutSerial(_)
+        | Request::PutMmdsConfig(_)
         | Request::PutLogger(_)
         | Request::PutMetrics(_)
         | Request::Action(ActionType::InstanceStart) => before_start(state),
@@ -83,8 +86,8 @@ mod tests {
     use super::*;
     use api_socket::{
         BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig,
-        MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial,
-        Vsock,
+        MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate,
+        Serial, Vsock,
     };
 
     /// Each request with its verdict when not started, running and paused.
@@ -122,6 +125,10 @@ mod tests {
             (Request::PutPmem(Pmem::default()), pre),
             (Request::PatchPmem(PmemUpdate::default()), post),
             (Request::PutVsock(Vsock::default()), pre),
+            (Request::GetMmds, any),
+            (Request::PutMmds(Default::default()), any),
+            (Request::PatchMmds(Default::default()), any),
+            (Request::PutMmdsConfig(MmdsConfig::default()), pre),
         ]
     }
 
@@ -168,9 +175,13 @@ mod tests {
             Request::PutPmem(_) => 23,
             Request::PatchPmem(_) => 24,
             Request::PutVsock(_) => 25,
+            Request::GetMmds => 26,
+            Request::PutMmds(_) => 27,
+            Request::PatchMmds(_) => 28,
+            Request::PutMmdsConfig(_) => 29,
         };
         let places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
-        assert_eq!(places, (0..26).collect::<Vec<_>>());
+        assert_eq!(places, (0..30).collect::<Vec<_>>());
     }
 
     #[test]

@@ -178,6 +178,10 @@ pub struct Args {
     /// What the `--log-path`, `--level`, `--module` and `--show-*` flags say, in the form of `PUT /logger`.
     pub log: Logger,
     pub metrics_path: Option<PathBuf>,
+    /// What the guest can read from the metadata service at its start.
+    pub metadata: Option<PathBuf>,
+    /// The most that the metadata may be, in bytes of JSON.
+    pub mmds_limit: usize,
     /// Filters of system calls in place of our own.
     pub seccomp_filter: Option<PathBuf>,
     /// No filters at all.
@@ -251,6 +255,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Command, ArgsEr
 fn args(identity: Identity, given: &Given) -> Result<Args, ArgsError> {
     let config_file = given.path("config-file");
     let api = api(identity, given)?;
+    let max_payload = api.as_ref().map_or(DEFAULT_MAX_PAYLOAD, |api| api.max_payload);
     if api.is_none() && config_file.is_none() {
         return Err(ArgsError::Conflict(
             "no-api",
@@ -276,6 +281,8 @@ fn args(identity: Identity, given: &Given) -> Result<Args, ArgsError> {
             module: given.text("module")?,
         },
         metrics_path: given.path("metrics-path"),
+        metadata: given.path("metadata"),
+        mmds_limit: given.number("mmds-size-limit")?.unwrap_or(max_payload),
         seccomp_filter: given.path("seccomp-filter"),
         no_seccomp: given.has("no-seccomp"),
         boot_timer: given.has("boot-timer"),
@@ -383,6 +390,12 @@ const FLAGS: &[(&str, &[Flag])] = &[
                 "Configure the guest from this JSON file and start it at once.\nIts sections are the bodies of \
                  the API.",
             ),
+            value("metadata", "FILE", "What the guest can read from the metadata service (JSON)."),
+            value(
+                "mmds-size-limit",
+                "BYTES",
+                "The most that may be in the metadata service\n[default: that of --http-api-max-payload-size].",
+            ),
             value("id", "ID", "Name of this guest, in the log and in the API: letters, digits,\nhyphens."),
             switch(
                 "enable-pci",
@@ -432,8 +445,6 @@ const FLAGS: &[(&str, &[Flag])] = &[
     (
         "",
         &[
-            later("metadata", Some("FILE"), "it has no metadata service (MMDS); leave the flag out"),
-            later("mmds-size-limit", Some("BYTES"), "it has no metadata service (MMDS); leave the flag out"),
             later("snapshot-version", None, "it has no snapshots"),
             later("describe-snapshot", Some("FILE"), "it has no snapshots"),
         ],
@@ -625,6 +636,8 @@ mod tests {
             config_file: None,
             log: Logger::default(),
             metrics_path: None,
+            metadata: None,
+            mmds_limit: 51_200,
             seccomp_filter: None,
             no_seccomp: false,
             boot_timer: false,
@@ -640,7 +653,7 @@ mod tests {
         let spaced = "--api-sock /s --id a-1 --config-file /c --log-path /l --level warn --module devices \
              --show-level --show-log-origin --metrics-path /m --no-seccomp --boot-timer --enable-pci \
              --http-api-max-payload-size 7 --start-time-us 1 --start-time-cpu-us 2 --parent-cpu-time-us 3 \
-             --fd disk=3";
+             --fd disk=3 --metadata /d --mmds-size-limit 9";
         let args = run(spaced);
         let expected = Args {
             identity: Identity::Berth,
@@ -655,6 +668,8 @@ mod tests {
                 module: Some("devices".to_string()),
             },
             metrics_path: Some("/m".into()),
+            metadata: Some("/d".into()),
+            mmds_limit: 9,
             seccomp_filter: None,
             no_seccomp: true,
             boot_timer: true,
@@ -716,6 +731,15 @@ mod tests {
     }
 
     #[test]
+    fn the_metadata_is_limited_as_requests_are_unless_its_limit_is_given() {
+        assert_eq!(run("--metadata m.json").metadata, Some("m.json".into()));
+        assert_eq!(run("").mmds_limit, DEFAULT_MAX_PAYLOAD);
+        assert_eq!(run("--http-api-max-payload-size 7").mmds_limit, 7);
+        assert_eq!(run("--http-api-max-payload-size 7 --mmds-size-limit 9").mmds_limit, 9);
+        assert!(refused("--mmds-size-limit x").contains("whole number"));
+    }
+
+    #[test]
     fn descriptors_have_names_and_are_not_the_standard_streams() {
         let fds = run("--fd kernel=3 --fd disk_1.raw-x=2048").fds;
         assert_eq!(fds, [("kernel".to_string(), 3), ("disk_1.raw-x".to_string(), 2048)]);
@@ -745,12 +769,7 @@ mod tests {
 
     #[test]
     fn a_flag_whose_feature_is_not_there_is_refused_by_its_name() {
-        for (line, word) in [
-            ("--metadata m.json", "MMDS"),
-            ("--mmds-size-limit 1", "MMDS"),
-            ("--snapshot-version", "snapshots"),
-            ("--describe-snapshot s", "snapshots"),
-        ] {
+        for (line, word) in [("--snapshot-version", "snapshots"), ("--describe-snapshot s", "snapshots")] {
             let error = refused(line);
             assert!(error.contains("not supported") && error.contains(word), "{error}");
         }

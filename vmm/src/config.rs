@@ -6,6 +6,7 @@
 //! holds (`boot.rs`), nor what the host has (memory, CPUs).
 
 mod cmdline;
+pub mod mmds;
 pub mod network;
 pub mod pmem;
 mod reach;
@@ -26,6 +27,7 @@ use api_socket::{
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::Engine;
 
+use self::mmds::Mmds;
 use self::network::{Interface, Interfaces};
 use self::pmem::{PmemFile, Pmems, second_root};
 use self::vsock::Vsock;
@@ -60,6 +62,7 @@ pub struct Config {
     drives: Vec<(api_socket::Drive, Option<File>)>,
     interfaces: Interfaces,
     pmems: Pmems,
+    mmds: Mmds,
     serial: Serial,
 }
 
@@ -107,8 +110,9 @@ impl Config {
     /// A machine of one CPU and 128 MiB with nothing to boot.
     ///
     /// # Errors
-    /// None: the values that go with nothing are checked like all others, and are legal.
-    pub fn new(identity: Identity, pci: bool, handed: Handed) -> Result<Config, Fault> {
+    /// That of asking the kernel for random bytes. The values that go with nothing are checked like all others, and are
+    /// legal.
+    pub fn new(identity: Identity, pci: bool, mmds_limit: usize, handed: Handed) -> Result<Config, Fault> {
         Ok(Config {
             identity,
             pci,
@@ -125,12 +129,13 @@ impl Config {
             drives: Vec::new(),
             interfaces: Interfaces::default(),
             pmems: Pmems::default(),
+            mmds: Mmds::new(mmds_limit)?,
             serial: Serial::default(),
         })
     }
 
     /// Answers a request about the configuration, with [`Reply::Fault`] when nothing was changed; gives back one that is
-    /// about something else. Requests that change something are legal before the start only.
+    /// about something else. Requests that change something are legal before the start only, but for the metadata.
     #[expect(clippy::result_large_err, reason = "what is given back is a request on its way and no error")]
     pub fn apply(&mut self, request: Request) -> Result<Reply, Request> {
         let done = match request {
@@ -150,6 +155,12 @@ impl Config {
             Request::PutVsock(settings) => self.put_vsock(settings),
             Request::PutEntropy(entropy) => self.put_entropy(entropy),
             Request::PutSerial(serial) => self.put_serial(&serial),
+            Request::GetMmds => return Ok(self.mmds.get().unwrap_or_else(Reply::Fault)),
+            Request::PutMmds(value) => self.mmds.put(value),
+            Request::PatchMmds(patch) => self.mmds.patch(patch),
+            Request::PutMmdsConfig(settings) => {
+                self.mmds.configure(settings, |id| self.interfaces.find(id).is_ok())
+            }
             other => return Err(other),
         };
         Ok(done.map_or_else(Reply::Fault, |()| Reply::Empty))
@@ -195,7 +206,16 @@ impl Config {
     /// # Errors
     /// As [`Config::drives`].
     pub fn interfaces(&self) -> io::Result<Vec<Interface>> {
-        self.interfaces.open()
+        let mut interfaces = self.interfaces.open()?;
+        for interface in &mut interfaces {
+            interface.neighbour = self.mmds.neighbour(&interface.settings.iface_id)?;
+        }
+        Ok(interfaces)
+    }
+
+    /// What the metadata service has done.
+    pub fn mmds_counters(&self) -> Arc<metadata::Counters> {
+        self.mmds.counters()
     }
 
     /// Closes the files: the guest has its own, and a disk that is taken away from it must not stay open here.
@@ -210,6 +230,7 @@ impl Config {
         }
         self.interfaces.close();
         self.pmems.close();
+        self.mmds.started();
     }
 
     /// Where the guest's console output goes. Never waits for a reader: what cannot be written is an error.
@@ -321,6 +342,7 @@ impl Config {
             machine_config: Some(self.machine.wire()),
             vsock: self.vsock.as_ref().map(|vsock| vsock.settings.clone()),
             entropy: self.entropy,
+            mmds_config: self.mmds.settings(),
             console: self.console_settings.clone(),
             ..VmConfig::default()
         }

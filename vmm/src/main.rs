@@ -100,6 +100,10 @@ fn live(args: Args, handed: Handed) -> Result<Code, Death> {
     let mut vm =
         Vm::new(&args, handed, endings_to, serial_room, sandbox.clone()).map_err(Death::configuration)?;
 
+    if let Some(file) = &args.metadata {
+        let limit = args.mmds_limit;
+        obey(&mut vm, api_socket::config_file::read_metadata(file, limit).map_err(Death::configuration)?)?;
+    }
     if let Some(file) = &args.config_file {
         for request in api_socket::config_file::read(file).map_err(Death::configuration)? {
             obey(&mut vm, request)?;

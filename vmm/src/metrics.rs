@@ -231,6 +231,27 @@ impl Metrics {
         self.add("console", None, Box::new(source));
     }
 
+    /// Adds the metadata service.
+    pub fn add_mmds(&mut self, counters: Arc<metadata::Counters>) {
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            let c = &counters;
+            tell("rx_accepted", load(&c.rx_accepted));
+            tell("rx_accepted_err", load(&c.rx_accepted_err));
+            tell("rx_accepted_unusual", load(&c.rx_accepted_unusual));
+            tell("rx_bad_eth", load(&c.rx_bad_eth));
+            tell("rx_invalid_token", load(&c.rx_invalid_token));
+            tell("rx_no_token", load(&c.rx_no_token));
+            tell("rx_count", load(&c.rx_count));
+            tell("tx_bytes", load(&c.tx_bytes));
+            tell("tx_count", load(&c.tx_count));
+            tell("tx_errors", load(&c.tx_errors));
+            tell("tx_frames", load(&c.tx_frames));
+            tell("connections_created", load(&c.connections_created));
+            tell("connections_destroyed", load(&c.connections_destroyed));
+        };
+        self.add("mmds", None, Box::new(source));
+    }
+
     /// Adds the entropy device.
     pub fn add_entropy(&mut self, counters: Arc<rng::Counters>) {
         let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
@@ -466,6 +487,11 @@ const REQUESTS: &[Row] = &[
         Some("machine_cfg_fails"),
     ),
     ("put_api_requests", Method::Put, Endpoint::Metrics, "metrics_count", Some("metrics_fails")),
+    ("get_api_requests", Method::Get, Endpoint::Mmds, "mmds_count", None),
+    ("put_api_requests", Method::Put, Endpoint::Mmds, "mmds_count", Some("mmds_fails")),
+    // Under one key with the other.
+    ("put_api_requests", Method::Put, Endpoint::MmdsConfig, "mmds_count", Some("mmds_fails")),
+    ("patch_api_requests", Method::Patch, Endpoint::Mmds, "mmds_count", Some("mmds_fails")),
     ("put_api_requests", Method::Put, Endpoint::Vsock, "vsock_count", Some("vsock_fails")),
     ("put_api_requests", Method::Put, Endpoint::Serial, "serial_count", Some("serial_fails")),
     ("patch_api_requests", Method::Patch, Endpoint::Drive, "drive_count", Some("drive_fails")),
@@ -725,9 +751,13 @@ mod tests {
         }
         counters.deprecated.store(50, Ordering::Relaxed);
         let line = fixture.line();
-        for (number, (group, _, _, requests, faults)) in (1..).zip(REQUESTS) {
-            assert_eq!(line[group][requests], number, "{group}.{requests}");
-            assert!(faults.is_none_or(|key| line[group][key] == 100 + number), "{group} {faults:?}");
+        // Two may have one key.
+        let rows = |group, key| (1..).zip(REQUESTS).filter(move |(_, row)| (row.0, row.3) == (group, key));
+        for (group, _, _, requests, faults) in REQUESTS {
+            let sum: u64 = rows(*group, *requests).map(|(number, _)| number).sum();
+            let all: u64 = rows(*group, *requests).map(|(number, _)| 100 + number).sum();
+            assert_eq!(line[group][requests], sum, "{group}.{requests}");
+            assert!(faults.is_none_or(|key| line[group][key] == all), "{group} {faults:?}");
         }
         assert_eq!(line["deprecated_api"]["deprecated_http_api_calls"], 50);
     }

@@ -113,13 +113,14 @@ impl Slots {
         board: &Board,
         bus: &mut Bus,
     ) -> Result<(), SlotsError> {
-        let Interface { settings, tap } = interface;
+        let Interface { settings, tap, neighbour } = interface;
         let config = net::Config {
             tap,
             mac: settings.guest_mac.map(|mac| mac.0),
             mtu: settings.mtu,
             receive_limits: limits(settings.rx_rate_limiter.as_ref()),
             transmit_limits: limits(settings.tx_rate_limiter.as_ref()),
+            neighbour,
         };
         let net = Arc::new(Mutex::new(Net::new(config, None)?));
         self.plug(net.clone(), board, bus)?;

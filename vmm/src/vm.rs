@@ -54,6 +54,8 @@ impl Vm {
         if let Some(path) = &args.metrics_path {
             metrics.open(&api_socket::Metrics { metrics_path: path.clone(), ..Default::default() })?;
         }
+        let config = Config::new(args.identity, args.pci, args.mmds_limit, handed)?;
+        metrics.add_mmds(config.mmds_counters());
         Ok(Self {
             identity: args.identity,
             id: args.id.clone(),
@@ -62,7 +64,7 @@ impl Vm {
             endings,
             serial_room,
             sandbox,
-            config: Config::new(args.identity, args.pci, handed)?,
+            config,
             metrics,
             guest: None,
             paused: false,

@@ -51,8 +51,11 @@ fn request_row(operation: &Operation) -> String {
 
 fn schema_section(name: &str, schema: &Value) -> String {
     let mut text = format!("\n### {name}\n\n{}\n\n", word(&schema["description"]));
+    let Some(properties) = schema["properties"].as_object() else {
+        return text.trim_end().to_string() + "\n";
+    };
     text.push_str("| Field | Type | | |\n|---|---|---|---|\n");
-    for (field, property) in schema["properties"].as_object().unwrap() {
+    for (field, property) in properties {
         let required =
             schema["required"].as_array().is_some_and(|names| names.iter().any(|name| name == field));
         let presence = match property.get("default") {

@@ -1,12 +1,13 @@
 //! The network device (VIRTIO 1.3, section 5.1): frames between its driver's queues and a [`Tap`] of the host.
 //!
-//! Looks into a frame no further than its sender's address, and keeps none but the one for which the driver has no room
+//! Looks into a frame no further than its sender's address, and with a [`Neighbour`] whether it is for that, and keeps none but the one for which the driver has no room
 //! (`receive.rs`). Checksums and segmentation are the host kernel's, which sees the driver's headers only when they have
 //! been checked (`header.rs`). No filter, no VLAN and no link state: frames for others do not come through a tap, and its
 //! link is up.
 
 mod control;
 mod header;
+mod neighbour;
 mod receive;
 #[cfg(test)]
 mod tests;
@@ -28,7 +29,10 @@ use crate::virtio::device::{Active, DeviceState, DeviceType, Identity, StartErro
 use crate::virtio::queue::Queue;
 use crate::virtio::running::{Running, count};
 
+pub use neighbour::{LOOK, Neighbour};
+
 use control::Control;
+use neighbour::Beside;
 use receive::Receiver;
 use transmit::Transmitter;
 
@@ -56,6 +60,9 @@ pub struct Config {
     pub receive_limits: Limits,
     /// From the guest to the host.
     pub transmit_limits: Limits,
+    /// Who else is on the driver's network. Its connections are not saved with the device: it is as if it had been started
+    /// anew.
+    pub neighbour: Option<Box<dyn Neighbour>>,
 }
 
 /// The network device.
@@ -67,6 +74,7 @@ pub struct Net {
     receive_limiter: RateLimiter,
     transmitter: Transmitter,
     control: Control,
+    beside: Option<Beside>,
     counters: Arc<Counters>,
     running: Option<Running>,
 }
@@ -74,7 +82,7 @@ pub struct Net {
 impl Net {
     /// A stopped device, or, with a state, the one that was saved.
     pub fn new(config: Config, state: Option<State>) -> io::Result<Net> {
-        let Config { tap, mac, mtu, receive_limits, transmit_limits } = config;
+        let Config { tap, mac, mtu, receive_limits, transmit_limits, neighbour } = config;
         let state = state.unwrap_or_default();
         let counters = Arc::<Counters>::default();
         let mut waiting = state.waiting.into_iter();
@@ -93,6 +101,7 @@ impl Net {
             tap,
             mac,
             mtu,
+            beside: neighbour.map(Beside::new).transpose()?,
             counters,
             running: None,
         })
@@ -122,7 +131,10 @@ impl Net {
             return receiver.rest(&self.tap);
         }
         let (tap, limiter) = (&self.tap, &mut self.receive_limiter);
-        running.turn(queue, |turn| receiver.take_turn(turn, tap, limiter));
+        // The first pair is the one that every driver uses.
+        let mut beside = self.beside.as_mut().filter(|_| pair == 0);
+        running.turn(queue, |turn| receiver.take_turn(turn, tap, limiter, beside.as_deref_mut()));
+        beside.into_iter().for_each(Beside::rearm);
     }
 
     fn transmit(&mut self, pair: usize) {
@@ -131,7 +143,19 @@ impl Net {
         if pair >= self.control.pairs() {
             return running.clear_kick(queue);
         }
-        running.serve(queue, |memory, chain| self.transmitter.send(memory, chain, &self.tap, pair));
+        running.serve(queue, |memory, chain| {
+            self.transmitter.send(memory, chain, &self.tap, pair, self.beside.as_mut())
+        });
+        self.hear_neighbour();
+    }
+
+    /// Takes what the neighbour has for the driver.
+    fn hear_neighbour(&mut self) {
+        let Some(beside) = &mut self.beside else { return };
+        beside.rearm();
+        if beside.neighbour.has_frames() {
+            self.receive(0);
+        }
     }
 
     fn command(&mut self) {
@@ -203,6 +227,7 @@ impl VirtioDevice for Net {
         }
         sources.push(Source { fd: self.receive_limiter.fd(), token: RECEIVE_TIMER });
         sources.push(Source { fd: self.transmitter.limiter.fd(), token: TRANSMIT_TIMER });
+        sources.extend(self.beside.iter().map(|beside| Source { fd: beside.fd(), token: NEIGHBOUR_TIMER }));
         self.running = Some(running);
         Ok(sources)
     }
@@ -219,6 +244,10 @@ impl VirtioDevice for Net {
                 self.transmitter.limiter.clear();
                 count(&counters.tx_rate_limiter_event_count, 1);
                 (0..pairs).for_each(|pair| self.transmit(pair));
+            }
+            NEIGHBOUR_TIMER => {
+                self.beside.iter_mut().for_each(Beside::woken);
+                self.hear_neighbour();
             }
             TAP.. => {
                 count(&counters.rx_tap_event_count, 1);
@@ -251,6 +280,7 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         self.control.reset();
+        self.beside.iter_mut().for_each(|beside| beside.neighbour.reset());
         self.receivers.iter_mut().for_each(Receiver::reset);
     }
 
@@ -332,6 +362,7 @@ const OFFERED: [u32; 13] = [
 const TAP: u32 = 0x1_0000;
 const RECEIVE_TIMER: u32 = 0x8000;
 const TRANSMIT_TIMER: u32 = 0x8001;
+const NEIGHBOUR_TIMER: u32 = 0x8002;
 
 /// The index of a pair's receive queue; its transmit queue is the next one (5.1.2).
 fn receive_queue(pair: usize) -> u16 {

@@ -233,6 +233,7 @@ fn net_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Net {
             mtu: None,
             receive_limits: limits,
             transmit_limits: limits,
+            neighbour: None,
         };
         let state = state.map(|state| match state {
             DeviceState::Network(state) => state,

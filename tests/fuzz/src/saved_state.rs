@@ -79,7 +79,14 @@ pub fn rng(state: Option<rng::State>) -> Rng {
 pub fn net(state: Option<net::State>) -> Net {
     let (tap, _) = Tap::fake(2);
     let limits = Limits::default();
-    let config = net::Config { tap, mac: None, mtu: None, receive_limits: limits, transmit_limits: limits };
+    let config = net::Config {
+        tap,
+        mac: None,
+        mtu: None,
+        receive_limits: limits,
+        transmit_limits: limits,
+        neighbour: None,
+    };
     Net::new(config, state).unwrap()
 }
 

@@ -8,6 +8,7 @@ use api_socket::{
     Fault, MTU, MacAddress, NetworkInterface, NetworkInterfaceUpdate, QUEUE_PAIRS, RateLimiter,
 };
 use devices::backend::tap::{self, Tap};
+use devices::virtio::net::Neighbour;
 
 use crate::handed::Handed;
 
@@ -18,6 +19,8 @@ const TUN: &str = "/dev/net/tun";
 pub struct Interface {
     pub settings: NetworkInterface,
     pub tap: Tap,
+    /// Who answers on it beside the tap.
+    pub neighbour: Option<Box<dyn Neighbour>>,
 }
 
 /// The interfaces, in the order in which the guest gets them.
@@ -78,7 +81,7 @@ impl Interfaces {
         let open = |(settings, tap): &(NetworkInterface, Option<Tap>)| {
             let lost = || format!("network interface {:?} has lost its tap; put it again", settings.iface_id);
             let tap = tap.as_ref().ok_or_else(|| io::Error::other(lost()))?;
-            Ok(Interface { settings: settings.clone(), tap: tap.try_clone()? })
+            Ok(Interface { settings: settings.clone(), tap: tap.try_clone()?, neighbour: None })
         };
         self.0.iter().map(open).collect()
     }

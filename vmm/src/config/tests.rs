@@ -7,6 +7,9 @@ use api_socket::{CacheType, LogLevel, RateLimiter, VmState};
 use super::*;
 
 /// A configuration and files to point it at.
+/// Bytes of metadata.
+const MMDS_LIMIT: usize = 1000;
+
 struct Fixture {
     dir: tempfile::TempDir,
     config: Config,
@@ -20,7 +23,7 @@ fn fixture_as(identity: Identity) -> Fixture {
     let pci = identity == Identity::Berth;
     Fixture {
         dir: tempfile::tempdir().unwrap(),
-        config: Config::new(identity, pci, Handed::default()).unwrap(),
+        config: Config::new(identity, pci, MMDS_LIMIT, Handed::default()).unwrap(),
     }
 }
 
@@ -730,7 +733,7 @@ fn a_configuration_that_is_told_can_be_given_again() {
         fixture.accept(request);
     }
     let told = fixture.config.wire();
-    let mut again = Config::new(Identity::Berth, true, Handed::default()).unwrap();
+    let mut again = Config::new(Identity::Berth, true, MMDS_LIMIT, Handed::default()).unwrap();
     for request in api_socket::config_file::requests(told.clone()).unwrap() {
         assert_eq!(again.apply(request), Ok(Reply::Empty));
     }
@@ -761,7 +764,7 @@ fn what_was_handed_over_is_looked_at_like_the_file_of_a_path() {
     let image = take(File::open(f.file("image")).unwrap());
     let directory = take(File::open(f.dir.path()).unwrap());
     let named = [("image".to_string(), image), ("directory".to_string(), directory)];
-    f.config = Config::new(Identity::Berth, true, Handed::take(&named).unwrap()).unwrap();
+    f.config = Config::new(Identity::Berth, true, MMDS_LIMIT, Handed::take(&named).unwrap()).unwrap();
 
     let drive = |path: &str, read_only| {
         let (path_on_host, is_read_only) = (Some(path.into()), Some(read_only));

@@ -6,7 +6,7 @@
 use virtio_bindings::virtio_net as spec;
 
 use super::bit;
-use crate::backend::tap::HEADER_BYTES;
+pub use crate::backend::tap::HEADER_BYTES;
 
 /// What an Ethernet header has: two addresses and a type.
 pub const ETHERNET_BYTES: usize = 14;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_net as spec;
 
 use super::header::{MAX_PACKET, NUM_BUFFERS};
+use super::neighbour::Beside;
 use super::{Counters, bit};
 use crate::backend::gate::Gate;
 use crate::backend::rate_limiter::RateLimiter;
@@ -104,8 +105,9 @@ impl Receiver {
         turn: &mut Turn,
         tap: &Tap,
         limiter: &mut RateLimiter,
+        beside: Option<&mut Beside>,
     ) -> Result<(), QueueError> {
-        match self.fill(turn, tap, limiter)? {
+        match self.fill(turn, tap, limiter, beside)? {
             Until::Readable => tap.queue(self.queue).into_iter().for_each(|source| self.gate.open(source)),
             Until::Called => self.rest(tap),
         }
@@ -113,7 +115,13 @@ impl Receiver {
     }
 
     /// Takes packets until there are no more, no room, the limiter says so, or the turn is over.
-    fn fill(&mut self, turn: &mut Turn, tap: &Tap, limiter: &mut RateLimiter) -> Result<Until, QueueError> {
+    fn fill(
+        &mut self,
+        turn: &mut Turn,
+        tap: &Tap,
+        limiter: &mut RateLimiter,
+        mut beside: Option<&mut Beside>,
+    ) -> Result<Until, QueueError> {
         let begin = Instant::now();
         turn.queue.disable_kicks(turn.memory)?;
         for packets in 0..REQUESTS_PER_TURN {
@@ -129,7 +137,7 @@ impl Receiver {
                 count(&self.counters.no_rx_avail_buffer, 1);
                 return Ok(Until::Called);
             }
-            match self.next(turn.memory, tap)? {
+            match self.next(turn.memory, tap, beside.as_deref_mut())? {
                 Next::Packet(bytes) => {
                     limiter.pay((bytes - HEADER_BYTES) as u64);
                     self.give(turn, bytes)?;
@@ -146,6 +154,10 @@ impl Receiver {
                     return Ok(Until::Called);
                 }
             }
+        }
+        if beside.is_some_and(|beside| beside.neighbour.has_frames()) {
+            // The turn is over, and no descriptor tells of these.
+            turn.queue.rearm();
         }
         Ok(Until::Readable)
     }
@@ -167,9 +179,17 @@ impl Receiver {
     }
 
     /// Gets the next packet into the room.
-    fn next(&mut self, memory: &GuestRam, tap: &Tap) -> Result<Next, QueueError> {
+    fn next(
+        &mut self,
+        memory: &GuestRam,
+        tap: &Tap,
+        beside: Option<&mut Beside>,
+    ) -> Result<Next, QueueError> {
         if let Some((bytes, since)) = self.waits {
             return self.try_again(memory, bytes, since);
+        }
+        if let Some(frame) = beside.and_then(|beside| beside.neighbour.give()) {
+            return self.give_neighbours(memory, &frame);
         }
         // Without mergeable buffers a packet has one chain, and what does not fit is of no use.
         if !self.mergeable || self.room.bytes >= MAX_PACKET && self.room.segments <= MAX_SLICES {
@@ -187,6 +207,14 @@ impl Receiver {
             Next::Packet(bytes) => self.try_again(memory, bytes, Instant::now()),
             other => Ok(other),
         }
+    }
+
+    /// Takes a frame that is not from the tap, as if it had been read aside.
+    fn give_neighbours(&mut self, memory: &GuestRam, frame: &[u8]) -> Result<Next, QueueError> {
+        self.aside.resize(MAX_PACKET, 0);
+        let packet = [0; HEADER_BYTES].iter().chain(frame);
+        let bytes = self.aside.iter_mut().zip(packet).map(|(place, byte)| *place = *byte).count();
+        self.try_again(memory, bytes, Instant::now())
     }
 
     /// Copies the packet that was read aside, if it fits now.

@@ -30,6 +30,7 @@ fn config(tap: Tap) -> Config {
         mtu: None,
         receive_limits: Limits::default(),
         transmit_limits: Limits::default(),
+        neighbour: None,
     }
 }
 
@@ -541,4 +542,119 @@ fn a_damaged_state_makes_a_device_that_runs() {
     assert_eq!(net.control.pairs(), 2);
     assert_eq!(net.receivers[0].waiting().len(), MAX_PACKET);
     assert!(net.receivers[1].waiting().is_empty());
+}
+
+/// Answers each frame to its Ethernet address with what it was told, twice, and frames of its own when it is woken.
+#[derive(Default)]
+struct Echo {
+    heard: Arc<std::sync::Mutex<Vec<Vec<u8>>>>,
+    answers: std::collections::VecDeque<Vec<u8>>,
+    wakes: usize,
+}
+
+const ITS_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
+
+impl Neighbour for Echo {
+    fn is_for_me(&self, start: &[u8]) -> bool {
+        assert!(start.len() <= LOOK);
+        start.starts_with(&ITS_MAC)
+    }
+
+    fn take(&mut self, frame: &[u8]) {
+        self.heard.lock().unwrap().push(frame.to_vec());
+        self.answers.extend([frame.to_vec(), frame.to_vec()]);
+    }
+
+    fn give(&mut self) -> Option<Vec<u8>> {
+        self.answers.pop_front()
+    }
+
+    fn has_frames(&self) -> bool {
+        !self.answers.is_empty()
+    }
+
+    fn wake_in(&mut self) -> Option<std::time::Duration> {
+        (self.wakes < 2).then_some(std::time::Duration::ZERO)
+    }
+
+    fn wake(&mut self) {
+        self.wakes += 1;
+        self.answers.push_back(frame(self.wakes, 70));
+    }
+
+    fn reset(&mut self) {
+        self.answers.clear();
+    }
+}
+
+/// With what its neighbour has heard.
+fn beside(features: u64, wakes: usize) -> (Rig, Arc<std::sync::Mutex<Vec<Vec<u8>>>>) {
+    let mut rig = rig(features, 1);
+    let echo = Echo { wakes, ..Echo::default() };
+    let heard = echo.heard.clone();
+    rig.slot.stop();
+    rig.slot.device.beside = Some(Beside::new(Box::new(echo)).unwrap());
+    rig.drivers =
+        (0..2).map(|queue| Driver::new(&rig.slot.memory, (queue + 1) << 20, 16, rig.features)).collect();
+    rig.start();
+    (rig, heard)
+}
+
+fn to_neighbour(number: usize, bytes: usize) -> Vec<u8> {
+    let mut frame = frame(number, bytes);
+    frame[..6].copy_from_slice(&ITS_MAC);
+    frame
+}
+
+#[test]
+fn frames_to_a_neighbour_do_not_reach_the_tap_and_all_others_do() {
+    let (mut rig, heard) = beside(MERGEABLE, 2);
+    for bytes in [14, 20, 41, 42, 43, 60, 1500, 60_000] {
+        rig.send([0; 12], &to_neighbour(bytes, bytes));
+        assert_eq!(heard.lock().unwrap().pop(), Some(to_neighbour(bytes, bytes)));
+        assert_eq!(rig.on_the_wire(0), None, "{bytes}");
+        rig.send([0; 12], &frame(bytes, bytes));
+        assert_eq!(rig.on_the_wire(0), Some(with_header(&frame(bytes, bytes))));
+        assert!(heard.lock().unwrap().is_empty(), "{bytes}");
+    }
+    assert_eq!(rig.counter(|c| &c.tx_packets_count), 8);
+    let sizes = 14 + 20 + 41 + 42 + 43 + 60 + 1500 + 60_000;
+    assert_eq!(rig.counter(|c| &c.tx_bytes_count), sizes);
+    // In pieces of which none is a whole header.
+    let packet = with_header(&to_neighbour(7, 100));
+    let parts: Vec<Buffer> = packet.chunks(5).map(|part| rig.drivers[1].data(part)).collect();
+    rig.drivers[1].add_indirect(&parts);
+    rig.settle();
+    assert_eq!(heard.lock().unwrap().pop(), Some(to_neighbour(7, 100)));
+}
+
+#[test]
+fn a_neighbour_is_heard_before_the_tap_and_waits_for_room_as_packets_do() {
+    let (mut rig, _) = beside(MERGEABLE, 2);
+    rig.add_frame([0; 12], &to_neighbour(1, 100));
+    rig.settle();
+    assert!(rig.received().is_empty(), "there is no room yet");
+    rig.arrive(&frame(2, 60));
+    let room: Vec<Buffer> = (0..8).map(|_| rig.drivers[0].room(80)).collect();
+    room.iter().for_each(|room| _ = rig.drivers[0].add(&[*room]));
+    rig.settle();
+    assert_eq!(rig.received(), [80, 32, 80, 32, 72]);
+    let first = rig.drivers[0].read(room[0]);
+    assert_eq!(first[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0], "nothing is asked of the driver");
+    assert_eq!(first[12..], to_neighbour(1, 100)[..68]);
+}
+
+#[test]
+fn a_neighbour_is_woken_when_it_wants_and_forgets_a_driver_that_goes() {
+    let (mut rig, _) = beside(MERGEABLE, 0);
+    rig.make_room(4, 1000);
+    rig.add_frame([0; 12], &to_neighbour(1, 100));
+    let counters = rig.slot.device.counters();
+    rig.slot.run_until(|_| counters.rx_packets_count.load(Ordering::Relaxed) == 4);
+    assert_eq!(rig.received(), [112, 112, 82, 82]);
+    rig.add_frame([0; 12], &to_neighbour(1, 100));
+    rig.settle();
+    rig.slot.stop();
+    rig.slot.device.reset();
+    assert!(!rig.slot.device.beside.as_ref().unwrap().neighbour.has_frames());
 }

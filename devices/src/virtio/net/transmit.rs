@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::Counters;
 use super::header::{ETHERNET_BYTES, Header, MAX_PACKET, Malformed};
+use super::neighbour::{Beside, Head};
 use crate::backend::rate_limiter::RateLimiter;
 use crate::backend::tap::{HEADER_BYTES, MAX_SLICES, Tap};
 use crate::memory::GuestRam;
@@ -43,6 +44,7 @@ impl Transmitter {
         chain: &mut Chain,
         tap: &Tap,
         queue: usize,
+        beside: Option<&mut Beside>,
     ) -> Result<Step, QueueError> {
         let bytes = chain.readable.bytes();
         if !self.limiter.take(u64::from(bytes).saturating_sub(HEADER_BYTES as u64)) {
@@ -50,7 +52,15 @@ impl Transmitter {
             return Ok(Step::Later);
         }
         match self.head(memory, chain, bytes)? {
-            Ok(head) => self.write(memory, chain, tap, queue, &head)?,
+            Ok(mut head) => {
+                let is_taken = match beside {
+                    Some(beside) => beside.takes(memory, chain, &mut head)?,
+                    None => false,
+                };
+                if !is_taken {
+                    self.write(memory, chain, tap, queue, &head)?;
+                }
+            }
             Err(malformed) => {
                 count(&self.counters.tx_malformed_frames, 1);
                 count(&self.counters.tx_fails, 1);
@@ -66,7 +76,7 @@ impl Transmitter {
         memory: &GuestRam,
         chain: &mut Chain,
         bytes: u32,
-    ) -> Result<Result<[u8; HEAD_BYTES], Malformed>, QueueError> {
+    ) -> Result<Result<Head, Malformed>, QueueError> {
         if !(HEAD_BYTES..=MAX_PACKET).contains(&(bytes as usize)) {
             return Ok(Err(Malformed::Size(bytes)));
         }
@@ -77,12 +87,7 @@ impl Transmitter {
             count(&self.counters.tx_spoofed_mac_count, 1);
         }
         let header = Header::of_driver(header, self.features, bytes - HEADER_BYTES as u32);
-        Ok(header.map(|header| {
-            let mut head = [0; HEAD_BYTES];
-            let all = header.bytes().into_iter().chain(ethernet);
-            head.iter_mut().zip(all).for_each(|(place, byte)| *place = byte);
-            head
-        }))
+        Ok(header.map(|header| Head::new(header.bytes(), ethernet)))
     }
 
     fn write(
@@ -91,9 +96,9 @@ impl Transmitter {
         chain: &mut Chain,
         tap: &Tap,
         queue: usize,
-        head: &[u8],
+        head: &Head,
     ) -> Result<(), QueueError> {
-        let bytes = u64::from(chain.readable.bytes()) + ETHERNET_BYTES as u64;
+        let bytes = u64::from(chain.readable.bytes()) + head.frame().len() as u64;
         let slices = chain.readable.slices(memory)?;
         if slices.len() > MAX_SLICES {
             count(&self.counters.tx_malformed_frames, 1);
@@ -102,7 +107,7 @@ impl Transmitter {
             return Ok(());
         }
         let begin = Instant::now();
-        match tap.send(queue, head, &slices) {
+        match tap.send(queue, head.bytes(), &slices) {
             Ok(_) => {
                 self.is_failing = false;
                 self.counters.tap_write_time.add(begin);
