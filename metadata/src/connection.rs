@@ -2,16 +2,13 @@
 //!
 //! An answer is sent before the next request is looked at, so that at most one of them waits.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp::{Socket, State};
 
 use crate::http::{self, MAX_BODY, MAX_HEAD};
 use crate::{Metadata, Rules};
-
-/// How long a guest may do nothing: neither send nor take anything.
-pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Bytes of requests that wait to be answered.
 const MAX_INPUT: usize = MAX_HEAD + MAX_BODY;
@@ -25,26 +22,21 @@ pub struct Connection {
     sent: usize,
     /// The last answer is in `output` or was sent.
     is_closing: bool,
-    /// When the guest last did something.
-    since: Instant,
 }
 
 impl Connection {
-    pub fn new(socket: SocketHandle, now: Instant) -> Connection {
-        Connection { socket, input: Vec::new(), output: Vec::new(), sent: 0, is_closing: false, since: now }
+    pub fn new(socket: SocketHandle) -> Connection {
+        Connection { socket, input: Vec::new(), output: Vec::new(), sent: 0, is_closing: false }
     }
 
     /// Goes on as far as the guest has sent and takes.
     pub fn go_on(&mut self, socket: &mut Socket, metadata: &Metadata, rules: Rules, now: Instant) {
-        if now >= self.deadline() {
-            return socket.abort();
-        }
         if matches!(socket.state(), State::SynReceived | State::Closed | State::TimeWait | State::Listen) {
             return;
         }
         loop {
-            self.receive(socket, now);
-            self.send(socket, now);
+            self.receive(socket);
+            self.send(socket);
             if !self.output.is_empty() || self.is_closing || !self.answer(socket, metadata, rules, now) {
                 break;
             }
@@ -54,12 +46,7 @@ impl Connection {
         }
     }
 
-    /// When the guest will have done nothing for too long.
-    pub fn deadline(&self) -> Instant {
-        self.since + PATIENCE
-    }
-
-    fn receive(&mut self, socket: &mut Socket, now: Instant) {
+    fn receive(&mut self, socket: &mut Socket) {
         while self.input.len() < MAX_INPUT && socket.can_recv() {
             let room = MAX_INPUT - self.input.len();
             let input = &mut self.input;
@@ -68,21 +55,17 @@ impl Connection {
                 input.extend_from_slice(took);
                 (took.len(), took.len())
             });
-            match took {
-                Ok(0) | Err(_) => return,
-                Ok(_) => self.since = now,
+            if !took.is_ok_and(|took| took > 0) {
+                return;
             }
         }
     }
 
-    fn send(&mut self, socket: &mut Socket, now: Instant) {
+    fn send(&mut self, socket: &mut Socket) {
         while self.sent < self.output.len() && socket.can_send() {
             match socket.send_slice(self.output.get(self.sent..).unwrap_or_default()) {
                 Ok(0) | Err(_) => return,
-                Ok(count) => {
-                    self.sent += count;
-                    self.since = now;
-                }
+                Ok(count) => self.sent += count,
             }
         }
         if self.sent >= self.output.len() {

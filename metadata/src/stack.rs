@@ -3,7 +3,7 @@
 //!
 //! It learns where a guest's packets come from and answers there, so it asks nobody for addresses. Checksums of what comes
 //! are not verified: the bytes were copied from memory to memory, and a driver leaves them to the device. Fragments, options
-//! and everything but TCP are dropped or refused. All limits are constants here and in `connection.rs` and `http.rs`.
+//! and everything but TCP are dropped or refused. All limits are constants here and in `http.rs`.
 
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
@@ -19,7 +19,7 @@ use smoltcp::time::Instant as Ticks;
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
 use crate::arp::{self, ETHERNET_BYTES, Kind, Mac};
-use crate::connection::{Connection, PATIENCE};
+use crate::connection::Connection;
 use crate::{Counters, Metadata, Rules, count};
 
 /// Our Ethernet address, which is Firecracker's: locally administered, so that no real card has it.
@@ -28,6 +28,8 @@ pub const MAC: Mac = [0x06, 0x01, 0x23, 0x45, 0x67, 0x01];
 pub const PORT: u16 = 80;
 /// Connections of one interface; more are refused until one of them ends.
 pub const MAX_CONNECTIONS: usize = 16;
+/// How long a guest may send nothing on a connection; TCP's own doing, which says that it is over.
+pub const PATIENCE: Duration = Duration::from_secs(30);
 /// Frames that wait for a guest that does not take them.
 pub const MAX_FRAMES: usize = 32;
 /// Addresses of a guest that are remembered, to answer there.
@@ -89,7 +91,7 @@ impl Stack {
     /// Lets the network do what there is to do, then those who talk on it, and then the network again.
     fn turn(&mut self, now: Instant) {
         self.poll(now);
-        self.accept(now);
+        self.accept();
         for connection in &mut self.connections {
             let socket = self.sockets.get_mut::<Socket>(connection.socket);
             connection.go_on(socket, &self.metadata, self.rules, now);
@@ -108,13 +110,13 @@ impl Stack {
     }
 
     /// Makes a connection of a listener that has been called.
-    fn accept(&mut self, now: Instant) {
+    fn accept(&mut self) {
         let Some(handle) = self.listener else { return };
         if self.sockets.get::<Socket>(handle).state() == State::Listen {
             return;
         }
         self.listener = None;
-        self.connections.push(Connection::new(handle, now));
+        self.connections.push(Connection::new(handle));
         count(&self.counters().connections_created, 1);
     }
 
@@ -209,10 +211,7 @@ impl Neighbour for Stack {
             return None;
         }
         let now = Instant::now();
-        let network = self.interface.poll_delay(ticks(self.start, now), &self.sockets).map(Duration::from);
-        let deadlines = self.connections.iter().map(|connection| connection.deadline());
-        let first = deadlines.min().map(|deadline| deadline.saturating_duration_since(now));
-        network.into_iter().chain(first).min()
+        self.interface.poll_delay(ticks(self.start, now), &self.sockets).map(Duration::from)
     }
 
     fn wake(&mut self) {

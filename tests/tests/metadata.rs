@@ -181,3 +181,42 @@ fn version_2(name: Name) {
     assert_eq!((reply.ipv4_address.unwrap().to_string().as_str(), reply.version), (ADDRESS, MmdsVersion::V2));
     guest.power_off();
 }
+
+#[test]
+fn metadata_may_come_from_a_file_has_a_limit_and_is_not_logged() {
+    let place = tempfile::tempdir().unwrap();
+    let file = place.path().join("metadata.json");
+    std::fs::write(&file, r#"{"password": "open-sesame"}"#).unwrap();
+    let flags = ["--metadata", file.to_str().unwrap(), "--mmds-size-limit", "100"].map(String::from);
+    let mut guest = Guest::configured(Setup { arguments: flags.into(), ..Setup::default() });
+    assert_eq!(guest.api.mmds().unwrap(), json!({"password": "open-sesame"}));
+    let status = |outcome| match outcome {
+        Err(ClientError::Refused(fault)) => fault.status,
+        other => panic!("{other:?}"),
+    };
+    let large = || object(json!({"password": "open-sesame".repeat(10)}));
+    assert_eq!(status(guest.api.apply(&Request::PutMmds(large()))), 413);
+    assert_eq!(status(guest.api.apply(&Request::PatchMmds(large()))), 413);
+    let refused = guest.api.request("PUT", "/mmds", Some(r#""open-sesame""#)).unwrap();
+    assert!(refused.status == 400 && !refused.fault_message().contains("sesame"), "{refused:?}");
+    guest.apply(Request::PatchMmds(object(json!({"user": "ali-baba"}))));
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    assert_eq!(guest.api.mmds().unwrap(), json!({"password": "open-sesame", "user": "ali-baba"}));
+    let log = std::fs::read_to_string(guest.path("vmm.log")).unwrap();
+    assert!(log.contains("/mmds") && !log.contains("sesame") && !log.contains("ali-baba"), "{log}");
+}
+
+#[test]
+fn a_guest_without_the_service_has_no_metadata() {
+    let mut guest = Guest::configured(Setup::default());
+    assert_eq!(guest.api.mmds().unwrap(), Value::Null);
+    let missing = MmdsConfig { network_interfaces: vec!["eth0".into()], ..MmdsConfig::default() };
+    let error = guest.api.apply(&Request::PutMmdsConfig(missing.clone())).unwrap_err().to_string();
+    assert!(error.contains("`network_interfaces`") && error.contains("eth0"), "{error}");
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    let error = guest.api.mmds().unwrap_err().to_string();
+    assert!(error.contains("/mmds/config"), "{error}");
+    guest.api.apply(&Request::PutMmds(document())).unwrap_err();
+    let error = guest.api.apply(&Request::PutMmdsConfig(missing)).unwrap_err().to_string();
+    assert!(error.contains("after starting"), "{error}");
+}

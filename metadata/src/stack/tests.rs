@@ -249,6 +249,20 @@ fn a_guest_that_takes_nothing_costs_a_bounded_number_of_frames_and_is_served_whe
 }
 
 #[test]
+fn what_waited_for_room_comes_as_soon_as_there_is_some() {
+    let mut rig = rig(serde_json::json!({"text": "x".repeat(100_000)}));
+    let handles: Vec<_> = (0..MAX_CONNECTIONS as u16).map(|number| rig.connect(4000 + number)).collect();
+    rig.settle();
+    for handle in handles {
+        rig.socket(handle).send_slice(b"GET /text HTTP/1.1\r\n\r\n").unwrap();
+    }
+    rig.round(false);
+    assert!(rig.stack.wire.is_full());
+    let frames = std::iter::from_fn(|| rig.stack.give()).take(1000).count();
+    assert!(frames > MAX_FRAMES, "{frames} frames");
+}
+
+#[test]
 fn a_connection_on_which_nothing_is_done_ends() {
     let mut rig = small();
     let handle = rig.connect(4000);

@@ -44,6 +44,15 @@ fn seeds() -> Vec<Seed> {
         ("net", "limited", net_both_ways(13)),
         ("net", "pairs", net_pairs()),
         ("net", "broken", hostile(&[3])),
+        ("net", "neighbour", net_both_ways(17)),
+        ("metadata", "get", metadata(b"GET /a/b HTTP/1.1\r\nAccept: application/json\r\n\r\n")),
+        (
+            "metadata",
+            "token",
+            metadata(b"PUT /latest/api/token HTTP/1.1\r\nX-metadata-token-ttl-seconds: 60\r\n\r\n"),
+        ),
+        ("metadata", "large", metadata(b"GET /long HTTP/1.0\r\n\r\n")),
+        ("metadata", "frames", metadata_frames()),
         ("pmem", "flush", pmem_flushes(0)),
         ("pmem", "limited", pmem_flushes(12)),
         ("pmem", "broken", hostile(&[0])),
@@ -103,15 +112,33 @@ fn json() -> Vec<Seed> {
         ("pmem", 8, r#"{"id":"d","path_on_host":"/p","read_only":true}"#),
         ("pmem-patch", 9, r#"{"id":"d","rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#),
         ("console", 10, r#"{"columns":80}"#),
-        ("entropy", 11, "{}"),
-        ("serial", 12, r#"{"serial_out_path":"/s"}"#),
-        ("logger", 13, r#"{"level":"Debug","log_path":"/l","show_level":true}"#),
-        ("metrics", 14, r#"{"metrics_path":"/m"}"#),
-        ("action", 15, r#"{"action_type":"InstanceStart"}"#),
-        ("vm", 16, r#"{"state":"Paused"}"#),
-        ("config-file", 17, &config),
+        ("vsock", 11, r#"{"guest_cid":3,"uds_path":"/v"}"#),
+        ("entropy", 12, "{}"),
+        ("serial", 13, r#"{"serial_out_path":"/s"}"#),
+        ("logger", 14, r#"{"level":"Debug","log_path":"/l","show_level":true}"#),
+        ("metrics", 15, r#"{"metrics_path":"/m"}"#),
+        ("action", 16, r#"{"action_type":"InstanceStart"}"#),
+        ("vm", 17, r#"{"state":"Paused"}"#),
+        ("mmds-config", 18, r#"{"network_interfaces":["d"],"version":"V2","ipv4_address":"169.254.1.2"}"#),
+        ("mmds", 19, r#"{"a":{"b":[1,"c"]}}"#),
+        ("mmds-patch", 20, r#"{"a":null}"#),
+        ("config-file", 21, &config),
     ];
     bodies.map(|(name, choice, body)| ("json", name, [&[choice], body.as_bytes()].concat())).into()
+}
+
+/// A connection, a request in two pieces, the answers, the end.
+fn metadata(request: &[u8]) -> Vec<u8> {
+    let (first, second) = request.split_at(7);
+    let text = |text: &[u8]| [&[4, text.len() as u8], text].concat();
+    [&[0, 3, 0xf8][..], &text(first), &text(second), &[0xf8, 5, 16, 0xf8, 5, 17, 0xf8, 12, 14]].concat()
+}
+
+/// ARP, another protocol, a connection that is called off, another driver.
+fn metadata_frames() -> Vec<u8> {
+    let arp = [&[0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 7, 10, 0, 0, 2][..], &[0; 6], &[169, 254, 169, 254]]
+        .concat();
+    [&[1, 1, arp.len() as u8][..], &arp, &[2, 17, 4, 1, 2, 3, 4, 0x13, 8, 0x15, 4, 8, 13, 3, 8, 12]].concat()
 }
 
 /// A descriptor as it is in a table.

@@ -151,7 +151,7 @@ fn new_net(tap: Tap, flags: u8, state: Option<DeviceState>) -> Net {
         mtu: Some(1500),
         receive_limits: limits(flags),
         transmit_limits: limits(flags),
-        neighbour: None,
+        neighbour: (flags & 16 != 0).then(|| Box::new(crate::metadata::stack(flags)) as _),
     };
     let state = state.map(|state| match state {
         DeviceState::Network(state) => state,

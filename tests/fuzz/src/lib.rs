@@ -8,6 +8,7 @@ pub mod api;
 pub mod device;
 pub mod input;
 pub mod kernel;
+pub mod metadata;
 pub mod pci;
 pub mod ports;
 pub mod queue;

@@ -550,17 +550,20 @@ struct Echo {
     heard: Arc<std::sync::Mutex<Vec<Vec<u8>>>>,
     answers: std::collections::VecDeque<Vec<u8>>,
     wakes: usize,
+    /// What it has last looked at.
+    looked: std::sync::Mutex<Vec<u8>>,
 }
 
 const ITS_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 
 impl Neighbour for Echo {
     fn is_for_me(&self, start: &[u8]) -> bool {
-        assert!(start.len() <= LOOK);
+        *self.looked.lock().unwrap() = start.to_vec();
         start.starts_with(&ITS_MAC)
     }
 
     fn take(&mut self, frame: &[u8]) {
+        assert_eq!(*self.looked.lock().unwrap(), frame[..frame.len().min(LOOK)]);
         self.heard.lock().unwrap().push(frame.to_vec());
         self.answers.extend([frame.to_vec(), frame.to_vec()]);
     }
