@@ -648,6 +648,21 @@ fn a_neighbour_is_heard_before_the_tap_and_waits_for_room_as_packets_do() {
 }
 
 #[test]
+fn what_a_neighbour_has_beyond_a_turn_comes_in_the_next() {
+    const FRAMES: usize = 100;
+    let mut rig = rig(MERGEABLE, 1);
+    let echo =
+        Echo { wakes: 2, answers: (0..FRAMES).map(|number| frame(number, 60)).collect(), ..Echo::default() };
+    rig.slot.stop();
+    rig.slot.device.beside = Some(Beside::new(Box::new(echo)).unwrap());
+    rig.drivers =
+        (0..2).map(|queue| Driver::new(&rig.slot.memory, (queue + 1) << 20, 128, rig.features)).collect();
+    rig.start();
+    rig.make_room(FRAMES, 80);
+    assert_eq!(rig.received(), [72; FRAMES]);
+}
+
+#[test]
 fn a_neighbour_is_woken_when_it_wants_and_forgets_a_driver_that_goes() {
     let (mut rig, _) = beside(MERGEABLE, 0);
     rig.make_room(4, 1000);
