@@ -14,7 +14,8 @@ use serde::de::DeserializeOwned;
 use crate::json;
 use crate::routes::Method;
 use crate::types::{
-    Fault, InstanceAction, InstanceInfo, MachineConfig, Reply, Request, Version, Vm, VmConfig,
+    Balloon, BalloonHintingStatus, BalloonStats, Fault, InstanceAction, InstanceInfo, MachineConfig, Reply,
+    Request, Version, Vm, VmConfig,
 };
 
 /// The longest status line and headers of a reply, in bytes.
@@ -146,6 +147,30 @@ impl Client {
         }
     }
 
+    /// `GET /balloon`; errors as for [`apply`](Client::apply).
+    pub fn balloon(&mut self) -> Result<Balloon, ClientError> {
+        match self.send(&Request::GetBalloon)? {
+            Reply::Balloon(balloon) => Ok(balloon),
+            other => unexpected(&other),
+        }
+    }
+
+    /// `GET /balloon/statistics`; errors as for [`apply`](Client::apply).
+    pub fn balloon_stats(&mut self) -> Result<BalloonStats, ClientError> {
+        match self.send(&Request::GetBalloonStats)? {
+            Reply::BalloonStats(stats) => Ok(*stats),
+            other => unexpected(&other),
+        }
+    }
+
+    /// `GET /balloon/hinting/status`; errors as for [`apply`](Client::apply).
+    pub fn balloon_hinting_status(&mut self) -> Result<BalloonHintingStatus, ClientError> {
+        match self.send(&Request::GetBalloonHintingStatus)? {
+            Reply::BalloonHintingStatus(status) => Ok(status),
+            other => unexpected(&other),
+        }
+    }
+
     /// Makes a request and waits for its reply, which is never [`Reply::Fault`].
     ///
     /// # Errors
@@ -250,6 +275,14 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         }
         Request::PutPmem(pmem) => with_body(Method::Put, &pmem_path(&pmem.id), pmem),
         Request::PatchPmem(update) => with_body(Method::Patch, &pmem_path(&update.id), update),
+        Request::GetBalloon => get("/balloon"),
+        Request::PutBalloon(balloon) => with_body(Method::Put, "/balloon", balloon),
+        Request::PatchBalloon(update) => with_body(Method::Patch, "/balloon", update),
+        Request::GetBalloonStats => get("/balloon/statistics"),
+        Request::PatchBalloonStats(update) => with_body(Method::Patch, "/balloon/statistics", update),
+        Request::StartBalloonHinting(command) => with_body(Method::Patch, "/balloon/hinting/start", command),
+        Request::StopBalloonHinting => Ok((Method::Patch, "/balloon/hinting/stop".to_string(), None)),
+        Request::GetBalloonHintingStatus => get("/balloon/hinting/status"),
         Request::PutConsole(console) => with_body(Method::Put, "/console", console),
         Request::PutVsock(vsock) => with_body(Method::Put, "/vsock", vsock),
         Request::PutEntropy(entropy) => with_body(Method::Put, "/entropy", entropy),
@@ -294,6 +327,9 @@ fn decode(request: &Request, response: &Response) -> Result<Reply, ClientError> 
         Request::GetInstanceInfo => parse(response).map(Reply::InstanceInfo),
         Request::GetVersion => parse(response).map(Reply::Version),
         Request::GetMachineConfig => parse(response).map(Reply::MachineConfig),
+        Request::GetBalloon => parse(response).map(Reply::Balloon),
+        Request::GetBalloonStats => parse(response).map(|stats| Reply::BalloonStats(Box::new(stats))),
+        Request::GetBalloonHintingStatus => parse(response).map(Reply::BalloonHintingStatus),
         Request::GetVmConfig => parse(response).map(|config| Reply::VmConfig(Box::new(config))),
         Request::GetMmds => serde_json::from_str(&response.body)
             .map(Reply::Mmds)

@@ -69,6 +69,7 @@ pub fn requests(config: VmConfig) -> Result<Vec<Request>, Fault> {
         check_id("id", &pmem.id)?;
         requests.push(Request::PutPmem(pmem));
     }
+    requests.extend(config.balloon.map(Request::PutBalloon));
     requests.extend(config.console.map(Request::PutConsole));
     requests.extend(config.vsock.map(Request::PutVsock));
     requests.extend(config.entropy.map(Request::PutEntropy));
@@ -216,7 +217,7 @@ mod tests {
     #[test]
     fn a_section_of_a_device_that_does_not_exist_is_refused_by_its_name() {
         let boot = r#""boot-source":{"kernel_image_path":"/k"}"#;
-        for (section, value) in [("memory-hotplug", "{}"), ("balloon", "{}")] {
+        for (section, value) in [("memory-hotplug", "{}"), ("memory-hotplug", "[]")] {
             refused_with(&format!(r#"{{{boot},"{section}":{value}}}"#), &[section, "does not have"]);
         }
     }

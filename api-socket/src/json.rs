@@ -29,6 +29,9 @@ pub fn write_reply(reply: &Reply) -> (u16, Option<String>) {
         Reply::MachineConfig(config) => serde_json::to_string(config),
         Reply::VmConfig(config) => serde_json::to_string(config),
         Reply::Mmds(value) => serde_json::to_string(value),
+        Reply::Balloon(balloon) => serde_json::to_string(balloon),
+        Reply::BalloonStats(stats) => serde_json::to_string(stats),
+        Reply::BalloonHintingStatus(status) => serde_json::to_string(status),
     };
     match written {
         Ok(body) => (200, Some(body)),

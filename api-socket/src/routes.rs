@@ -7,9 +7,10 @@ use serde_json::{Map, Value};
 
 use crate::json;
 use crate::types::{
-    BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Fault, InstanceAction, Logger,
-    MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, MmdsVersion, NetworkInterface,
-    NetworkInterfaceUpdate, Pmem, PmemUpdate, Request, Serial, Vm, Vsock,
+    Balloon, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, CpuConfig, Drive,
+    DriveUpdate, Entropy, Fault, InstanceAction, Logger, MachineConfig, MachineConfigUpdate, Metrics,
+    MmdsConfig, MmdsVersion, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Request, Serial, Vm,
+    Vsock,
 };
 
 /// A request, and what its client should be told about how it was made.
@@ -66,6 +67,11 @@ pub enum Endpoint {
     Drive,
     NetworkInterface,
     Pmem,
+    Balloon,
+    BalloonStats,
+    BalloonHintingStart,
+    BalloonHintingStop,
+    BalloonHintingStatus,
     Console,
     Vsock,
     Entropy,
@@ -89,6 +95,11 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::Drive, "/drives/{drive_id}", &[Method::Put, Method::Patch, Method::Delete]),
     (Endpoint::NetworkInterface, "/network-interfaces/{iface_id}", &[Method::Put, Method::Patch]),
     (Endpoint::Pmem, "/pmem/{id}", &[Method::Put, Method::Patch]),
+    (Endpoint::Balloon, "/balloon", &[Method::Get, Method::Put, Method::Patch]),
+    (Endpoint::BalloonStats, "/balloon/statistics", &[Method::Get, Method::Patch]),
+    (Endpoint::BalloonHintingStart, "/balloon/hinting/start", &[Method::Patch]),
+    (Endpoint::BalloonHintingStop, "/balloon/hinting/stop", &[Method::Patch]),
+    (Endpoint::BalloonHintingStatus, "/balloon/hinting/status", &[Method::Get]),
     (Endpoint::Console, "/console", &[Method::Put]),
     (Endpoint::Vsock, "/vsock", &[Method::Put]),
     (Endpoint::Entropy, "/entropy", &[Method::Put]),
@@ -107,8 +118,9 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
 pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
     let unknown = || unknown_route(method, path);
     let parsed_method = Method::parse(method).ok_or_else(unknown)?;
-    check_body(parsed_method, body)?;
-    let (endpoint, id) = locate(path).ok_or_else(unknown)?;
+    let located = locate(path);
+    check_body(parsed_method, located.map(|(endpoint, _)| endpoint), body)?;
+    let (endpoint, id) = located.ok_or_else(unknown)?;
     let at = Place { method, path };
     let request = match (parsed_method, endpoint) {
         (Method::Get, Endpoint::Instance) => Request::GetInstanceInfo,
@@ -158,6 +170,20 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
             check_same_id("id", id, &update.id)?;
             Request::PatchPmem(update)
         }
+        (Method::Get, Endpoint::Balloon) => Request::GetBalloon,
+        (Method::Put, Endpoint::Balloon) => Request::PutBalloon(at.parse::<Balloon>(body)?),
+        (Method::Patch, Endpoint::Balloon) => Request::PatchBalloon(at.parse::<BalloonUpdate>(body)?),
+        (Method::Get, Endpoint::BalloonStats) => Request::GetBalloonStats,
+        (Method::Patch, Endpoint::BalloonStats) => {
+            Request::PatchBalloonStats(at.parse::<BalloonStatsUpdate>(body)?)
+        }
+        (Method::Patch, Endpoint::BalloonHintingStart) if body.is_empty() => {
+            Request::StartBalloonHinting(BalloonStartCmd::default())
+        }
+        (Method::Patch, Endpoint::BalloonHintingStart) => Request::StartBalloonHinting(at.parse(body)?),
+        // Firecracker does not look at what is in it.
+        (Method::Patch, Endpoint::BalloonHintingStop) => Request::StopBalloonHinting,
+        (Method::Get, Endpoint::BalloonHintingStatus) => Request::GetBalloonHintingStatus,
         (Method::Put, Endpoint::Console) => Request::PutConsole(at.parse::<Console>(body)?),
         (Method::Put, Endpoint::Vsock) => return Ok(put_vsock(at.parse(body)?)),
         (Method::Put, Endpoint::Entropy) => Request::PutEntropy(at.parse::<Entropy>(body)?),
@@ -213,13 +239,14 @@ fn match_template<'a>(template: &str, segments: &[&'a str]) -> Option<&'a str> {
     }
 }
 
-fn check_body(method: Method, body: &[u8]) -> Result<(), Fault> {
+fn check_body(method: Method, endpoint: Option<Endpoint>, body: &[u8]) -> Result<(), Fault> {
     let name = method.as_str();
+    let optional = matches!(endpoint, Some(Endpoint::BalloonHintingStart | Endpoint::BalloonHintingStop));
     match (method, body.is_empty()) {
         (Method::Get | Method::Delete, false) => {
             Err(Fault::bad_request(format!("A {name} request cannot have a body; send it without one.")))
         }
-        (Method::Put | Method::Patch, true) => {
+        (Method::Put | Method::Patch, true) if !optional => {
             Err(Fault::bad_request(format!("Empty {name} request; send a JSON object as its body.")))
         }
         _ => Ok(()),
@@ -391,6 +418,16 @@ mod tests {
             &["id", "path_on_host"],
         ),
         ("PATCH", "/pmem/p_1", r#"{"id":"p_1","rate_limiter":{}}"#, &["id"]),
+        (
+            "PUT",
+            "/balloon",
+            r#"{"amount_mib":1,"deflate_on_oom":true,"stats_polling_interval_s":2,"free_page_hinting":true,
+                "free_page_reporting":true}"#,
+            &["amount_mib", "deflate_on_oom"],
+        ),
+        ("PATCH", "/balloon", r#"{"amount_mib":1}"#, &["amount_mib"]),
+        ("PATCH", "/balloon/statistics", r#"{"stats_polling_interval_s":1}"#, &["stats_polling_interval_s"]),
+        ("PATCH", "/balloon/hinting/start", r#"{"acknowledge_on_stop":false}"#, &[]),
         ("PUT", "/vsock", r#"{"vsock_id":"v","guest_cid":3,"uds_path":"/v"}"#, &["guest_cid", "uds_path"]),
         ("PUT", "/entropy", r#"{"rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#, &[]),
         (
@@ -560,6 +597,21 @@ mod tests {
     }
 
     #[test]
+    fn hints_are_started_and_stopped_without_a_body_too() {
+        let start =
+            |acknowledge_on_stop| Request::StartBalloonHinting(BalloonStartCmd { acknowledge_on_stop });
+        assert_eq!(accepted("PATCH", "/balloon/hinting/start", ""), start(true));
+        assert_eq!(accepted("PATCH", "/balloon/hinting/start", "{}"), start(true));
+        let without = r#"{"acknowledge_on_stop":false}"#;
+        assert_eq!(accepted("PATCH", "/balloon/hinting/start", without), start(false));
+        for body in ["", "{}", "anything"] {
+            assert_eq!(accepted("PATCH", "/balloon/hinting/stop", body), Request::StopBalloonHinting);
+        }
+        refused_with("PATCH", "/balloon", "", &["Empty PATCH request"]);
+        refused_with("GET", "/balloon/hinting", "", &["no such path"]);
+    }
+
+    #[test]
     fn an_unknown_route_is_named_with_what_its_path_has() {
         refused_with(
             "GET",
@@ -573,7 +625,7 @@ mod tests {
         refused_with("GET", "/vm", "", &["GET /vm", "/vm has PATCH"]);
         refused_with("GET", "/version/x", "", &["no such path"]);
         refused_with("PUT", "/drives/a/b", "{}", &["no such path"]);
-        for later in ["/balloon", "/snapshot/load"] {
+        for later in ["/hotplug/memory", "/snapshot/load"] {
             refused_with("PUT", later, "{}", &["Invalid request method", later]);
         }
     }

@@ -81,6 +81,22 @@ pub enum Request {
     PutPmem(Pmem),
     /// `PATCH /pmem/{id}`
     PatchPmem(PmemUpdate),
+    /// `GET /balloon`
+    GetBalloon,
+    /// `PUT /balloon`
+    PutBalloon(Balloon),
+    /// `PATCH /balloon`
+    PatchBalloon(BalloonUpdate),
+    /// `GET /balloon/statistics`
+    GetBalloonStats,
+    /// `PATCH /balloon/statistics`
+    PatchBalloonStats(BalloonStatsUpdate),
+    /// `PATCH /balloon/hinting/start`
+    StartBalloonHinting(BalloonStartCmd),
+    /// `PATCH /balloon/hinting/stop`
+    StopBalloonHinting,
+    /// `GET /balloon/hinting/status`
+    GetBalloonHintingStatus,
     /// `PUT /console`
     PutConsole(Console),
     /// `PUT /vsock`
@@ -122,6 +138,12 @@ pub enum Reply {
     VmConfig(Box<VmConfig>),
     /// To [`Request::GetMmds`]; 200.
     Mmds(Value),
+    /// To [`Request::GetBalloon`]; 200.
+    Balloon(Balloon),
+    /// To [`Request::GetBalloonStats`]; 200.
+    BalloonStats(Box<BalloonStats>),
+    /// To [`Request::GetBalloonHintingStatus`]; 200.
+    BalloonHintingStatus(BalloonHintingStatus),
     /// Not done, and nothing was changed.
     Fault(Fault),
 }
@@ -417,6 +439,121 @@ pub struct Vsock {
     pub uds_path: PathBuf,
 }
 
+/// Body of `PUT /balloon`, reply of the `GET`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    /// MiB that the guest is to give up.
+    pub amount_mib: u32,
+    /// The guest takes pages back before it kills a process for want of memory.
+    pub deflate_on_oom: bool,
+    /// Seconds between two readings of the guest's statistics; 0 is none ever.
+    #[serde(default)]
+    pub stats_polling_interval_s: u16,
+    /// The guest can be asked for its free pages.
+    #[serde(default)]
+    pub free_page_hinting: bool,
+    /// The guest gives its free pages up by itself.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+
+/// Body of `PATCH /balloon`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonUpdate {
+    /// MiB that the guest is to give up from now on.
+    pub amount_mib: u32,
+}
+
+/// Body of `PATCH /balloon/statistics`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatsUpdate {
+    /// Seconds; 0 if and only if it was 0 at the start.
+    pub stats_polling_interval_s: u16,
+}
+
+/// Reply of `GET /balloon/statistics`: the balloon, and what the guest says of its memory. What it does not say is left
+/// out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStats {
+    /// Pages of 4 KiB, as all pages here.
+    pub target_pages: u32,
+    pub actual_pages: u32,
+    /// MiB.
+    pub target_mib: u32,
+    pub actual_mib: u32,
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub swap_in: Option<u64>,
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub swap_out: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub major_faults: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minor_faults: Option<u64>,
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free_memory: Option<u64>,
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_memory: Option<u64>,
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub available_memory: Option<u64>,
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_caches: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugetlb_allocations: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugetlb_failures: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oom_kill: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alloc_stall: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub async_scan: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct_scan: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub async_reclaim: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct_reclaim: Option<u64>,
+}
+
+/// Body of `PATCH /balloon/hinting/start`; a request without one is the default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStartCmd {
+    /// The guest has its pages again as soon as it has named the last.
+    #[serde(default = "yes")]
+    pub acknowledge_on_stop: bool,
+}
+
+impl Default for BalloonStartCmd {
+    fn default() -> BalloonStartCmd {
+        BalloonStartCmd { acknowledge_on_stop: true }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Reply of `GET /balloon/hinting/status`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonHintingStatus {
+    /// What the guest is told: the number of a run, from 2 on; 1 that it is done; 0 before the first.
+    pub host_cmd: u32,
+    /// What the guest said last: the number of a run; 0 that it has no more pages; nothing yet.
+    pub guest_cmd: Option<u32>,
+}
+
 /// Body of `PUT /entropy`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -607,13 +744,12 @@ pub struct VmConfig {
     pub vsock: Option<Vsock>,
     pub entropy: Option<Entropy>,
     pub mmds_config: Option<MmdsConfig>,
+    pub balloon: Option<Balloon>,
     /// Left out of a reply where there is none: Firecracker's clients know no such section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<Console>,
     // Sections of devices that this VMM does not have. They are in the reply because clients expect every section,
     // and may be in a configuration file as they are in the reply.
-    #[serde(default)]
-    pub balloon: Absent,
     #[serde(default)]
     pub memory_hotplug: Absent,
 }

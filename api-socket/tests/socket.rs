@@ -99,6 +99,12 @@ fn answer(request: &Request) -> Reply {
         Request::GetMachineConfig => Reply::MachineConfig(MachineConfig::default()),
         Request::GetVmConfig => Reply::VmConfig(Box::default()),
         Request::GetMmds => Reply::Mmds(serde_json::json!({"a": 1})),
+        Request::GetBalloon => Reply::Balloon(Balloon::default()),
+        Request::GetBalloonStats => {
+            let swap_in = Some(u64::MAX);
+            Reply::BalloonStats(Box::new(BalloonStats { swap_in, ..BalloonStats::default() }))
+        }
+        Request::GetBalloonHintingStatus => Reply::BalloonHintingStatus(BalloonHintingStatus::default()),
         Request::DeleteDrive(id) => Fault::bad_request(format!("there is no drive {id}")).into(),
         _ => Reply::Empty,
     }
@@ -181,6 +187,20 @@ fn one_of_each() -> Vec<Request> {
             rate_limiter,
         }),
         Request::PatchPmem(PmemUpdate { id: "p_1".to_string(), rate_limiter }),
+        Request::GetBalloon,
+        Request::PutBalloon(Balloon {
+            amount_mib: 1,
+            deflate_on_oom: true,
+            stats_polling_interval_s: 2,
+            free_page_hinting: true,
+            free_page_reporting: true,
+        }),
+        Request::PatchBalloon(BalloonUpdate { amount_mib: 3 }),
+        Request::GetBalloonStats,
+        Request::PatchBalloonStats(BalloonStatsUpdate { stats_polling_interval_s: 4 }),
+        Request::StartBalloonHinting(BalloonStartCmd { acknowledge_on_stop: false }),
+        Request::StopBalloonHinting,
+        Request::GetBalloonHintingStatus,
         Request::PutVsock(Vsock { vsock_id: Some("v".to_string()), guest_cid: 3, uds_path: "/v".into() }),
         Request::PutEntropy(Entropy { rate_limiter }),
         Request::PutSerial(Serial { serial_out_path: Some("/o".into()), rate_limiter: bucket }),
@@ -266,7 +286,7 @@ fn requests_and_faults_are_counted_by_endpoint() {
     client.instance_info().unwrap();
     client.request("PUT", "/entropy", Some("{}")).unwrap();
     client.request("PUT", "/entropy", Some("{")).unwrap();
-    client.request("GET", "/balloon", None).unwrap();
+    client.request("GET", "/hotplug/memory", None).unwrap();
     let counts = |method, endpoint| {
         let count = fixture.counters.of(method, endpoint);
         (count.requests.load(Ordering::Relaxed), count.faults.load(Ordering::Relaxed))

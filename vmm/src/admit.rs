@@ -29,9 +29,11 @@ use Verdict::{Accept, AlreadyDone, Denied};
 /// Says whether `request` is legal in `state`.
 pub fn admit(state: InstanceState, request: &Request) -> Verdict {
     match request {
-        Request::GetInstanceInfo | Request::GetVersion | Request::GetVmConfig | Request::GetMachineConfig => {
-            Accept
-        }
+        Request::GetInstanceInfo
+        | Request::GetVersion
+        | Request::GetVmConfig
+        | Request::GetMachineConfig
+        | Request::GetBalloon => Accept,
         // Whether there is a service that guests could read it from is for `config.rs`.
         Request::GetMmds | Request::PutMmds(_) | Request::PatchMmds(_) => Accept,
 
@@ -42,6 +44,7 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         | Request::PutDrive(_)
         | Request::PutNetworkInterface(_)
         | Request::PutPmem(_)
+        | Request::PutBalloon(_)
         | Request::PutConsole(_)
         | Request::PutVsock(_)
         | Request::PutEntropy(_)
@@ -54,6 +57,12 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         Request::PatchDrive(_)
         | Request::PatchNetworkInterface(_)
         | Request::PatchPmem(_)
+        | Request::PatchBalloon(_)
+        | Request::GetBalloonStats
+        | Request::PatchBalloonStats(_)
+        | Request::StartBalloonHinting(_)
+        | Request::StopBalloonHinting
+        | Request::GetBalloonHintingStatus
         | Request::Action(ActionType::FlushMetrics | ActionType::SendCtrlAltDel) => {
             after_start(state, Accept)
         }
@@ -85,9 +94,9 @@ fn after_start(state: InstanceState, then: Verdict) -> Verdict {
 mod tests {
     use super::*;
     use api_socket::{
-        BootSource, Console, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig,
-        MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate,
-        Serial, Vsock,
+        Balloon, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, CpuConfig, Drive,
+        DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig,
+        NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial, Vsock,
     };
 
     /// Each request with its verdict when not started, running and paused.
@@ -129,6 +138,14 @@ mod tests {
             (Request::PutMmds(Default::default()), any),
             (Request::PatchMmds(Default::default()), any),
             (Request::PutMmdsConfig(MmdsConfig::default()), pre),
+            (Request::GetBalloon, any),
+            (Request::PutBalloon(Balloon::default()), pre),
+            (Request::PatchBalloon(BalloonUpdate::default()), post),
+            (Request::GetBalloonStats, post),
+            (Request::PatchBalloonStats(BalloonStatsUpdate::default()), post),
+            (Request::StartBalloonHinting(BalloonStartCmd::default()), post),
+            (Request::StopBalloonHinting, post),
+            (Request::GetBalloonHintingStatus, post),
         ]
     }
 
@@ -179,9 +196,17 @@ mod tests {
             Request::PutMmds(_) => 27,
             Request::PatchMmds(_) => 28,
             Request::PutMmdsConfig(_) => 29,
+            Request::GetBalloon => 30,
+            Request::PutBalloon(_) => 31,
+            Request::PatchBalloon(_) => 32,
+            Request::GetBalloonStats => 33,
+            Request::PatchBalloonStats(_) => 34,
+            Request::StartBalloonHinting(_) => 35,
+            Request::StopBalloonHinting => 36,
+            Request::GetBalloonHintingStatus => 37,
         };
         let places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
-        assert_eq!(places, (0..30).collect::<Vec<_>>());
+        assert_eq!(places, (0..38).collect::<Vec<_>>());
     }
 
     #[test]

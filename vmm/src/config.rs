@@ -5,6 +5,7 @@
 //! was checked is what is used. Whether a request is legal now is not decided here (`admit.rs`), nor what a kernel file
 //! holds (`boot.rs`), nor what the host has (memory, CPUs).
 
+mod balloon;
 mod cmdline;
 pub mod mmds;
 pub mod network;
@@ -20,9 +21,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use api_socket::{
-    BootSource, CpuConfig, CpuTemplate, DriveUpdate, Entropy, Fault, HugePages, IoEngine, MachineConfig,
-    MachineConfigUpdate, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request,
-    TokenBucket, VCPU_COUNT, VmConfig,
+    Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, CpuConfig, CpuTemplate, DriveUpdate, Entropy,
+    Fault, HugePages, IoEngine, MachineConfig, MachineConfigUpdate, NetworkInterface, NetworkInterfaceUpdate,
+    Pmem, PmemUpdate, Reply, Request, TokenBucket, VCPU_COUNT, VmConfig,
 };
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::Engine;
@@ -50,6 +51,7 @@ pub struct Config {
     pub machine: Machine,
     pub cpu: CpuConfig,
     pub entropy: Option<Entropy>,
+    balloon: Option<Balloon>,
     /// Until the guest has started; the settings are in `console_settings`.
     pub console: Option<Console>,
     console_settings: Option<api_socket::Console>,
@@ -120,6 +122,7 @@ impl Config {
             machine: Machine::new(&MachineConfig::default())?,
             cpu: CpuConfig::default(),
             entropy: None,
+            balloon: None,
             console: None,
             console_settings: None,
             vsock: None,
@@ -141,6 +144,9 @@ impl Config {
         let done = match request {
             Request::GetVmConfig => return Ok(Reply::VmConfig(Box::new(self.wire()))),
             Request::GetMachineConfig => return Ok(Reply::MachineConfig(self.machine.wire())),
+            Request::GetBalloon => {
+                return Ok(self.balloon().map_or_else(Reply::Fault, |balloon| Reply::Balloon(*balloon)));
+            }
             Request::PutMachineConfig(config) => self.put_machine(&config),
             Request::PatchMachineConfig(update) => self.patch_machine(update),
             Request::PutBootSource(source) => self.put_boot(source),
@@ -151,6 +157,7 @@ impl Config {
             Request::PutDrive(drive) => self.put_drive(drive),
             Request::PutNetworkInterface(interface) => self.put_interface(interface),
             Request::PutPmem(pmem) => self.put_pmem(pmem),
+            Request::PutBalloon(balloon) => self.put_balloon(balloon),
             Request::PutConsole(console) => self.put_console(console),
             Request::PutVsock(settings) => self.put_vsock(settings),
             Request::PutEntropy(entropy) => self.put_entropy(entropy),
@@ -332,6 +339,36 @@ impl Config {
         self.pmems.updated(update);
     }
 
+    /// The settings of the balloon.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn balloon(&self) -> Result<&Balloon, Fault> {
+        self.balloon.as_ref().ok_or_else(balloon::none)
+    }
+
+    /// Takes down another size of the balloon.
+    ///
+    /// # Errors
+    /// There is none, or the guest has not so much memory.
+    pub fn update_balloon(&mut self, update: BalloonUpdate) -> Result<(), Fault> {
+        let balloon = self.balloon.as_mut().ok_or_else(balloon::none)?;
+        balloon::check_amount(update.amount_mib, self.machine.memory)?;
+        balloon.amount_mib = update.amount_mib;
+        Ok(())
+    }
+
+    /// Takes down another interval of the balloon's statistics.
+    ///
+    /// # Errors
+    /// There is no balloon, or its statistics would be switched on or off.
+    pub fn update_balloon_stats(&mut self, update: BalloonStatsUpdate) -> Result<(), Fault> {
+        let balloon = self.balloon.as_mut().ok_or_else(balloon::none)?;
+        balloon::check_interval(balloon.stats_polling_interval_s, update.stats_polling_interval_s)?;
+        balloon.stats_polling_interval_s = update.stats_polling_interval_s;
+        Ok(())
+    }
+
     /// The reply of `GET /vm/config`.
     pub fn wire(&self) -> VmConfig {
         VmConfig {
@@ -343,13 +380,18 @@ impl Config {
             vsock: self.vsock.as_ref().map(|vsock| vsock.settings.clone()),
             entropy: self.entropy,
             mmds_config: self.mmds.settings(),
+            balloon: self.balloon,
             console: self.console_settings.clone(),
             ..VmConfig::default()
         }
     }
 
     fn put_machine(&mut self, config: &MachineConfig) -> Result<(), Fault> {
-        self.machine = Machine::new(config)?;
+        let machine = Machine::new(config)?;
+        if let Some(balloon) = &self.balloon {
+            balloon::check_memory(balloon.amount_mib, machine.memory)?;
+        }
+        self.machine = machine;
         Ok(())
     }
 
@@ -494,6 +536,7 @@ impl Config {
             + self.pmems.settings().count()
             + usize::from(self.vsock.is_some())
             + usize::from(self.entropy.is_some())
+            + usize::from(self.balloon.is_some())
             + usize::from(self.console_settings.is_some());
         let capacity = slots::capacity(self.pci);
         if taken < capacity {
@@ -505,8 +548,7 @@ impl Config {
         };
         Err(Fault::bad_request(format!(
             "{device} would be one device too many: the guest has room for {capacity}, drives, network \
-             interfaces, persistent memories, socket device, entropy \
-             device and console together.{advice}"
+             interfaces, persistent memories, socket device, balloon, entropy device and console together.{advice}"
         )))
     }
 
@@ -522,6 +564,15 @@ impl Config {
             self.check_room("the entropy device")?;
         }
         self.entropy = Some(settings);
+        Ok(())
+    }
+
+    fn put_balloon(&mut self, settings: Balloon) -> Result<(), Fault> {
+        balloon::check_amount(settings.amount_mib, self.machine.memory)?;
+        if self.balloon.is_none() {
+            self.check_room("the balloon")?;
+        }
+        self.balloon = Some(settings);
         Ok(())
     }
 

@@ -94,6 +94,7 @@ impl Guest {
             interrupts,
             ram: ram.clone(),
             ram_size: settings.memory,
+            ram_page: settings.pages.size(),
             physical_bits: bits,
             pci: around.pci,
             boot_timer: around.boot_timer,

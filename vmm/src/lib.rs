@@ -3,6 +3,7 @@
 
 pub mod admit;
 pub mod args;
+pub mod balloon;
 pub mod boot;
 pub mod boot_timer;
 pub mod config;

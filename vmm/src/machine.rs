@@ -18,6 +18,7 @@ use devices::pvpanic::{self, PvPanic};
 use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
 use devices::state::StateError;
+use devices::virtio::balloon::Balloon;
 use devices::vmgenid::{self, VmGenId};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -39,6 +40,8 @@ pub struct Board {
     pub interrupts: Arc<Interrupts>,
     pub ram: Memory,
     pub ram_size: ByteSize,
+    /// Bytes of the pages that back RAM.
+    pub ram_page: u64,
     /// Address lines of the guest's CPUs.
     pub physical_bits: u8,
     /// Virtio devices are PCI functions; otherwise they are on virtio-mmio.
@@ -105,6 +108,9 @@ pub fn build(config: &Config, board: Board, files: &mut FileMemory) -> Result<Ma
     if let Some(vsock) = config.vsock()? {
         virtio.add_vsock(vsock, &board, &mut buses.mmio)?;
     }
+    if let Ok(balloon) = config.balloon() {
+        virtio.add_balloon(balloon, &board, &mut buses.mmio)?;
+    }
     if let Some(entropy) = &config.entropy {
         virtio.add_entropy(entropy, &board, &mut buses.mmio)?;
     }
@@ -154,6 +160,11 @@ impl Machine {
     /// Gives persistent memory other limits while the guest runs.
     pub fn update_pmem(&self, id: &str, limits: RateLimiter) {
         self.virtio.update_pmem(id, limits);
+    }
+
+    /// The balloon, if there is one, held until this is dropped.
+    pub fn balloon(&self) -> Option<MutexGuard<'_, Balloon>> {
+        self.virtio.balloon()
     }
 
     /// Stops every device; see [`devices::virtio::transport::Transport::pause`]. Only while no vCPU runs.

@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use api_socket::{Endpoint, Fault, Method};
 use devices::times::Times;
 use devices::virtio::transport::Shared;
-use devices::virtio::{blk, console, net, pmem, rng, vsock};
+use devices::virtio::{balloon, blk, console, net, pmem, rng, vsock};
 use devices::{i8042, serial};
 use serde::Serialize;
 
@@ -265,6 +265,25 @@ impl Metrics {
         self.add("entropy", None, Box::new(source));
     }
 
+    /// Adds the balloon.
+    pub fn add_balloon(&mut self, counters: Arc<balloon::Counters>) {
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            let c = &counters;
+            tell("inflate_count", load(&c.inflate_count));
+            tell("deflate_count", load(&c.deflate_count));
+            tell("event_fails", load(&c.event_fails));
+            tell("stats_updates_count", load(&c.stats_updates_count));
+            tell("stats_update_fails", load(&c.stats_update_fails));
+            tell("free_page_report_count", load(&c.free_page_report_count));
+            tell("free_page_report_freed", load(&c.free_page_report_freed));
+            tell("free_page_report_fails", load(&c.free_page_report_fails));
+            tell("free_page_hint_count", load(&c.free_page_hint_count));
+            tell("free_page_hint_freed", load(&c.free_page_hint_freed));
+            tell("free_page_hint_fails", load(&c.free_page_hint_fails));
+        };
+        self.add("balloon", None, Box::new(source));
+    }
+
     /// Adds the socket device.
     pub fn add_vsock(&mut self, counters: Arc<vsock::Counters>) {
         let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
@@ -475,7 +494,33 @@ const REQUESTS: &[Row] = &[
     ("put_api_requests", Method::Put, Endpoint::Drive, "drive_count", Some("drive_fails")),
     ("put_api_requests", Method::Put, Endpoint::NetworkInterface, "network_count", Some("network_fails")),
     ("put_api_requests", Method::Put, Endpoint::Pmem, "pmem_count", Some("pmem_fails")),
-    // A key of our own.
+    // Keys of our own.
+    ("get_api_requests", Method::Get, Endpoint::Balloon, "balloon_count", None),
+    ("get_api_requests", Method::Get, Endpoint::BalloonStats, "balloon_stats_count", None),
+    ("get_api_requests", Method::Get, Endpoint::BalloonHintingStatus, "balloon_hinting_status_count", None),
+    ("put_api_requests", Method::Put, Endpoint::Balloon, "balloon_count", Some("balloon_fails")),
+    ("patch_api_requests", Method::Patch, Endpoint::Balloon, "balloon_count", Some("balloon_fails")),
+    (
+        "patch_api_requests",
+        Method::Patch,
+        Endpoint::BalloonStats,
+        "balloon_stats_count",
+        Some("balloon_stats_fails"),
+    ),
+    (
+        "patch_api_requests",
+        Method::Patch,
+        Endpoint::BalloonHintingStart,
+        "balloon_hinting_start_count",
+        Some("balloon_hinting_start_fails"),
+    ),
+    (
+        "patch_api_requests",
+        Method::Patch,
+        Endpoint::BalloonHintingStop,
+        "balloon_hinting_stop_count",
+        Some("balloon_hinting_stop_fails"),
+    ),
     ("put_api_requests", Method::Put, Endpoint::Console, "console_count", Some("console_fails")),
     ("put_api_requests", Method::Put, Endpoint::Entropy, "entropy_count", Some("entropy_fails")),
     ("put_api_requests", Method::Put, Endpoint::Logger, "logger_count", Some("logger_fails")),
@@ -639,6 +684,7 @@ mod tests {
         metrics.add_block("vda", Arc::default());
         metrics.add_entropy(Arc::default());
         metrics.add_vsock(Arc::default());
+        metrics.add_balloon(Arc::default());
     }
 
     #[test]
@@ -680,9 +726,22 @@ mod tests {
                 "block_vda.write_zeroes_count",
                 "delete_api_requests.drive_count",
                 "delete_api_requests.drive_fails",
+                "get_api_requests.balloon_count",
+                "get_api_requests.balloon_hinting_status_count",
+                "get_api_requests.balloon_stats_count",
                 "get_api_requests.vm_config_count",
+                "patch_api_requests.balloon_count",
+                "patch_api_requests.balloon_fails",
+                "patch_api_requests.balloon_hinting_start_count",
+                "patch_api_requests.balloon_hinting_start_fails",
+                "patch_api_requests.balloon_hinting_stop_count",
+                "patch_api_requests.balloon_hinting_stop_fails",
+                "patch_api_requests.balloon_stats_count",
+                "patch_api_requests.balloon_stats_fails",
                 "patch_api_requests.vm_count",
                 "patch_api_requests.vm_fails",
+                "put_api_requests.balloon_count",
+                "put_api_requests.balloon_fails",
                 "put_api_requests.console_count",
                 "put_api_requests.console_fails",
                 "put_api_requests.entropy_count",

@@ -7,11 +7,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use api_socket::{NetworkInterfaceUpdate, RateLimiter};
 use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::bus::{Bus, BusError};
 use devices::pci::root::{AddError, Root, Windows};
+use devices::virtio::balloon::{self, Balloon, Ram};
 use devices::virtio::blk::{Blk, Cache, Config as BlkConfig};
 use devices::virtio::console::{self, Console};
 use devices::virtio::mmio::{self, Mmio};
@@ -22,6 +24,7 @@ use devices::virtio::rng::{Config as RngConfig, Rng};
 use devices::virtio::transport::{NewError, SharedDevice};
 use devices::virtio::vsock::{self, Vsock};
 
+use crate::balloon::pages;
 use crate::config::network::Interface;
 use crate::config::pmem::PmemFile;
 use crate::config::{self, Drive};
@@ -53,6 +56,7 @@ pub struct Slots {
     entropy: Option<Arc<Mutex<Rng>>>,
     console: Option<Arc<Mutex<Console>>>,
     vsock: Option<Arc<Mutex<Vsock>>>,
+    balloon: Option<Arc<Mutex<Balloon>>>,
     way: Way,
 }
 
@@ -80,6 +84,7 @@ impl Slots {
             entropy: None,
             console: None,
             vsock: None,
+            balloon: None,
             way,
         })
     }
@@ -192,6 +197,34 @@ impl Slots {
         Ok(())
     }
 
+    /// The balloon. Before devices that add to guest memory, or after them: it takes back RAM alone.
+    pub fn add_balloon(
+        &mut self,
+        settings: &api_socket::Balloon,
+        board: &Board,
+        bus: &mut Bus,
+    ) -> Result<(), SlotsError> {
+        let regions = layout::ram(board.ram_size.bytes()).map(|(start, len)| start..start + len);
+        let interval = settings.stats_polling_interval_s;
+        let config = balloon::Config {
+            target_pages: pages(settings.amount_mib),
+            deflate_on_oom: settings.deflate_on_oom,
+            statistics_interval: (interval > 0).then(|| Duration::from_secs(interval.into())),
+            hinting: settings.free_page_hinting,
+            reporting: settings.free_page_reporting,
+            ram: Ram { regions: regions.collect(), page: board.ram_page },
+        };
+        let device = Arc::new(Mutex::new(Balloon::new(config, None)?));
+        self.plug(device.clone(), board, bus)?;
+        self.balloon = Some(device);
+        Ok(())
+    }
+
+    /// The balloon, if there is one, held until this is dropped.
+    pub fn balloon(&self) -> Option<MutexGuard<'_, Balloon>> {
+        self.balloon.as_deref().map(lock)
+    }
+
     /// What ACPI must tell the guest of PCI, if there is PCI.
     pub fn pci_windows(&self) -> Option<PciWindows> {
         match &self.way {
@@ -279,6 +312,9 @@ impl Slots {
         }
         if let Some(console) = &self.console {
             metrics.add_console(lock(console).counters());
+        }
+        if let Some(balloon) = self.balloon() {
+            metrics.add_balloon(balloon.counters());
         }
         if let Some(vsock) = &self.vsock {
             metrics.add_vsock(lock(vsock).counters());

@@ -3,17 +3,19 @@
 //! Whether a request is legal now is `admit.rs`, whether its values fit is `config.rs`, how a guest is built is
 //! `guest.rs`; here they meet.
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, Instant};
 
 use api_socket::{
-    ActionType, DriveUpdate, Fault, InstanceInfo, InstanceState, NetworkInterfaceUpdate, PmemUpdate, Reply,
-    Request, Version, VmState,
+    ActionType, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, DriveUpdate, Fault, InstanceInfo,
+    InstanceState, NetworkInterfaceUpdate, PmemUpdate, Reply, Request, Version, VmState,
 };
+use devices::virtio::balloon::Balloon;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::admit::{Verdict, admit};
 use crate::args::{Args, COMPATIBLE_VERSION, Identity};
+use crate::balloon;
 use crate::config::Config;
 use crate::config::network::changed;
 use crate::guest::{Guest, Surroundings};
@@ -148,6 +150,11 @@ impl Vm {
             Request::GetVersion => {
                 return Ok(Reply::Version(Version { firecracker_version: COMPATIBLE_VERSION.into() }));
             }
+            Request::GetBalloonStats => return Ok(Reply::BalloonStats(Box::new(self.balloon_stats()?))),
+            Request::GetBalloonHintingStatus => {
+                let status = balloon::hinting_status(&*self.hinting_balloon()?);
+                return Ok(Reply::BalloonHintingStatus(status));
+            }
             Request::PutLogger(logger) => LOGGER.configure(&logger)?,
             Request::PutMetrics(metrics) => self.metrics.open(&metrics)?,
             Request::Action(ActionType::InstanceStart) => self.start()?,
@@ -158,6 +165,13 @@ impl Vm {
             Request::PatchDrive(update) => self.update_drive(update)?,
             Request::PatchNetworkInterface(update) => self.update_interface(update)?,
             Request::PatchPmem(update) => self.update_pmem(update)?,
+            Request::PatchBalloon(update) => self.update_balloon(update)?,
+            Request::PatchBalloonStats(update) => self.update_balloon_stats(update)?,
+            Request::StartBalloonHinting(command) => self.start_hinting(command)?,
+            Request::StopBalloonHinting => {
+                let stopped = self.hinting_balloon()?.stop_hinting();
+                balloon::check_hinting(true, stopped)?;
+            }
             other => return Err(Fault::bad_request(format!("{other:?} is not supported by this version"))),
         }
         Ok(Reply::Empty)
@@ -238,6 +252,47 @@ impl Vm {
         }
         self.config.pmem_updated(&update);
         Ok(())
+    }
+
+    fn update_balloon(&mut self, update: BalloonUpdate) -> Result<(), Fault> {
+        self.config.update_balloon(update)?;
+        self.balloon()?.set_target(balloon::pages(update.amount_mib));
+        Ok(())
+    }
+
+    fn update_balloon_stats(&mut self, update: BalloonStatsUpdate) -> Result<(), Fault> {
+        self.config.update_balloon_stats(update)?;
+        if update.stats_polling_interval_s > 0 {
+            let interval = Duration::from_secs(update.stats_polling_interval_s.into());
+            self.balloon()?.set_statistics_interval(interval);
+        }
+        Ok(())
+    }
+
+    fn balloon_stats(&self) -> Result<api_socket::BalloonStats, Fault> {
+        if self.config.balloon()?.stats_polling_interval_s == 0 {
+            return Err(Fault::bad_request(
+                "`stats_polling_interval_s` is 0, and so there are no statistics; set it with PUT /balloon before the start.",
+            ));
+        }
+        Ok(balloon::stats(&*self.balloon()?))
+    }
+
+    fn start_hinting(&self, command: BalloonStartCmd) -> Result<(), Fault> {
+        let started = self.hinting_balloon()?.start_hinting(command.acknowledge_on_stop);
+        balloon::check_hinting(true, started)
+    }
+
+    /// The balloon, which was configured with free page hints.
+    fn hinting_balloon(&self) -> Result<MutexGuard<'_, Balloon>, Fault> {
+        let configured = self.config.balloon()?.free_page_hinting;
+        balloon::check_hinting(configured, configured)?;
+        self.balloon()
+    }
+
+    fn balloon(&self) -> Result<MutexGuard<'_, Balloon>, Fault> {
+        self.config.balloon()?;
+        self.guest()?.machine.balloon().ok_or_else(not_started)
     }
 
     fn guest(&self) -> Result<&Guest, Fault> {

@@ -37,6 +37,9 @@ const REPLIES: &[(&str, Reader)] = &[
     ("Version", read::<Version>),
     ("MachineConfig", read::<MachineConfig>),
     ("VmConfig", read_config),
+    ("Balloon", read::<Balloon>),
+    ("BalloonStats", read::<BalloonStats>),
+    ("BalloonHintingStatus", read::<BalloonHintingStatus>),
 ];
 
 fn read<T: DeserializeOwned + Serialize>(value: &Value) -> Outcome {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::host::Source;
 use crate::memory::Memory;
 use crate::virtio::queue::Queue;
-use crate::virtio::{blk, console, net, pmem, rng, vsock};
+use crate::virtio::{balloon, blk, console, net, pmem, rng, vsock};
 
 /// A device model behind any transport. The transport holds its lock for every call; none may block.
 pub trait VirtioDevice: Send {
@@ -71,6 +71,7 @@ pub enum DeviceType {
     Block = 2,
     Console = 3,
     Entropy = 4,
+    Balloon = 5,
     Socket = 19,
     PersistentMemory = 27,
 }
@@ -101,6 +102,7 @@ pub trait Interrupt: Send + Sync {
 /// The saved state of any device: one variant each, so that a state can never be given to another kind of device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum DeviceState {
+    Balloon(balloon::State),
     Block(blk::State),
     Console(console::State),
     Entropy(rng::State),

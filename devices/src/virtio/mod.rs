@@ -1,5 +1,6 @@
 //! Virtual I/O devices (VIRTIO 1.3).
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;

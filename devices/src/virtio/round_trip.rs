@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::backend::rate_limiter::{Bucket, Limits};
 use crate::backend::tap::Tap;
+use crate::virtio::balloon::{self, Balloon, Ram};
 use crate::virtio::blk::{self, Blk, Engine};
 use crate::virtio::console::{self, Console, Size};
 use crate::virtio::device::{DeviceState, VirtioDevice};
@@ -284,4 +285,30 @@ fn vsock_packets() {
         let header = Header { src_cid: 3, dst_cid: HOST_CID, op: op::RST, ..Header::default() };
         vec![driver.data(&header.to_bytes())]
     });
+}
+
+fn balloon(state: Option<DeviceState>) -> Balloon {
+    let config = balloon::Config {
+        target_pages: 100,
+        deflate_on_oom: true,
+        statistics_interval: Some(std::time::Duration::from_millis(1)),
+        hinting: true,
+        reporting: true,
+        ram: Ram { regions: std::iter::once(8 << 20..16 << 20).collect(), page: balloon::PAGE },
+    };
+    let state = state.map(|state| match state {
+        DeviceState::Balloon(state) => state,
+        other => panic!("{other:?}"),
+    });
+    Balloon::new(config, state).unwrap()
+}
+
+#[test]
+fn balloon_inflate() {
+    nothing_is_lost(balloon, 0, |driver| vec![driver.data(&2500u32.to_le_bytes())]);
+}
+
+#[test]
+fn balloon_deflate() {
+    nothing_is_lost(balloon, 1, |driver| vec![driver.data(&2500u32.to_le_bytes())]);
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use berth_fuzz::saved_state::{blk, console, net, pmem, rng, vsock};
+use berth_fuzz::saved_state::{balloon, blk, console, net, pmem, rng, vsock};
 use devices::testing::FakeHost;
 use devices::virtio::pci::Pci;
 use devices::virtio::testing;
@@ -56,6 +56,10 @@ fn seeds() -> Vec<Seed> {
         ("pmem", "flush", pmem_flushes(0)),
         ("pmem", "limited", pmem_flushes(12)),
         ("pmem", "broken", hostile(&[0])),
+        ("balloon", "all-queues", balloon_requests(0x3e)),
+        ("balloon", "reports-only", balloon_requests(0x20)),
+        ("balloon", "huge", balloon_requests(0xbe)),
+        ("balloon", "broken", hostile(&[0x3e])),
         ("vsock", "host-calls", vsock_host_calls()),
         ("vsock", "guest-calls", vsock_guest_calls()),
         ("vsock", "broken", hostile(&[])),
@@ -122,7 +126,15 @@ fn json() -> Vec<Seed> {
         ("mmds-config", 18, r#"{"network_interfaces":["d"],"version":"V2","ipv4_address":"169.254.1.2"}"#),
         ("mmds", 19, r#"{"a":{"b":[1,"c"]}}"#),
         ("mmds-patch", 20, r#"{"a":null}"#),
-        ("config-file", 21, &config),
+        (
+            "balloon",
+            21,
+            r#"{"amount_mib":1,"deflate_on_oom":true,"stats_polling_interval_s":1,"free_page_hinting":true}"#,
+        ),
+        ("balloon-patch", 22, r#"{"amount_mib":1}"#),
+        ("balloon-statistics", 23, r#"{"stats_polling_interval_s":1}"#),
+        ("balloon-hinting", 24, r#"{"acknowledge_on_stop":false}"#),
+        ("config-file", 25, &config),
     ];
     bodies.map(|(name, choice, body)| ("json", name, [&[choice], body.as_bytes()].concat())).into()
 }
@@ -311,6 +323,26 @@ fn pmem_flushes(flags: u8) -> Vec<u8> {
     [vec![flags], chains(&[flush, mute, other, flush], &memory)].concat()
 }
 
+/// Pages into the balloon and out of it, numbers, a run of hints, a report: some of it RAM.
+fn balloon_requests(flags: u8) -> Vec<u8> {
+    let pages: (u8, &[Buffer]) = (0, &[(0x2000, 16, false)]);
+    let back: (u8, &[Buffer]) = (1, &[(0x2000, 16, false)]);
+    let numbers: (u8, &[Buffer]) = (2, &[(0x2010, 20, false), (0x3000, 4096, true)]);
+    let begin: (u8, &[Buffer]) = (3, &[(0x2030, 4, false)]);
+    let free: (u8, &[Buffer]) = (3, &[(0x4000, 0x2000, true), (0xb000, 0x2000, true)]);
+    let end: (u8, &[Buffer]) = (3, &[(0x2034, 4, false)]);
+    let report: (u8, &[Buffer]) = (4, &[(0x6000, 0x1000, true), (0x7001, 0x1000, true)]);
+    let memory: [(u16, &[u8]); 3] = [
+        (0x2000, &[3, 0, 0, 0, 5, 0, 0, 0, 4, 0, 0, 0, 0xff, 0, 0, 0]),
+        (0x2010, &[4, 0, 1, 0, 0, 0, 0, 0, 0, 0, 5, 0, 2, 0, 0, 0, 0, 0, 0, 0]),
+        (0x2030, &[2, 0, 0, 0, 0, 0, 0, 0]),
+    ];
+    let steps = chains(&[pages, back, numbers, begin, free, end, report], &memory);
+    // Event index, and a run of hints is asked for before anything else.
+    let (first, rest) = steps.split_at(1);
+    [&[flags][..], first, &[12, 0x81, 12, 3], rest].concat()
+}
+
 /// Two queue pairs, enabled by a command; then both are used.
 fn net_pairs() -> Vec<u8> {
     let command: (u8, &[Buffer]) = (4, &[(0x2000, 4, false), (0x2100, 1, true)]);
@@ -487,7 +519,8 @@ fn elf(pvh: bool) -> Vec<u8> {
 }
 
 fn saved_states() -> Vec<Seed> {
-    let devices: [(&str, SharedDevice); 6] = [
+    let devices: [(&str, SharedDevice); 7] = [
+        ("balloon", Arc::new(Mutex::new(balloon(None)))),
         ("blk", Arc::new(Mutex::new(blk(None)))),
         ("console", Arc::new(Mutex::new(console(None)))),
         ("rng", Arc::new(Mutex::new(rng(None)))),

@@ -85,6 +85,10 @@ const ENDPOINTS: &[(&str, &str)] = &[
     ("PUT", "/mmds/config"),
     ("PUT", "/mmds"),
     ("PATCH", "/mmds"),
+    ("PUT", "/balloon"),
+    ("PATCH", "/balloon"),
+    ("PATCH", "/balloon/statistics"),
+    ("PATCH", "/balloon/hinting/start"),
 ];
 
 /// A configuration file; one of its own that it names is not there.

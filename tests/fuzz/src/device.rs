@@ -6,10 +6,12 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::backend::tap::Tap;
 use devices::memory::Memory;
+use devices::virtio::balloon::{self, Balloon, Ram};
 use devices::virtio::blk::{self, Blk, Cache, Engine};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::{DeviceState, VirtioDevice};
@@ -141,7 +143,7 @@ pub fn net(data: &[u8]) {
     };
     let mergeable = 1 << 15;
     let features = new(None).identity().features & !if flags & 1 != 0 { 0 } else { mergeable };
-    drive_with(data.get(1..).unwrap_or_default(), features & !EVENT_IDX, new, |_| {});
+    drive_with(data.get(1..).unwrap_or_default(), features & !EVENT_IDX, new, |_, _| {});
 }
 
 fn new_net(tap: Tap, flags: u8, state: Option<DeviceState>) -> Net {
@@ -178,6 +180,38 @@ pub fn pmem(data: &[u8]) {
     );
 }
 
+/// The upper part of memory is no RAM to it. The driver agrees on what the first byte says.
+pub fn balloon(data: &[u8]) {
+    crate::log_to_nowhere();
+    let flags = data.first().copied().unwrap_or(0);
+    let new = |state: Option<DeviceState>| {
+        let config = balloon::Config {
+            target_pages: 4,
+            deflate_on_oom: true,
+            statistics_interval: Some(Duration::from_secs(3600)),
+            hinting: true,
+            reporting: true,
+            ram: Ram { regions: vec![0x2000..0xc000], page: balloon::PAGE << (flags >> 6) },
+        };
+        let state = state.map(|state| match state {
+            DeviceState::Balloon(state) => state,
+            other => panic!("{other:?}"),
+        });
+        Balloon::new(config, state).unwrap()
+    };
+    // The feature bits are 1 to 5.
+    let features = new(None).identity().features & u64::from(flags & 0x3e);
+    drive_with(data.get(1..).unwrap_or_default(), features, new, |balloon, ask| match ask % 6 {
+        0 => balloon.set_target(ask.into()),
+        1 => _ = balloon.start_hinting(ask & 0x80 != 0),
+        2 => _ = balloon.stop_hinting(),
+        // At once: time is nothing to repeat a run by.
+        3 => balloon.set_statistics_interval(Duration::from_nanos(1)),
+        4 => balloon.set_statistics_interval(Duration::from_secs(3600)),
+        _ => _ = (balloon.pages(), balloon.hinting(), balloon.statistics().clone()),
+    });
+}
+
 /// A writer that takes a little, or fails in one of its ways.
 struct Moody(usize);
 
@@ -197,8 +231,12 @@ impl Write for Moody {
 }
 
 /// Drives a device as `data` says; `outside` is what happens on its other side, by a number.
-pub fn drive<D: VirtioDevice>(data: &[u8], new: impl Fn(Option<DeviceState>) -> D, outside: impl FnMut(u8)) {
-    drive_with(data, 0, new, outside);
+pub fn drive<D: VirtioDevice>(
+    data: &[u8],
+    new: impl Fn(Option<DeviceState>) -> D,
+    mut outside: impl FnMut(u8),
+) {
+    drive_with(data, 0, new, |_, number| outside(number));
 }
 
 /// The driver agrees on `features`, and as the first byte says on event indices.
@@ -206,7 +244,7 @@ fn drive_with<D: VirtioDevice>(
     data: &[u8],
     features: u64,
     new: impl Fn(Option<DeviceState>) -> D,
-    mut outside: impl FnMut(u8),
+    mut outside: impl FnMut(&mut D, u8),
 ) {
     let mut input = Input::new(data);
     let features = features | if input.u8().unwrap_or(0) & 1 != 0 { EVENT_IDX } else { 0 };
@@ -242,7 +280,7 @@ impl<D: VirtioDevice> Machine<D> {
         &mut self,
         input: &mut Input,
         new: &impl Fn(Option<DeviceState>) -> D,
-        outside: &mut impl FnMut(u8),
+        outside: &mut impl FnMut(&mut D, u8),
     ) -> Option<()> {
         let operation = input.u8()?;
         let queue = usize::from(operation >> 4) % self.drivers.len();
@@ -308,7 +346,7 @@ impl<D: VirtioDevice> Machine<D> {
                     driver.add(&buffers);
                 }
             }
-            12 => outside(input.u8()?),
+            12 => outside(&mut self.slot.device, input.u8()?),
             // A packet of a socket, of one of a few ports, with a length that may be a lie.
             13 => {
                 let (op, ports, len) = (input.u8()?, input.u8()?, input.u16()?);

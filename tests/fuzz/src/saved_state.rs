@@ -7,6 +7,7 @@ use devices::backend::rate_limiter::Limits;
 use devices::backend::tap::Tap;
 use devices::pci::Function;
 use devices::testing::FakeHost;
+use devices::virtio::balloon::{self, Balloon, Ram};
 use devices::virtio::blk::{self, Blk, Cache, Engine};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::DeviceState;
@@ -25,6 +26,7 @@ pub fn saved_state(data: &[u8]) {
     crate::log_to_nowhere();
     let Ok(state) = postcard::from_bytes::<pci::State>(data) else { return };
     let device: SharedDevice = match state.transport.device.clone() {
+        DeviceState::Balloon(state) => Arc::new(Mutex::new(balloon(Some(state)))),
         DeviceState::Block(state) => Arc::new(Mutex::new(blk(Some(state)))),
         DeviceState::Console(state) => Arc::new(Mutex::new(console(Some(state)))),
         DeviceState::Entropy(state) => Arc::new(Mutex::new(rng(Some(state)))),
@@ -49,6 +51,18 @@ pub fn vsock(state: Option<DeviceState>) -> Vsock {
     let directory = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(directory.path().join("v")).unwrap();
     crate::vsock::device(listener, None, state)
+}
+
+pub fn balloon(state: Option<balloon::State>) -> Balloon {
+    let config = balloon::Config {
+        target_pages: 1,
+        deflate_on_oom: true,
+        statistics_interval: Some(std::time::Duration::from_secs(1)),
+        hinting: true,
+        reporting: true,
+        ram: Ram { regions: vec![0..RAM as u64], page: balloon::PAGE },
+    };
+    Balloon::new(config, state).unwrap()
 }
 
 pub fn blk(state: Option<blk::State>) -> Blk {

@@ -12,6 +12,7 @@
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
 pub mod console;
+pub mod huge_pages;
 pub mod setup;
 pub mod tap;
 pub mod vmm;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use api_socket::{
-    BootSource, CacheType, Drive, Entropy, MachineConfig, NetworkInterface, Pmem, Request, Vsock,
+    Balloon, BootSource, CacheType, Drive, Entropy, MachineConfig, NetworkInterface, Pmem, Request, Vsock,
 };
 
 use super::{Name, asset};
@@ -32,6 +32,7 @@ pub struct Setup {
     pub interfaces: Vec<NetworkInterface>,
     pub pmems: Vec<Pmem>,
     pub entropy: bool,
+    pub balloon: Option<Balloon>,
     /// Sockets at [`VSOCK`] in the guest's directory.
     pub vsock: bool,
     /// All of the kernel command line but for [`CONSOLE`] and how much the kernel says.
@@ -62,6 +63,7 @@ impl Default for Setup {
             interfaces: Vec::new(),
             pmems: Vec::new(),
             entropy: false,
+            balloon: None,
             vsock: false,
             command_line: String::new(),
             arguments: Vec::new(),
@@ -97,6 +99,7 @@ impl Setup {
         requests.extend(self.drives.iter().cloned().map(Request::PutDrive));
         requests.extend(self.interfaces.iter().cloned().map(Request::PutNetworkInterface));
         requests.extend(self.pmems.iter().cloned().map(Request::PutPmem));
+        requests.extend(self.balloon.map(Request::PutBalloon));
         requests.extend(self.entropy.then(|| Request::PutEntropy(Entropy::default())));
         let vsock = || Vsock { vsock_id: None, guest_cid: GUEST_CID, uds_path: VSOCK.into() };
         requests.extend(self.vsock.then(|| Request::PutVsock(vsock())));

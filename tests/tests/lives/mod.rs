@@ -8,7 +8,8 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 use super::*;
-use api_socket::{Client, Drive, IoEngine, Serial};
+use api_socket::{Balloon, Client, Drive, IoEngine, MachineConfig, Serial};
+use berth_tests::guest::huge_pages::HugePages;
 use berth_tests::guest::setup::{VSOCK, disk_drive};
 use berth_tests::guest::tap::Tap;
 use berth_tests::guest::{asset, blank_disk, debian_drive, program, program_drive};
@@ -29,6 +30,7 @@ pub const ALL: &[(&str, Life)] = &[
     ("on a terminal", on_a_terminal),
     ("on the network", on_the_network),
     ("over sockets", over_sockets),
+    ("with a balloon", with_a_balloon),
     ("busy", busy),
 ];
 
@@ -193,6 +195,47 @@ fn over_sockets() -> Vec<Call> {
     guest.say("poweroff");
     guest.ended();
     tracer.calls()
+}
+
+/// A guest that gives memory up in each of the ways, on ordinary pages and on huge ones; a driver that comes and goes.
+fn with_a_balloon() -> Vec<Call> {
+    let balloon = Balloon {
+        amount_mib: 10,
+        deflate_on_oom: true,
+        stats_polling_interval_s: 1,
+        free_page_hinting: true,
+        free_page_reporting: true,
+    };
+    let setup = || Setup { balloon: Some(balloon), ..Setup::default() };
+    let mut calls = Vec::new();
+    let huge = HugePages::set_aside(64);
+    for huge_pages in [api_socket::HugePages::None, api_socket::HugePages::Hugetlbfs2M] {
+        let mut guest = Guest::configured(setup());
+        guest.apply(Request::PutMachineConfig(MachineConfig { huge_pages, ..MachineConfig::default() }));
+        let tracer = Tracer::attach(guest.vmm.pid());
+        guest.apply(Request::Action(ActionType::InstanceStart));
+        guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+        guest.console.wait_for("# ", limits::BOOT);
+        while guest.api.balloon_stats().unwrap().actual_mib < 10 {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        send(&mut guest.api, "PATCH", "/balloon/hinting/start", json!({}));
+        while guest.api.balloon_hinting_status().unwrap().host_cmd != 1 {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        send(&mut guest.api, "PATCH", "/balloon/statistics", json!({"stats_polling_interval_s": 2}));
+        send(&mut guest.api, "PATCH", "/balloon", json!({"amount_mib": 0}));
+        guest.pause();
+        guest.resume();
+        guest.run(
+            "for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_balloon/$way; done",
+        );
+        guest.say("poweroff");
+        guest.ended();
+        calls.extend(tracer.calls());
+    }
+    drop(huge);
+    calls
 }
 
 /// Serial output beyond its limit.

@@ -788,3 +788,48 @@ fn what_was_handed_over_is_looked_at_like_the_file_of_a_path() {
     f.accept(boot("fd:image"));
     assert!(f.config.open_drive(Path::new("fd:image"), true).is_ok());
 }
+
+fn balloon(amount_mib: u32) -> Balloon {
+    Balloon { amount_mib, deflate_on_oom: true, ..Balloon::default() }
+}
+
+#[test]
+fn a_balloon_has_at_most_what_the_guest_has() {
+    let mut fixture = fixture();
+    let none = fixture.config.apply(Request::GetBalloon);
+    assert!(matches!(none, Ok(Reply::Fault(fault)) if fault.message.contains("PUT /balloon")));
+    fixture.refuse(Request::PutBalloon(balloon(129)), &["amount_mib", "129", "at most 128"]);
+    fixture.accept(Request::PutBalloon(balloon(128)));
+    let machine = |mem_size_mib| MachineConfig { mem_size_mib, ..MachineConfig::default() };
+    fixture.refuse(
+        Request::PutMachineConfig(machine(127)),
+        &["mem_size_mib", "127", "amount_mib", "at least 128"],
+    );
+    let huge = machine(1 << 26);
+    fixture.accept(Request::PutMachineConfig(huge));
+    fixture.refuse(Request::PutBalloon(balloon(u32::MAX)), &["amount_mib", "at most 16777215"]);
+    assert_eq!(fixture.config.apply(Request::GetBalloon), Ok(Reply::Balloon(balloon(128))));
+    assert_eq!(fixture.config.wire().balloon, Some(balloon(128)));
+}
+
+#[test]
+fn a_running_balloon_changes_in_size_but_not_in_what_it_can_do() {
+    let mut fixture = fixture();
+    let size = |amount_mib| BalloonUpdate { amount_mib };
+    let interval = |stats_polling_interval_s| BalloonStatsUpdate { stats_polling_interval_s };
+    assert!(fixture.config.update_balloon(size(1)).is_err());
+    assert!(fixture.config.update_balloon_stats(interval(0)).is_err());
+    fixture.accept(Request::PutBalloon(balloon(0)));
+    fixture.config.update_balloon(size(100)).unwrap();
+    let fault = fixture.config.update_balloon(size(200)).unwrap_err();
+    assert!(fault.message.contains("amount_mib") && fault.message.contains("200"), "{fault}");
+    fixture.config.update_balloon_stats(interval(0)).unwrap();
+    let fault = fixture.config.update_balloon_stats(interval(1)).unwrap_err();
+    assert!(fault.message.contains("cannot be switched on"), "{fault}");
+    let with = Balloon { stats_polling_interval_s: 1, ..balloon(0) };
+    fixture.accept(Request::PutBalloon(with));
+    fixture.config.update_balloon_stats(interval(7)).unwrap();
+    let fault = fixture.config.update_balloon_stats(interval(0)).unwrap_err();
+    assert!(fault.message.contains("cannot be switched off"), "{fault}");
+    assert_eq!(fixture.config.wire().balloon.unwrap().stats_polling_interval_s, 7);
+}
