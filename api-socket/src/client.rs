@@ -273,8 +273,10 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         Request::PatchNetworkInterface(update) => {
             with_body(Method::Patch, &interface_path(&update.iface_id), update)
         }
+        Request::DeleteNetworkInterface(id) => Ok((Method::Delete, interface_path(id), None)),
         Request::PutPmem(pmem) => with_body(Method::Put, &pmem_path(&pmem.id), pmem),
         Request::PatchPmem(update) => with_body(Method::Patch, &pmem_path(&update.id), update),
+        Request::DeletePmem(id) => Ok((Method::Delete, pmem_path(id), None)),
         Request::GetBalloon => get("/balloon"),
         Request::PutBalloon(balloon) => with_body(Method::Put, "/balloon", balloon),
         Request::PatchBalloon(update) => with_body(Method::Patch, "/balloon", update),

@@ -93,8 +93,12 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::BootSource, "/boot-source", &[Method::Put]),
     (Endpoint::CpuConfig, "/cpu-config", &[Method::Put]),
     (Endpoint::Drive, "/drives/{drive_id}", &[Method::Put, Method::Patch, Method::Delete]),
-    (Endpoint::NetworkInterface, "/network-interfaces/{iface_id}", &[Method::Put, Method::Patch]),
-    (Endpoint::Pmem, "/pmem/{id}", &[Method::Put, Method::Patch]),
+    (
+        Endpoint::NetworkInterface,
+        "/network-interfaces/{iface_id}",
+        &[Method::Put, Method::Patch, Method::Delete],
+    ),
+    (Endpoint::Pmem, "/pmem/{id}", &[Method::Put, Method::Patch, Method::Delete]),
     (Endpoint::Balloon, "/balloon", &[Method::Get, Method::Put, Method::Patch]),
     (Endpoint::BalloonStats, "/balloon/statistics", &[Method::Get, Method::Patch]),
     (Endpoint::BalloonHintingStart, "/balloon/hinting/start", &[Method::Patch]),
@@ -158,6 +162,9 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
             check_same_id("iface_id", id, &update.iface_id)?;
             Request::PatchNetworkInterface(update)
         }
+        (Method::Delete, Endpoint::NetworkInterface) => {
+            Request::DeleteNetworkInterface(check_id("iface_id", id)?.to_string())
+        }
         (Method::Put, Endpoint::Pmem) => {
             let id = check_id("id", id)?;
             let pmem: Pmem = at.parse(body)?;
@@ -170,6 +177,7 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
             check_same_id("id", id, &update.id)?;
             Request::PatchPmem(update)
         }
+        (Method::Delete, Endpoint::Pmem) => Request::DeletePmem(check_id("id", id)?.to_string()),
         (Method::Get, Endpoint::Balloon) => Request::GetBalloon,
         (Method::Put, Endpoint::Balloon) => Request::PutBalloon(at.parse::<Balloon>(body)?),
         (Method::Patch, Endpoint::Balloon) => Request::PatchBalloon(at.parse::<BalloonUpdate>(body)?),
@@ -634,6 +642,9 @@ mod tests {
     fn a_slash_too_many_does_no_harm() {
         assert_eq!(accepted("GET", "//version/", ""), Request::GetVersion);
         assert_eq!(accepted("DELETE", "/drives//d/", ""), Request::DeleteDrive("d".to_string()));
+        let interface = Request::DeleteNetworkInterface("d".to_string());
+        assert_eq!(accepted("DELETE", "/network-interfaces/d", ""), interface);
+        assert_eq!(accepted("DELETE", "/pmem/d", ""), Request::DeletePmem("d".to_string()));
     }
 
     #[test]

@@ -77,10 +77,14 @@ pub enum Request {
     PutNetworkInterface(NetworkInterface),
     /// `PATCH /network-interfaces/{iface_id}`
     PatchNetworkInterface(NetworkInterfaceUpdate),
+    /// `DELETE /network-interfaces/{iface_id}`: the id.
+    DeleteNetworkInterface(String),
     /// `PUT /pmem/{id}`
     PutPmem(Pmem),
     /// `PATCH /pmem/{id}`
     PatchPmem(PmemUpdate),
+    /// `DELETE /pmem/{id}`: the id.
+    DeletePmem(String),
     /// `GET /balloon`
     GetBalloon,
     /// `PUT /balloon`

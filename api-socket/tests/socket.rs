@@ -165,6 +165,8 @@ fn one_of_each() -> Vec<Request> {
             rate_limiter,
         }),
         Request::DeleteDrive("a_1".to_string()),
+        Request::DeleteNetworkInterface("a_1".to_string()),
+        Request::DeletePmem("a_1".to_string()),
         Request::PutNetworkInterface(NetworkInterface {
             iface_id: "eth_0".to_string(),
             host_dev_name: "tap0".to_string(),

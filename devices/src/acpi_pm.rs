@@ -43,6 +43,8 @@ pub const RESET_VALUE: u8 = 1;
 pub const EVENT_POWER_BUTTON: u32 = 1 << 0;
 /// Event: the VM generation id has changed.
 pub const EVENT_GENERATION: u32 = 1 << 1;
+/// Event: a register of [`crate::pci::hotplug`] has something to tell.
+pub const EVENT_PCI: u32 = 1 << 2;
 
 /// The register block on its bus.
 pub struct AcpiPm {

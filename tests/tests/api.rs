@@ -243,13 +243,6 @@ const REFUSED_AFTER: &[Case] = &[
     ("PATCH", "/machine-config", r#"{"vcpu_count":1}"#, 400, &[AFTER_START]),
     ("PUT", "/boot-source", r#"{"kernel_image_path":"/k"}"#, 400, &[AFTER_START]),
     ("PUT", "/cpu-config", "{}", 400, &[AFTER_START]),
-    (
-        "PUT",
-        "/drives/d",
-        r#"{"drive_id":"d","is_root_device":false,"path_on_host":"/d"}"#,
-        400,
-        &[AFTER_START],
-    ),
     ("PUT", "/entropy", "{}", 400, &[AFTER_START]),
     ("PUT", "/serial", "{}", 400, &[AFTER_START]),
     ("PUT", "/logger", "{}", 400, &[AFTER_START]),

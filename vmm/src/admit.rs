@@ -19,15 +19,15 @@ pub enum Verdict {
 pub const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
 /// What a request gets that is only for a guest that has not started. Clients look for this text.
 pub const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
-/// What a running guest's drive gets that is to be removed.
+/// What DELETE gets without PCI.
 pub const NO_UNPLUG: &str =
-    "DELETE /drives is not supported by this version: a drive stays until the guest ends.";
+    "Without PCI a device stays until the guest ends; start the VMM with --enable-pci to remove devices.";
 
 use InstanceState::{NotStarted, Paused, Running};
 use Verdict::{Accept, AlreadyDone, Denied};
 
-/// Says whether `request` is legal in `state`.
-pub fn admit(state: InstanceState, request: &Request) -> Verdict {
+/// Says whether `request` is legal in `state`; with `pci`, devices come and go while the guest runs.
+pub fn admit(state: InstanceState, pci: bool, request: &Request) -> Verdict {
     match request {
         Request::GetInstanceInfo
         | Request::GetVersion
@@ -41,9 +41,6 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         | Request::PatchMachineConfig(_)
         | Request::PutBootSource(_)
         | Request::PutCpuConfig(_)
-        | Request::PutDrive(_)
-        | Request::PutNetworkInterface(_)
-        | Request::PutPmem(_)
         | Request::PutBalloon(_)
         | Request::PutConsole(_)
         | Request::PutVsock(_)
@@ -66,7 +63,13 @@ pub fn admit(state: InstanceState, request: &Request) -> Verdict {
         | Request::Action(ActionType::FlushMetrics | ActionType::SendCtrlAltDel) => {
             after_start(state, Accept)
         }
-        Request::DeleteDrive(_) => after_start(state, Denied(NO_UNPLUG)),
+        Request::PutDrive(_) | Request::PutNetworkInterface(_) | Request::PutPmem(_) => match pci {
+            true => Accept,
+            false => before_start(state),
+        },
+        Request::DeleteDrive(_) | Request::DeleteNetworkInterface(_) | Request::DeletePmem(_) => {
+            after_start(state, if pci { Accept } else { Denied(NO_UNPLUG) })
+        }
 
         Request::PatchVm(wanted) => match (state, wanted) {
             (NotStarted, _) => Denied(BEFORE_START),
@@ -104,6 +107,7 @@ mod tests {
         let any = [Accept; 3];
         let pre = [Accept, Denied(AFTER_START), Denied(AFTER_START)];
         let post = [Denied(BEFORE_START), Accept, Accept];
+        let never = [Denied(BEFORE_START), Denied(NO_UNPLUG), Denied(NO_UNPLUG)];
         vec![
             (Request::GetInstanceInfo, any),
             (Request::GetVersion, any),
@@ -115,10 +119,7 @@ mod tests {
             (Request::PutCpuConfig(CpuConfig::default()), pre),
             (Request::PutDrive(Drive::default()), pre),
             (Request::PatchDrive(DriveUpdate::default()), post),
-            (
-                Request::DeleteDrive("d".to_string()),
-                [Denied(BEFORE_START), Denied(NO_UNPLUG), Denied(NO_UNPLUG)],
-            ),
+            (Request::DeleteDrive("d".to_string()), never),
             (Request::PutEntropy(Entropy::default()), pre),
             (Request::PutSerial(Serial::default()), pre),
             (Request::PutLogger(Logger::default()), pre),
@@ -131,8 +132,10 @@ mod tests {
             (Request::PutConsole(Console::default()), pre),
             (Request::PutNetworkInterface(NetworkInterface::default()), pre),
             (Request::PatchNetworkInterface(NetworkInterfaceUpdate::default()), post),
+            (Request::DeleteNetworkInterface("d".to_string()), never),
             (Request::PutPmem(Pmem::default()), pre),
             (Request::PatchPmem(PmemUpdate::default()), post),
+            (Request::DeletePmem("d".to_string()), never),
             (Request::PutVsock(Vsock::default()), pre),
             (Request::GetMmds, any),
             (Request::PutMmds(Default::default()), any),
@@ -153,7 +156,29 @@ mod tests {
     fn each_request_has_its_verdict_in_each_state() {
         for (request, verdicts) in table() {
             for (state, verdict) in [NotStarted, Running, Paused].into_iter().zip(verdicts) {
-                assert_eq!(admit(state, &request), verdict, "{state:?} {request:?}");
+                assert_eq!(admit(state, false, &request), verdict, "{state:?} {request:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn with_pci_devices_come_and_go_while_the_guest_runs() {
+        let id = || "d".to_string();
+        let put = [
+            Request::PutDrive(Drive::default()),
+            Request::PutNetworkInterface(NetworkInterface::default()),
+            Request::PutPmem(Pmem::default()),
+        ];
+        let delete =
+            [Request::DeleteDrive(id()), Request::DeleteNetworkInterface(id()), Request::DeletePmem(id())];
+        for state in [NotStarted, Running, Paused] {
+            assert!(put.iter().all(|put| admit(state, true, put) == Accept));
+            assert!(delete.iter().all(|delete| admit(state, true, delete) == after_start(state, Accept)));
+        }
+        let is_other = |request: &Request| !put.contains(request) && !delete.contains(request);
+        for (request, verdicts) in table().into_iter().filter(|(request, _)| is_other(request)) {
+            for (state, verdict) in [NotStarted, Running, Paused].into_iter().zip(verdicts) {
+                assert_eq!(admit(state, true, &request), verdict, "{state:?} {request:?}");
             }
         }
     }
@@ -204,9 +229,12 @@ mod tests {
             Request::StartBalloonHinting(_) => 35,
             Request::StopBalloonHinting => 36,
             Request::GetBalloonHintingStatus => 37,
+            Request::DeleteNetworkInterface(_) => 38,
+            Request::DeletePmem(_) => 39,
         };
-        let places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
-        assert_eq!(places, (0..38).collect::<Vec<_>>());
+        let mut places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
+        places.sort_unstable();
+        assert_eq!(places, (0..40).collect::<Vec<_>>());
     }
 
     #[test]

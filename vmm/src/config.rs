@@ -29,14 +29,14 @@ use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::Engine;
 
 use self::mmds::Mmds;
-use self::network::{Interface, Interfaces};
+use self::network::{Interface, Interfaces, there_already};
 use self::pmem::{PmemFile, Pmems, second_root};
 use self::vsock::Vsock;
 use crate::args::Identity;
 use crate::handed::Handed;
 use crate::memory::{ByteSize, Pages};
 use crate::sink::Sink;
-use crate::slots;
+use crate::slots::{self, Unpluggable};
 
 /// The longest `partuuid`, in bytes: a GUID, or a GUID and `/PARTNROFF=` with a number.
 pub const MAX_PARTUUID: usize = 64;
@@ -154,9 +154,9 @@ impl Config {
                 self.cpu = config;
                 Ok(())
             }
-            Request::PutDrive(drive) => self.put_drive(drive),
-            Request::PutNetworkInterface(interface) => self.put_interface(interface),
-            Request::PutPmem(pmem) => self.put_pmem(pmem),
+            Request::PutDrive(drive) if !self.has_started => self.put_drive(drive),
+            Request::PutNetworkInterface(interface) if !self.has_started => self.put_interface(interface),
+            Request::PutPmem(pmem) if !self.has_started => self.put_pmem(pmem),
             Request::PutBalloon(balloon) => self.put_balloon(balloon),
             Request::PutConsole(console) => self.put_console(console),
             Request::PutVsock(settings) => self.put_vsock(settings),
@@ -295,6 +295,90 @@ impl Config {
             )));
         }
         Ok(file)
+    }
+
+    /// Checks a drive that is to be plugged into a running guest, and opens it.
+    ///
+    /// # Errors
+    /// As for one before the start; it is there already, or is what only a guest that has not started can have.
+    pub fn drive_to_plug(&self, settings: api_socket::Drive) -> Result<Drive, Fault> {
+        let id = &settings.drive_id;
+        if self.drive(id).is_ok() {
+            return Err(there_already("drive_id", id));
+        }
+        if settings.is_root_device {
+            return Err(Fault::bad_request(format!(
+                "`is_root_device` is true for {id:?}, and a running guest has booted; set it to false."
+            )));
+        }
+        if settings.io_engine == Some(IoEngine::Async) {
+            return Err(Fault::bad_request(
+                "`io_engine` is Async, and the guest runs: this process may make no io_uring any more, since what goes \
+                 through one gets past its filters. Give Sync.",
+            ));
+        }
+        self.check_room(&format!("`drive_id` is {id:?}, which"))?;
+        let file = self.open_file_of(&settings)?;
+        Ok(Drive { settings, file })
+    }
+
+    /// Takes down that a running guest has got a drive.
+    pub fn drive_plugged(&mut self, settings: api_socket::Drive) {
+        self.drives.push((settings, None));
+    }
+
+    /// Checks a network interface that is to be plugged into a running guest, and attaches its tap. The metadata service is
+    /// not on it.
+    ///
+    /// # Errors
+    /// As for one before the start, or it is there already.
+    pub fn interface_to_plug(&self, settings: NetworkInterface) -> Result<Interface, Fault> {
+        self.check_room(&format!("`iface_id` is {:?}, which", settings.iface_id))?;
+        self.interfaces.to_plug(settings, &self.handed)
+    }
+
+    /// Takes down that a running guest has got a network interface.
+    pub fn interface_plugged(&mut self, settings: NetworkInterface) {
+        self.interfaces.plugged(settings);
+    }
+
+    /// Checks persistent memory that is to be plugged into a running guest, and opens it.
+    ///
+    /// # Errors
+    /// As for one before the start, or it is there already.
+    pub fn pmem_to_plug(&self, settings: Pmem) -> Result<PmemFile, Fault> {
+        if self.pmem(&settings.id).is_ok() {
+            return Err(there_already("id", &settings.id));
+        }
+        self.check_room(&format!("`id` is {:?}, which", settings.id))?;
+        let file = self.open_drive(&settings.path_on_host, settings.read_only)?;
+        self.pmems.to_plug(settings, file)
+    }
+
+    /// Takes down that a running guest has got persistent memory.
+    pub fn pmem_plugged(&mut self, settings: Pmem) {
+        self.pmems.plugged(settings);
+    }
+
+    /// Whether a running guest has this device.
+    ///
+    /// # Errors
+    /// It has not.
+    pub fn check_plugged(&self, device: &Unpluggable) -> Result<(), Fault> {
+        match device {
+            Unpluggable::Drive(id) => self.drive(id).map(drop),
+            Unpluggable::Interface(id) => self.interface(id).map(drop),
+            Unpluggable::Pmem(id) => self.pmem(id).map(drop),
+        }
+    }
+
+    /// Takes down that a running guest has lost a device.
+    pub fn unplugged(&mut self, device: &Unpluggable) {
+        match device {
+            Unpluggable::Drive(id) => self.drives.retain(|(drive, _)| drive.drive_id != *id),
+            Unpluggable::Interface(id) => self.interfaces.unplugged(id),
+            Unpluggable::Pmem(id) => self.pmems.unplugged(id),
+        }
     }
 
     /// Takes down that a running guest's drive has been changed. For one that does not exist it does nothing.

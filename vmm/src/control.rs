@@ -39,8 +39,8 @@ enum Event {
     Ended(Ending),
     /// The terminal has bytes for the serial port.
     Input,
-    /// The serial port takes input again after it refused some.
-    Room,
+    /// The serial port takes input again after it refused some, or the guest has let go of a device.
+    Attention,
     /// SIGTERM or SIGINT.
     Signal,
     MetricsDue,
@@ -52,7 +52,7 @@ mod token {
     pub const SIGNAL: u32 = 1;
     pub const TIMER: u32 = 2;
     pub const INPUT: u32 = 3;
-    pub const ROOM: u32 = 4;
+    pub const ATTENTION: u32 = 4;
 }
 
 /// The loop, with the guest it owns.
@@ -74,8 +74,8 @@ pub struct Sources {
     /// Signalled after something was put into `calls` or `endings`.
     pub wake: Arc<EventFd>,
     pub signals: Requests,
-    /// What the serial port signals when it has room.
-    pub room: EventFd,
+    /// What devices signal when they want to be looked at.
+    pub attention: EventFd,
     /// Where the serial port's input comes from.
     pub input: Input,
 }
@@ -114,7 +114,7 @@ impl Control {
             token::SIGNAL => self.sources.signals.take().map(|_| Event::Signal),
             token::TIMER => self.timer.wait().ok().map(|_| Event::MetricsDue),
             token::INPUT => Some(Event::Input),
-            token::ROOM => self.sources.room.read().ok().map(|_| Event::Room),
+            token::ATTENTION => self.sources.attention.read().ok().map(|_| Event::Attention),
             _ => None,
         }
     }
@@ -147,7 +147,12 @@ impl Control {
             }
             Event::Ended(ending) => self.ended = Some(Ok(ending)),
             Event::Input => self.read_input(ops),
-            Event::Room => self.give_input(ops),
+            Event::Attention => {
+                self.vm.take_unplugged();
+                if !self.pending.is_empty() {
+                    self.give_input(ops);
+                }
+            }
             Event::Signal => self.ended = self.vm.asked_to_end().map(Ok),
             Event::MetricsDue => self.vm.flush_metrics(),
         }
@@ -212,7 +217,7 @@ impl MutEventSubscriber for Control {
             (sources.wake.as_raw_fd(), token::WAKE),
             (sources.signals.as_raw_fd(), token::SIGNAL),
             (self.timer.as_raw_fd(), token::TIMER),
-            (sources.room.as_raw_fd(), token::ROOM),
+            (sources.attention.as_raw_fd(), token::ATTENTION),
         ] {
             log_failure(ops.add(Events::with_data_raw(fd, token, EventSet::IN)));
         }

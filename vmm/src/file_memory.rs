@@ -29,9 +29,17 @@ const SPACE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_N
 pub struct FileMemory {
     vm: Arc<VmFd>,
     ram: Memory,
-    free: Range<u64>,
-    next_slot: u32,
-    mapped: Vec<Mapping>,
+    /// What is free of the guest's addresses, lowest first; no two of these touch.
+    free: Vec<Range<u64>>,
+    first_slot: u32,
+    mapped: Vec<Mapped>,
+}
+
+/// A file in guest memory. Dropping it takes it out of this process.
+struct Mapped {
+    range: Range<u64>,
+    slot: u32,
+    _mapping: Mapping,
 }
 
 /// Address space of this process that is never given back, since nothing else makes sure that no [`Memory`] handle is
@@ -47,7 +55,7 @@ unsafe impl Send for Mapping {}
 impl FileMemory {
     /// Nothing mapped yet; files go into `free` of the guest's addresses, and into slots from `first_slot` on.
     pub fn new(vm: Arc<VmFd>, ram: Memory, free: Range<u64>, first_slot: u32) -> FileMemory {
-        FileMemory { vm, ram, free, next_slot: first_slot, mapped: Vec::new() }
+        FileMemory { vm, ram, free: vec![free], first_slot, mapped: Vec::new() }
     }
 
     /// Maps the whole of `file`, and zeros behind it up to a multiple of [`ALIGN`]; says where. What the guest writes is
@@ -64,24 +72,93 @@ impl FileMemory {
         }
         let range = bytes
             .checked_next_multiple_of(ALIGN)
-            .and_then(|size| Some(self.free.start..self.free.start.checked_add(size)?))
-            .filter(|range| range.end <= self.free.end)
-            .ok_or_else(|| FileMemoryError::Full { bytes, left: self.free.end - self.free.start })?;
+            .and_then(|size| self.find(size))
+            .ok_or_else(|| FileMemoryError::Full { bytes, left: self.largest() })?;
+        let slot = self.free_slot();
         let mapping = Mapping::new(file, bytes, range.end - range.start, read_only)?;
         self.insert(&mapping, &range)?;
         let region = kvm_userspace_memory_region {
-            slot: self.next_slot,
+            slot,
             guest_phys_addr: range.start,
             memory_size: range.end - range.start,
             userspace_addr: mapping.start.addr() as u64,
             flags: if read_only { KVM_MEM_READONLY } else { 0 },
         };
         // SAFETY: the range is `mapping`, which stays for the life of the process.
-        unsafe { self.vm.set_user_memory_region(region) }.map_err(FileMemoryError::Slot)?;
-        self.mapped.push(mapping);
-        self.next_slot += 1;
-        self.free.start = range.end;
+        if let Err(error) = unsafe { self.vm.set_user_memory_region(region) } {
+            self.take_out(&range);
+            return Err(FileMemoryError::Slot(error));
+        }
+        self.mapped.push(Mapped { range: range.clone(), slot, _mapping: mapping });
+        self.reserve(&range);
         Ok(range)
+    }
+
+    /// Takes out the file that [`FileMemory::map`] has put at `range`. The device that used it has ended; to a guest that goes
+    /// on there nothing answers.
+    pub fn unmap(&mut self, range: &Range<u64>) {
+        let Some(place) = self.mapped.iter().position(|mapped| mapped.range == *range) else { return };
+        let mapped = self.mapped.remove(place);
+        let none = kvm_userspace_memory_region {
+            slot: mapped.slot,
+            guest_phys_addr: range.start,
+            memory_size: 0,
+            userspace_addr: 0,
+            flags: 0,
+        };
+        // SAFETY: a size of 0 takes the slot away, and names no memory.
+        if let Err(error) = unsafe { self.vm.set_user_memory_region(none) } {
+            // The guest then reaches zeros, which are nobody's, and the place is not used again.
+            return log::error!("KVM_SET_USER_MEMORY_REGION: {error}");
+        }
+        self.take_out(range);
+        self.release(range);
+    }
+
+    /// The lowest place of this size.
+    fn find(&self, size: u64) -> Option<Range<u64>> {
+        let room = self.free.iter().find(|free| free.end - free.start >= size)?;
+        Some(room.start..room.start + size)
+    }
+
+    fn largest(&self) -> u64 {
+        self.free.iter().map(|free| free.end - free.start).max().unwrap_or(0)
+    }
+
+    fn free_slot(&self) -> u32 {
+        let is_free = |slot: &u32| !self.mapped.iter().any(|mapped| mapped.slot == *slot);
+        (self.first_slot..).find(is_free).unwrap_or(u32::MAX)
+    }
+
+    /// Takes from the free places one that [`FileMemory::find`] gave.
+    fn reserve(&mut self, range: &Range<u64>) {
+        for free in &mut self.free {
+            if free.start == range.start {
+                free.start = range.end;
+            }
+        }
+        self.free.retain(|free| free.start < free.end);
+    }
+
+    fn release(&mut self, range: &Range<u64>) {
+        self.free.push(range.clone());
+        self.free.sort_by_key(|free| free.start);
+        self.free.dedup_by(|next, before| {
+            let touch = before.end == next.start;
+            if touch {
+                before.end = next.end;
+            }
+            touch
+        });
+    }
+
+    /// Takes a file from what devices reach.
+    fn take_out(&self, range: &Range<u64>) {
+        let lock = self.ram.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.ram.memory().remove_region(GuestAddress(range.start), range.end - range.start) {
+            Ok((without, _)) => lock.replace(without),
+            Err(error) => log::error!("guest memory at {:#x}: {error}", range.start),
+        }
     }
 
     /// Lets devices reach it.
@@ -220,6 +297,26 @@ mod tests {
         let mut byte = [1];
         disk.read_exact_at(&mut byte, 0).unwrap();
         assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn what_is_taken_out_makes_room_for_what_comes_next() {
+        let Some((mut files, ram)) = files(FREE) else { return };
+        let parts: Vec<_> = (0..4).map(|_| files.map(&file(ALIGN), false).unwrap()).collect();
+        for round in 0..100 {
+            // In any order, and the room becomes one again.
+            for part in [1, 2, 0] {
+                files.unmap(&parts[part]);
+                assert!(ram.memory().write_slice(b"x", GuestAddress(parts[part].start)).is_err());
+            }
+            let large = file(3 * ALIGN);
+            let range = files.map(&large, round % 2 == 0).unwrap();
+            assert_eq!(range, parts[0].start..parts[2].end);
+            files.unmap(&range);
+            assert_eq!([0, 1, 2].map(|_| files.map(&file(ALIGN), false).unwrap()), parts[..3]);
+        }
+        files.unmap(&(0..ALIGN));
+        assert_eq!(files.mapped.len(), 4);
     }
 
     #[test]

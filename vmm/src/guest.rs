@@ -37,8 +37,8 @@ pub struct Surroundings<'a> {
     /// The guest may tell when it has booted, and this is said of it in the log.
     pub boot_timer: bool,
     pub endings: EndingSender,
-    /// Signalled when the serial port has room for input again.
-    pub serial_room: &'a EventFd,
+    /// See [`Board::attention`].
+    pub attention: &'a EventFd,
     pub sandbox: Arc<Sandbox>,
 }
 
@@ -48,9 +48,8 @@ pub struct Guest {
     pub exits: Arc<ExitCounters>,
     vcpus: Vec<Vcpu>,
     // Kept for their lifetime: a machine without virtio devices needs no io thread, and has one; KVM's memory slots point
-    // into the files and the memory.
+    // into the memory.
     _host: Arc<KvmHost>,
-    _files: FileMemory,
     _memory: GuestMemory,
     _vm: Arc<VmFd>,
 }
@@ -88,7 +87,7 @@ impl Guest {
         // A guest without room for PCI has none for files either, and is refused below.
         let space = layout::file_memory(settings.memory.bytes(), bits).unwrap_or_default();
         let slots = memory.regions().len() as u32;
-        let mut files = FileMemory::new(vm.clone(), ram.clone(), space, slots);
+        let files = FileMemory::new(vm.clone(), ram.clone(), space, slots);
         let board = Board {
             host: host.clone(),
             interrupts,
@@ -98,12 +97,12 @@ impl Guest {
             physical_bits: bits,
             pci: around.pci,
             boot_timer: around.boot_timer,
-            serial_room: around.serial_room.try_clone()?,
+            attention: around.attention.try_clone()?,
             vcpus: vcpu_count,
         };
         // RAM alone, as what is loaded goes by its size: there will be files above it.
         let ram = vm_memory::GuestAddressSpace::memory(&ram);
-        let machine = machine::build(config, board, &mut files)?;
+        let machine = machine::build(config, board, files)?;
 
         let cmdline = config.command_line("")?;
         let entry = boot::load(&ram, &source.kernel, source.initrd.as_ref(), &cmdline)?;
@@ -132,7 +131,7 @@ impl Guest {
             .collect::<io::Result<_>>()?;
         // Last, so that a start which fails has not to end it.
         idle.spawn(around.identity.io_thread(), around.sandbox.clone())?;
-        Ok(Self { machine, exits, vcpus, _host: host, _files: files, _memory: memory, _vm: vm })
+        Ok(Self { machine, exits, vcpus, _host: host, _memory: memory, _vm: vm })
     }
 
     /// Lets devices and then vCPUs run.

@@ -14,6 +14,7 @@ use devices::acpi_pm::{self, AcpiPm};
 use devices::bus::BusError;
 use devices::i8042::{self, I8042};
 use devices::memory::Memory;
+use devices::pci::hotplug::{self, Hotplug};
 use devices::pvpanic::{self, PvPanic};
 use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
@@ -23,12 +24,14 @@ use devices::vmgenid::{self, VmGenId};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot_timer::BootTimer;
-use crate::config::Config;
+use crate::config::network::Interface;
+use crate::config::pmem::PmemFile;
+use crate::config::{Config, Drive};
 use crate::file_memory::FileMemory;
 use crate::host::KvmHost;
 use crate::memory::ByteSize;
 use crate::metrics::Metrics;
-use crate::slots::{Slots, SlotsError};
+use crate::slots::{Slots, SlotsError, Unpluggable, Unplugged};
 use crate::vcpu::Buses;
 use crate::x86_64::acpi::Tables;
 use crate::x86_64::interrupts::Interrupts;
@@ -48,8 +51,9 @@ pub struct Board {
     pub pci: bool,
     /// A register at [`layout::BOOT_TIMER`].
     pub boot_timer: bool,
-    /// Signalled when the serial port has room for input again.
-    pub serial_room: EventFd,
+    /// Signalled when the control thread should look: the serial port has room for input again, or the guest has let go of
+    /// a device.
+    pub attention: EventFd,
     pub vcpus: u32,
 }
 
@@ -62,12 +66,14 @@ pub struct Machine {
     keyboard: Arc<Mutex<I8042>>,
     power: Arc<Mutex<AcpiPm>>,
     virtio: Slots,
-    interrupts: Arc<Interrupts>,
-    vcpus: u32,
+    /// Of a machine with PCI.
+    hotplug: Option<Arc<Mutex<Hotplug>>>,
+    board: Board,
+    files: FileMemory,
 }
 
 /// Puts every device in its place, and what must be in guest memory into `files`.
-pub fn build(config: &Config, board: Board, files: &mut FileMemory) -> Result<Machine, MachineError> {
+pub fn build(config: &Config, board: Board, mut files: FileMemory) -> Result<Machine, MachineError> {
     let mut buses = Buses::default();
     let line = |gsi| board.interrupts.line(gsi);
 
@@ -75,7 +81,7 @@ pub fn build(config: &Config, board: Board, files: &mut FileMemory) -> Result<Ma
         serial::Config {
             output: config.serial_output()?,
             interrupt: line(layout::SERIAL_GSI)?,
-            room: Some(board.serial_room.try_clone()?),
+            room: Some(board.attention.try_clone()?),
         },
         None,
     )?);
@@ -95,28 +101,37 @@ pub fn build(config: &Config, board: Board, files: &mut FileMemory) -> Result<Ma
         buses.mmio.insert(layout::BOOT_TIMER.start, size, shared(BootTimer::new()))?;
     }
 
-    let mut virtio = Slots::new(&board, &mut buses.mmio)?;
+    let mut virtio = Slots::new(&board)?;
     for drive in config.drives()? {
-        virtio.add_drive(drive, &board, &mut buses.mmio)?;
+        virtio.add_drive(drive, &board)?;
     }
     for interface in config.interfaces()? {
-        virtio.add_interface(interface, &board, &mut buses.mmio)?;
+        virtio.add_interface(interface, &board)?;
     }
     for pmem in config.pmems()? {
-        virtio.add_pmem(pmem, files, &board, &mut buses.mmio)?;
+        virtio.add_pmem(pmem, &mut files, &board)?;
     }
     if let Some(vsock) = config.vsock()? {
-        virtio.add_vsock(vsock, &board, &mut buses.mmio)?;
+        virtio.add_vsock(vsock, &board)?;
     }
     if let Ok(balloon) = config.balloon() {
-        virtio.add_balloon(balloon, &board, &mut buses.mmio)?;
+        virtio.add_balloon(balloon, &board)?;
     }
     if let Some(entropy) = &config.entropy {
-        virtio.add_entropy(entropy, &board, &mut buses.mmio)?;
+        virtio.add_entropy(entropy, &board)?;
     }
     if let Some(console) = &config.console {
-        virtio.add_console(console, &board, &mut buses.mmio)?;
+        virtio.add_console(console, &board)?;
     }
+    virtio.connect(&mut buses.mmio)?;
+    let hotplug = match virtio.root() {
+        Some(root) => {
+            let hotplug = shared(Hotplug::new(root, board.attention.try_clone()?, None));
+            buses.ports.insert(layout::PCI_HOTPLUG.start, hotplug::LEN, hotplug.clone())?;
+            Some(hotplug)
+        }
+        None => None,
+    };
     Ok(Machine {
         buses: Arc::new(buses),
         serial,
@@ -124,8 +139,9 @@ pub fn build(config: &Config, board: Board, files: &mut FileMemory) -> Result<Ma
         keyboard,
         power,
         virtio,
-        interrupts: board.interrupts,
-        vcpus: board.vcpus,
+        hotplug,
+        board,
+        files,
     })
 }
 
@@ -145,6 +161,74 @@ impl Machine {
     /// See [`AcpiPm::press_power_button`].
     pub fn press_power_button(&self) {
         lock(&self.power).press_power_button();
+    }
+
+    /// Plugs a drive in while the guest runs or is paused, and tells it. Only with PCI.
+    pub fn plug_drive(&mut self, drive: Drive, metrics: &mut Metrics) -> Result<(), MachineError> {
+        let slot = self.virtio.add_drive(drive, &self.board)?;
+        self.plugged(slot, metrics);
+        Ok(())
+    }
+
+    /// The same for a network interface.
+    pub fn plug_interface(
+        &mut self,
+        interface: Interface,
+        metrics: &mut Metrics,
+    ) -> Result<(), MachineError> {
+        let slot = self.virtio.add_interface(interface, &self.board)?;
+        self.plugged(slot, metrics);
+        Ok(())
+    }
+
+    /// The same for persistent memory.
+    pub fn plug_pmem(&mut self, pmem: PmemFile, metrics: &mut Metrics) -> Result<(), MachineError> {
+        let slot = self.virtio.add_pmem(pmem, &mut self.files, &self.board)?;
+        self.plugged(slot, metrics);
+        Ok(())
+    }
+
+    /// Asks the guest to let go of a device; it is over when [`Machine::take_unplugged`] says so. One that has been asked
+    /// for before is taken away at once, and what this gives is its slot.
+    pub fn unplug(&mut self, device: &Unpluggable) -> Option<usize> {
+        let (slot, hotplug) = (self.virtio.slot_of(device)?, self.hotplug.as_ref()?);
+        if lock(hotplug).ask(slot) {
+            lock(&self.power).notify(acpi_pm::EVENT_PCI);
+            return None;
+        }
+        lock(hotplug).taken_away(slot);
+        let gone = self.end(slot);
+        lock(&self.power).notify(acpi_pm::EVENT_PCI);
+        gone.map(|_| slot)
+    }
+
+    /// Ends the devices that the guest has let go of since the last call: their slots, and what they were.
+    pub fn take_unplugged(&mut self) -> Vec<(usize, Unpluggable)> {
+        let slots = self.hotplug.as_ref().map(|hotplug| lock(hotplug).take_gone()).unwrap_or_default();
+        slots.into_iter().filter_map(|slot| Some((slot, self.end(slot)?))).collect()
+    }
+
+    fn plugged(&self, slot: Option<usize>, metrics: &mut Metrics) {
+        if let Some(slot) = slot {
+            self.virtio.count_slot(slot, metrics);
+            self.announce(slot);
+        }
+    }
+
+    fn end(&mut self, slot: usize) -> Option<Unpluggable> {
+        let Unplugged { device, memory } = self.virtio.unplug(slot)?;
+        if let Some(range) = memory {
+            self.files.unmap(&range);
+        }
+        Some(device)
+    }
+
+    /// Tells the guest of a device that has come.
+    fn announce(&self, slot: usize) {
+        if let Some(hotplug) = &self.hotplug {
+            lock(hotplug).came(slot);
+            lock(&self.power).notify(acpi_pm::EVENT_PCI);
+        }
     }
 
     /// Gives a drive another file or other limits while the guest runs.
@@ -183,7 +267,7 @@ impl Machine {
     /// What ACPI tells the guest of this machine.
     pub fn tables(&self) -> Tables {
         Tables {
-            vcpus: self.vcpus,
+            vcpus: self.board.vcpus,
             pci: self.virtio.pci_windows(),
             virtio_mmio: self.virtio.mmio_devices().to_vec(),
             serial: true,
@@ -195,7 +279,7 @@ impl Machine {
 
     /// Adds the devices' counters to what is written to the metrics file.
     pub fn count(&self, metrics: &mut Metrics) {
-        metrics.add_routes(self.interrupts.clone());
+        metrics.add_routes(self.board.interrupts.clone());
         metrics.add_i8042(lock(&self.keyboard).counters());
         metrics.add_uart(lock(&self.serial).counters(), self.dropped_output.clone());
         self.virtio.count(metrics);

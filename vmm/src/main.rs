@@ -92,13 +92,13 @@ fn live(args: Args, handed: Handed) -> Result<Code, Death> {
     let signals = Requests::new().map_err(Death::host("signal descriptor"))?;
 
     let wake = Arc::new(event("the control loop's event")?);
-    let room = event("the serial port's event")?;
+    let attention = event("the devices' event")?;
     let (call, calls) = channel();
     let (ending, endings) = channel();
     let endings_to = EndingSender { queue: ending, wake: wake.clone() };
-    let serial_room = room.try_clone().map_err(Death::host("the serial port's event"))?;
+    let for_devices = attention.try_clone().map_err(Death::host("the devices' event"))?;
     let mut vm =
-        Vm::new(&args, handed, endings_to, serial_room, sandbox.clone()).map_err(Death::configuration)?;
+        Vm::new(&args, handed, endings_to, for_devices, sandbox.clone()).map_err(Death::configuration)?;
 
     if let Some(file) = &args.metadata {
         let limit = args.mmds_limit;
@@ -117,7 +117,7 @@ fn live(args: Args, handed: Handed) -> Result<Code, Death> {
     }
 
     let input = Input::new().map_err(Death::host("standard input"))?;
-    let sources = Sources { calls, endings, wake, signals, room, input };
+    let sources = Sources { calls, endings, wake, signals, attention, input };
     let control = Control::new(vm, sources).map_err(Death::host("the control loop"))?;
     let ending = control.run().map_err(Death::host("the control loop"))?.map_err(Death::configuration)?;
     log::info!("The guest has ended: {ending}.");

@@ -34,7 +34,11 @@ pub type Source = Box<dyn Fn(&mut dyn FnMut(&'static str, u64)) + Send>;
 pub struct Metrics {
     identity: Identity,
     id: String,
-    sources: Vec<(&'static str, Option<String>, Source)>,
+    sources: Vec<Counting>,
+    /// Of the sources that are added next.
+    slot: Option<usize>,
+    /// What those counted that are gone, for the groups of all.
+    retired: Values,
 
     output: Option<Output>,
     /// For the next line.
@@ -57,6 +61,14 @@ pub struct Latencies {
     pub vmm_resume_vm: u64,
 }
 
+/// A source, the group and the id that it counts for, and the slot of the device that may be unplugged.
+struct Counting {
+    group: &'static str,
+    id: Option<String>,
+    slot: Option<usize>,
+    source: Source,
+}
+
 struct Output {
     sink: Sink,
     config: api_socket::Metrics,
@@ -71,7 +83,9 @@ impl Metrics {
         Metrics {
             identity,
             id: id.to_string(),
-            sources: vec![("logger", None, logger())],
+            sources: vec![Counting { group: "logger", id: None, slot: None, source: logger() }],
+            slot: None,
+            retired: Values::new(),
             output: None,
             latencies: Latencies::default(),
             startup: [("process_startup_time_us", 0), ("process_startup_time_cpu_us", 0)],
@@ -83,7 +97,31 @@ impl Metrics {
     /// Writes what `source` tells in the group from now on. Sources of the same group add up. With an `id` it has a group
     /// `<group>_<id>` too.
     pub fn add(&mut self, group: &'static str, id: Option<&str>, source: Source) {
-        self.sources.push((group, id.map(str::to_string), source));
+        self.sources.push(Counting { group, id: id.map(str::to_string), slot: self.slot, source });
+    }
+
+    /// Where the device is plugged in whose sources are added next, until another is named; `None` for what stays.
+    pub fn at(&mut self, slot: Option<usize>) -> &mut Metrics {
+        self.slot = slot;
+        self
+    }
+
+    /// The device in `slot` is gone, and so are its own groups. What it counted stays in those of all.
+    pub fn forget(&mut self, slot: usize) {
+        let is_gone = |counting: &Counting| counting.slot == Some(slot);
+        for Counting { group, id, source, .. } in self.sources.iter().filter(|counting| is_gone(counting)) {
+            source(&mut |key, value| {
+                let is_known = self.identity == Identity::Berth || keys::knows(group, key);
+                if is_known && (id.is_none() || !keys::is_measured(group, key)) {
+                    add(&mut self.retired, group, key, value);
+                }
+            });
+            if let Some(id) = id {
+                let own = format!("{group}_{id}");
+                self.written.retain(|(group, _), _| *group != own);
+            }
+        }
+        self.sources.retain(|counting| !is_gone(counting));
     }
 
     /// Adds the requests to the API.
@@ -383,7 +421,10 @@ impl Metrics {
             put_zeros(&mut values, group, keys);
         }
         self.own(&mut |group, key, value| add(&mut values, group, key, value));
-        for (group, id, source) in &self.sources {
+        for ((group, key), value) in &self.retired {
+            add(&mut values, group, key, *value);
+        }
+        for Counting { group, id, source, .. } in &self.sources {
             let one = id.as_ref().map(|id| format!("{group}_{id}"));
             if let Some(one) = &one {
                 put_zeros(&mut values, one, keys::of(group));
@@ -551,6 +592,14 @@ const REQUESTS: &[Row] = &[
     ),
     ("patch_api_requests", Method::Patch, Endpoint::Vm, "vm_count", Some("vm_fails")),
     ("delete_api_requests", Method::Delete, Endpoint::Drive, "drive_count", Some("drive_fails")),
+    (
+        "delete_api_requests",
+        Method::Delete,
+        Endpoint::NetworkInterface,
+        "network_count",
+        Some("network_fails"),
+    ),
+    ("delete_api_requests", Method::Delete, Endpoint::Pmem, "pmem_count", Some("pmem_fails")),
 ];
 
 fn requests(group: &'static str, counters: Arc<api_socket::counters::Counters>) -> Source {
@@ -726,6 +775,10 @@ mod tests {
                 "block_vda.write_zeroes_count",
                 "delete_api_requests.drive_count",
                 "delete_api_requests.drive_fails",
+                "delete_api_requests.network_count",
+                "delete_api_requests.network_fails",
+                "delete_api_requests.pmem_count",
+                "delete_api_requests.pmem_fails",
                 "get_api_requests.balloon_count",
                 "get_api_requests.balloon_hinting_status_count",
                 "get_api_requests.balloon_stats_count",

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,7 +22,7 @@ use devices::virtio::net::{self, Net};
 use devices::virtio::pci::{Pci, PciError};
 use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::rng::{Config as RngConfig, Rng};
-use devices::virtio::transport::{NewError, SharedDevice};
+use devices::virtio::transport::{NewError, Shared, SharedDevice};
 use devices::virtio::vsock::{self, Vsock};
 
 use crate::balloon::pages;
@@ -50,9 +51,9 @@ pub fn capacity(pci: bool) -> usize {
 /// The devices by kind, for what is asked of one of them, and by place, for what is asked of all.
 pub struct Slots {
     places: Vec<Place>,
-    drives: Vec<(String, Arc<Mutex<Blk>>)>,
-    interfaces: Vec<(String, Arc<Mutex<Net>>)>,
-    pmems: Vec<(String, Arc<Mutex<Pmem>>)>,
+    drives: Vec<Named<Blk>>,
+    interfaces: Vec<Named<Net>>,
+    pmems: Vec<Named<Pmem>>,
     entropy: Option<Arc<Mutex<Rng>>>,
     console: Option<Arc<Mutex<Console>>>,
     vsock: Option<Arc<Mutex<Vsock>>>,
@@ -68,14 +69,35 @@ enum Way {
 
 /// Where one device is.
 enum Place {
-    Pci(Arc<Mutex<Pci>>),
-    Mmio(Arc<Mutex<Mmio>>),
+    Pci { slot: usize, function: Arc<Mutex<Pci>> },
+    Mmio { base: u64, registers: Arc<Mutex<Mmio>> },
+}
+
+/// A device that there may be several of. On virtio-mmio it has no slot.
+struct Named<D> {
+    id: String,
+    slot: Option<usize>,
+    device: Arc<Mutex<D>>,
+}
+
+/// A device that can be taken out while the guest runs, by its id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unpluggable {
+    Drive(String),
+    Interface(String),
+    Pmem(String),
+}
+
+/// A device that is gone, and the guest memory that was its file.
+pub struct Unplugged {
+    pub device: Unpluggable,
+    pub memory: Option<Range<u64>>,
 }
 
 impl Slots {
-    /// Empty slots on `board`, whose guest reaches them through `bus`.
-    pub fn new(board: &Board, bus: &mut Bus) -> Result<Self, SlotsError> {
-        let way = if board.pci { pci(board, bus)? } else { Way::Mmio(Vec::new()) };
+    /// Empty slots on `board`.
+    pub fn new(board: &Board) -> Result<Self, SlotsError> {
+        let way = if board.pci { pci(board)? } else { Way::Mmio(Vec::new()) };
         Ok(Self {
             places: Vec::new(),
             drives: Vec::new(),
@@ -89,8 +111,53 @@ impl Slots {
         })
     }
 
-    /// A block device for `drive`.
-    pub fn add_drive(&mut self, drive: Drive, board: &Board, bus: &mut Bus) -> Result<(), SlotsError> {
+    /// Makes what there is by now answer on `bus`: on PCI also what comes later.
+    pub fn connect(&self, bus: &mut Bus) -> Result<(), BusError> {
+        if let Way::Pci { root, .. } = &self.way {
+            root.connect(bus, layout::ECAM.start)?;
+        }
+        self.places.iter().try_for_each(|place| match place {
+            Place::Pci { .. } => Ok(()),
+            Place::Mmio { base, registers } => bus.insert(*base, mmio::SIZE, registers.clone()),
+        })
+    }
+
+    /// The PCI bus, if there is one.
+    pub fn root(&self) -> Option<Arc<Root>> {
+        match &self.way {
+            Way::Pci { root, .. } => Some(root.clone()),
+            Way::Mmio(_) => None,
+        }
+    }
+
+    /// The slot of a device; `None` also when there is no such device.
+    pub fn slot_of(&self, device: &Unpluggable) -> Option<usize> {
+        match device {
+            Unpluggable::Drive(id) => find(&self.drives, id)?.slot,
+            Unpluggable::Interface(id) => find(&self.interfaces, id)?.slot,
+            Unpluggable::Pmem(id) => find(&self.pmems, id)?.slot,
+        }
+    }
+
+    /// Ends the device in `slot`, which is off the bus already if the guest has let go of it, and says what it was. Nothing
+    /// of it runs afterwards, and its files are closed.
+    pub fn unplug(&mut self, slot: usize) -> Option<Unplugged> {
+        if let Way::Pci { root, .. } = &self.way {
+            root.take_away(slot);
+        }
+        self.places.retain(|place| place.slot() != Some(slot));
+        let plain = |device| Unplugged { device, memory: None };
+        take(&mut self.drives, slot)
+            .map(|drive| plain(Unpluggable::Drive(drive.id)))
+            .or_else(|| take(&mut self.interfaces, slot).map(|net| plain(Unpluggable::Interface(net.id))))
+            .or_else(|| {
+                let Named { id, device, .. } = take(&mut self.pmems, slot)?;
+                Some(Unplugged { device: Unpluggable::Pmem(id), memory: Some(lock(&device).range()) })
+            })
+    }
+
+    /// A block device for `drive`. Each of these gives the slot on PCI.
+    pub fn add_drive(&mut self, drive: Drive, board: &Board) -> Result<Option<usize>, SlotsError> {
         let Drive { settings, file } = drive;
         let blk = Arc::new(Mutex::new(Blk::new(
             BlkConfig {
@@ -106,9 +173,9 @@ impl Slots {
             },
             None,
         )?));
-        self.plug(blk.clone(), board, bus)?;
-        self.drives.push((settings.drive_id, blk));
-        Ok(())
+        let slot = self.plug(blk.clone(), board)?;
+        self.drives.push(Named { id: settings.drive_id, slot, device: blk });
+        Ok(slot)
     }
 
     /// A network device for `interface`.
@@ -116,8 +183,7 @@ impl Slots {
         &mut self,
         interface: Interface,
         board: &Board,
-        bus: &mut Bus,
-    ) -> Result<(), SlotsError> {
+    ) -> Result<Option<usize>, SlotsError> {
         let Interface { settings, tap, neighbour } = interface;
         let config = net::Config {
             tap,
@@ -128,9 +194,9 @@ impl Slots {
             neighbour,
         };
         let net = Arc::new(Mutex::new(Net::new(config, None)?));
-        self.plug(net.clone(), board, bus)?;
-        self.interfaces.push((settings.iface_id, net));
-        Ok(())
+        let slot = self.plug(net.clone(), board)?;
+        self.interfaces.push(Named { id: settings.iface_id, slot, device: net });
+        Ok(slot)
     }
 
     /// A persistent memory device, and its file in guest memory.
@@ -139,17 +205,16 @@ impl Slots {
         pmem: PmemFile,
         files: &mut FileMemory,
         board: &Board,
-        bus: &mut Bus,
-    ) -> Result<(), SlotsError> {
+    ) -> Result<Option<usize>, SlotsError> {
         let PmemFile { settings, file } = pmem;
         let range = files
             .map(&file, settings.read_only)
             .map_err(|error| SlotsError::File { path: settings.path_on_host.clone(), error })?;
         let config = pmem::Config { file, range, limits: limits(settings.rate_limiter.as_ref()) };
         let pmem = Arc::new(Mutex::new(Pmem::new(config, None)?));
-        self.plug(pmem.clone(), board, bus)?;
-        self.pmems.push((settings.id, pmem));
-        Ok(())
+        let slot = self.plug(pmem.clone(), board)?;
+        self.pmems.push(Named { id: settings.id, slot, device: pmem });
+        Ok(slot)
     }
 
     /// The entropy device.
@@ -157,13 +222,12 @@ impl Slots {
         &mut self,
         entropy: &api_socket::Entropy,
         board: &Board,
-        bus: &mut Bus,
-    ) -> Result<(), SlotsError> {
+    ) -> Result<Option<usize>, SlotsError> {
         let config = RngConfig { limits: limits(entropy.rate_limiter.as_ref()) };
         let rng = Arc::new(Mutex::new(Rng::new(config, None)?));
-        self.plug(rng.clone(), board, bus)?;
+        let slot = self.plug(rng.clone(), board)?;
         self.entropy = Some(rng);
-        Ok(())
+        Ok(slot)
     }
 
     /// A console.
@@ -171,30 +235,24 @@ impl Slots {
         &mut self,
         console: &config::Console,
         board: &Board,
-        bus: &mut Bus,
-    ) -> Result<(), SlotsError> {
+    ) -> Result<Option<usize>, SlotsError> {
         let config = console::Config {
             input: console.input.as_ref().map(File::try_clone).transpose()?.map(OwnedFd::from),
             output: Box::new(console.output.try_clone()?),
             size: console::Size { columns: console.settings.columns, rows: console.settings.rows },
         };
         let device = Arc::new(Mutex::new(Console::new(config, None)?));
-        self.plug(device.clone(), board, bus)?;
+        let slot = self.plug(device.clone(), board)?;
         self.console = Some(device);
-        Ok(())
+        Ok(slot)
     }
 
     /// The socket device.
-    pub fn add_vsock(
-        &mut self,
-        config: vsock::Config,
-        board: &Board,
-        bus: &mut Bus,
-    ) -> Result<(), SlotsError> {
+    pub fn add_vsock(&mut self, config: vsock::Config, board: &Board) -> Result<Option<usize>, SlotsError> {
         let device = Arc::new(Mutex::new(Vsock::new(config, None)?));
-        self.plug(device.clone(), board, bus)?;
+        let slot = self.plug(device.clone(), board)?;
         self.vsock = Some(device);
-        Ok(())
+        Ok(slot)
     }
 
     /// The balloon. Before devices that add to guest memory, or after them: it takes back RAM alone.
@@ -202,8 +260,7 @@ impl Slots {
         &mut self,
         settings: &api_socket::Balloon,
         board: &Board,
-        bus: &mut Bus,
-    ) -> Result<(), SlotsError> {
+    ) -> Result<Option<usize>, SlotsError> {
         let regions = layout::ram(board.ram_size.bytes()).map(|(start, len)| start..start + len);
         let interval = settings.stats_polling_interval_s;
         let config = balloon::Config {
@@ -215,9 +272,9 @@ impl Slots {
             ram: Ram { regions: regions.collect(), page: board.ram_page },
         };
         let device = Arc::new(Mutex::new(Balloon::new(config, None)?));
-        self.plug(device.clone(), board, bus)?;
+        let slot = self.plug(device.clone(), board)?;
         self.balloon = Some(device);
-        Ok(())
+        Ok(slot)
     }
 
     /// The balloon, if there is one, held until this is dropped.
@@ -243,8 +300,8 @@ impl Slots {
 
     /// Gives a drive another file or other limits.
     pub fn update_drive(&self, id: &str, file: Option<File>, change: Option<RateLimiter>) -> io::Result<()> {
-        let Some((_, blk)) = self.drives.iter().find(|(known, _)| known == id) else { return Ok(()) };
-        let mut blk = lock(blk);
+        let Some(drive) = find(&self.drives, id) else { return Ok(()) };
+        let mut blk = lock(&drive.device);
         if let Some(file) = file {
             blk.replace(file)?;
         }
@@ -256,17 +313,18 @@ impl Slots {
 
     /// Gives a network interface other limits.
     pub fn update_interface(&self, update: &NetworkInterfaceUpdate) {
-        if let Some((_, net)) = self.interfaces.iter().find(|(known, _)| *known == update.iface_id) {
+        if let Some(interface) = find(&self.interfaces, &update.iface_id) {
             let changed =
                 |limiter: &Option<RateLimiter>| limiter.as_ref().map(|limiter| limits(Some(limiter)));
-            lock(net).set_limits(changed(&update.rx_rate_limiter), changed(&update.tx_rate_limiter));
+            lock(&interface.device)
+                .set_limits(changed(&update.rx_rate_limiter), changed(&update.tx_rate_limiter));
         }
     }
 
     /// Gives persistent memory other limits.
     pub fn update_pmem(&self, id: &str, change: RateLimiter) {
-        if let Some((_, pmem)) = self.pmems.iter().find(|(known, _)| known == id) {
-            lock(pmem).set_limits(limits(Some(&change)));
+        if let Some(pmem) = find(&self.pmems, id) {
+            lock(&pmem.device).set_limits(limits(Some(&change)));
         }
     }
 
@@ -274,8 +332,8 @@ impl Slots {
     pub fn pause(&self) {
         for place in &self.places {
             match place {
-                Place::Pci(device) => lock(device).pause(),
-                Place::Mmio(device) => lock(device).pause(),
+                Place::Pci { function, .. } => lock(function).pause(),
+                Place::Mmio { registers, .. } => lock(registers).pause(),
             }
         }
     }
@@ -284,29 +342,15 @@ impl Slots {
     pub fn resume(&self) {
         for place in &self.places {
             match place {
-                Place::Pci(device) => lock(device).resume(),
-                Place::Mmio(device) => lock(device).resume(),
+                Place::Pci { function, .. } => lock(function).resume(),
+                Place::Mmio { registers, .. } => lock(registers).resume(),
             }
         }
     }
 
     /// Adds the devices' counters.
     pub fn count(&self, metrics: &mut Metrics) {
-        for place in &self.places {
-            metrics.add_interrupts(match place {
-                Place::Pci(device) => lock(device).shared(),
-                Place::Mmio(device) => lock(device).shared(),
-            });
-        }
-        for (id, blk) in &self.drives {
-            metrics.add_block(id, lock(blk).counters());
-        }
-        for (id, net) in &self.interfaces {
-            metrics.add_net(id, lock(net).counters());
-        }
-        for (id, pmem) in &self.pmems {
-            metrics.add_pmem(id, lock(pmem).counters());
-        }
+        self.count_where(metrics, |_| true);
         if let Some(rng) = &self.entropy {
             metrics.add_entropy(lock(rng).counters());
         }
@@ -321,36 +365,81 @@ impl Slots {
         }
     }
 
-    fn plug(&mut self, device: SharedDevice, board: &Board, bus: &mut Bus) -> Result<(), SlotsError> {
+    /// Adds the counters of the device in `slot`.
+    pub fn count_slot(&self, slot: usize, metrics: &mut Metrics) {
+        self.count_where(metrics, |at| at == Some(slot));
+    }
+
+    fn count_where(&self, metrics: &mut Metrics, is_meant: impl Fn(Option<usize>) -> bool) {
+        for place in self.places.iter().filter(|place| is_meant(place.slot())) {
+            metrics.at(place.slot()).add_interrupts(place.shared());
+        }
+        for drive in self.drives.iter().filter(|drive| is_meant(drive.slot)) {
+            metrics.at(drive.slot).add_block(&drive.id, lock(&drive.device).counters());
+        }
+        for net in self.interfaces.iter().filter(|net| is_meant(net.slot)) {
+            metrics.at(net.slot).add_net(&net.id, lock(&net.device).counters());
+        }
+        for pmem in self.pmems.iter().filter(|pmem| is_meant(pmem.slot)) {
+            metrics.at(pmem.slot).add_pmem(&pmem.id, lock(&pmem.device).counters());
+        }
+        metrics.at(None);
+    }
+
+    fn plug(&mut self, device: SharedDevice, board: &Board) -> Result<Option<usize>, SlotsError> {
         let (host, ram) = (board.host.clone(), board.ram.clone());
         let place = match &mut self.way {
             Way::Pci { root, .. } => {
                 let function = Arc::new(Mutex::new(Pci::new(device, host, ram, None)?));
-                root.add(None, function.clone())?;
-                Place::Pci(function)
+                Place::Pci { slot: root.add(None, function.clone())?, function }
             }
             Way::Mmio(taken) => {
                 let at = next_mmio(taken)?;
                 let line = board.interrupts.line(at.gsi)?;
                 let registers = Arc::new(Mutex::new(Mmio::new(at.base, device, host, ram, line, None)?));
-                bus.insert(at.base, mmio::SIZE, registers.clone())?;
                 taken.push(at);
-                Place::Mmio(registers)
+                Place::Mmio { base: at.base, registers }
             }
         };
+        let slot = place.slot();
         self.places.push(place);
-        Ok(())
+        Ok(slot)
     }
 }
 
+impl Place {
+    fn slot(&self) -> Option<usize> {
+        match self {
+            Place::Pci { slot, .. } => Some(*slot),
+            Place::Mmio { .. } => None,
+        }
+    }
+
+    fn shared(&self) -> Arc<Shared> {
+        match self {
+            Place::Pci { function, .. } => lock(function).shared(),
+            Place::Mmio { registers, .. } => lock(registers).shared(),
+        }
+    }
+}
+
+/// Takes the device in `slot` out of the list.
+fn take<D>(devices: &mut Vec<Named<D>>, slot: usize) -> Option<Named<D>> {
+    let place = devices.iter().position(|device| device.slot == Some(slot))?;
+    Some(devices.remove(place))
+}
+
+fn find<'a, D>(devices: &'a [Named<D>], id: &str) -> Option<&'a Named<D>> {
+    devices.iter().find(|device| device.id == id)
+}
+
 /// A PCI bus with nothing on it, wide enough for the guest's CPUs.
-fn pci(board: &Board, bus: &mut Bus) -> Result<Way, SlotsError> {
+fn pci(board: &Board) -> Result<Way, SlotsError> {
     let ram = board.ram_size;
     let above_4g = layout::pci_window_64(ram.bytes(), board.physical_bits)
         .ok_or(SlotsError::NoWindow { mib: ram.mib(), bits: board.physical_bits })?;
     let below_4g = layout::PCI_WINDOW_32;
     let root = Arc::new(Root::new(Windows { below_4g: below_4g.clone(), above_4g: Some(above_4g.clone()) }));
-    root.connect(bus, layout::ECAM.start)?;
     Ok(Way::Pci { root, windows: PciWindows { below_4g, above_4g } })
 }
 

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use api_socket::{
     ActionType, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, DriveUpdate, Fault, InstanceInfo,
-    InstanceState, NetworkInterfaceUpdate, PmemUpdate, Reply, Request, Version, VmState,
+    InstanceState, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request, Version,
+    VmState,
 };
 use devices::virtio::balloon::Balloon;
 use vmm_sys_util::eventfd::EventFd;
@@ -23,6 +24,7 @@ use crate::handed::Handed;
 use crate::logger::LOGGER;
 use crate::metrics::Metrics;
 use crate::sandbox::{Role, Sandbox};
+use crate::slots::Unpluggable;
 use crate::vcpu::{Ending, EndingSender};
 
 /// Configuration, guest and counters; lives on the control thread.
@@ -32,7 +34,7 @@ pub struct Vm {
     pci: bool,
     boot_timer: bool,
     endings: EndingSender,
-    serial_room: EventFd,
+    attention: EventFd,
     sandbox: Arc<Sandbox>,
 
     config: Config,
@@ -49,7 +51,7 @@ impl Vm {
         args: &Args,
         handed: Handed,
         endings: EndingSender,
-        serial_room: EventFd,
+        attention: EventFd,
         sandbox: Arc<Sandbox>,
     ) -> Result<Self, Fault> {
         let mut metrics = Metrics::new(args.identity, &args.id);
@@ -64,7 +66,7 @@ impl Vm {
             pci: args.pci,
             boot_timer: args.boot_timer,
             endings,
-            serial_room,
+            attention,
             sandbox,
             config,
             metrics,
@@ -81,7 +83,7 @@ impl Vm {
 
     /// Does what a client asks, if it may.
     pub fn handle(&mut self, request: Request) -> Reply {
-        match admit(self.state(), &request) {
+        match admit(self.state(), self.pci, &request) {
             Verdict::AlreadyDone => Reply::Empty,
             Verdict::Denied(why) => Fault::bad_request(why).into(),
             Verdict::Accept => self.obey(request).unwrap_or_else(Reply::Fault),
@@ -112,6 +114,14 @@ impl Vm {
                 None
             }
             _ => Some(Ending::Stopped),
+        }
+    }
+
+    /// Closes the devices that the guest has let go of.
+    pub fn take_unplugged(&mut self) {
+        let gone = self.guest.as_mut().map(|guest| guest.machine.take_unplugged()).unwrap_or_default();
+        for (slot, device) in gone {
+            self.unplugged(slot, &device);
         }
     }
 
@@ -162,7 +172,13 @@ impl Vm {
             Request::Action(ActionType::SendCtrlAltDel) => self.guest()?.machine.ctrl_alt_del(),
             Request::PatchVm(VmState::Paused) => self.pause()?,
             Request::PatchVm(VmState::Resumed) => self.resume()?,
+            Request::PutDrive(drive) => self.plug_drive(drive)?,
+            Request::PutNetworkInterface(interface) => self.plug_interface(interface)?,
+            Request::PutPmem(pmem) => self.plug_pmem(pmem)?,
             Request::PatchDrive(update) => self.update_drive(update)?,
+            Request::DeleteDrive(id) => self.unplug(&Unpluggable::Drive(id))?,
+            Request::DeleteNetworkInterface(id) => self.unplug(&Unpluggable::Interface(id))?,
+            Request::DeletePmem(id) => self.unplug(&Unpluggable::Pmem(id))?,
             Request::PatchNetworkInterface(update) => self.update_interface(update)?,
             Request::PatchPmem(update) => self.update_pmem(update)?,
             Request::PatchBalloon(update) => self.update_balloon(update)?,
@@ -183,7 +199,7 @@ impl Vm {
             pci: self.pci,
             boot_timer: self.boot_timer,
             endings: self.endings.clone(),
-            serial_room: &self.serial_room,
+            attention: &self.attention,
             sandbox: self.sandbox.clone(),
         };
         let guest = Guest::new(&self.config, around)
@@ -215,6 +231,57 @@ impl Vm {
         let us = microseconds(since);
         (self.metrics.latencies.resume_vm, self.metrics.latencies.vmm_resume_vm) = (us, us);
         Ok(())
+    }
+
+    fn plug_drive(&mut self, settings: api_socket::Drive) -> Result<(), Fault> {
+        let drive = self.config.drive_to_plug(settings)?;
+        let settings = drive.settings.clone();
+        let guest = self.guest.as_mut().ok_or_else(not_started)?;
+        guest.machine.plug_drive(drive, &mut self.metrics).map_err(|error| {
+            Fault::bad_request(format!("The drive {:?} cannot be plugged in: {error}", settings.drive_id))
+        })?;
+        self.config.drive_plugged(settings);
+        Ok(())
+    }
+
+    fn plug_interface(&mut self, settings: NetworkInterface) -> Result<(), Fault> {
+        let interface = self.config.interface_to_plug(settings)?;
+        let settings = interface.settings.clone();
+        let guest = self.guest.as_mut().ok_or_else(not_started)?;
+        guest.machine.plug_interface(interface, &mut self.metrics).map_err(|error| {
+            let id = &settings.iface_id;
+            Fault::bad_request(format!("The network interface {id:?} cannot be plugged in: {error}"))
+        })?;
+        self.config.interface_plugged(settings);
+        Ok(())
+    }
+
+    fn plug_pmem(&mut self, settings: Pmem) -> Result<(), Fault> {
+        let pmem = self.config.pmem_to_plug(settings)?;
+        let settings = pmem.settings.clone();
+        let guest = self.guest.as_mut().ok_or_else(not_started)?;
+        guest.machine.plug_pmem(pmem, &mut self.metrics).map_err(|error| {
+            Fault::bad_request(format!("Persistent memory {:?} cannot be plugged in: {error}", settings.id))
+        })?;
+        self.config.pmem_plugged(settings);
+        Ok(())
+    }
+
+    /// Asks the guest for a device, or takes it away when it has been asked before.
+    fn unplug(&mut self, device: &Unpluggable) -> Result<(), Fault> {
+        self.config.check_plugged(device)?;
+        let guest = self.guest.as_mut().ok_or_else(not_started)?;
+        match guest.machine.unplug(device) {
+            Some(slot) => self.unplugged(slot, device),
+            None => log::info!("The guest was asked to let go of {device:?}."),
+        }
+        Ok(())
+    }
+
+    fn unplugged(&mut self, slot: usize, device: &Unpluggable) {
+        self.metrics.forget(slot);
+        self.config.unplugged(device);
+        log::info!("{device:?} is unplugged.");
     }
 
     fn update_drive(&mut self, update: DriveUpdate) -> Result<(), Fault> {

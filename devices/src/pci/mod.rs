@@ -6,6 +6,7 @@
 //! INTx, expansion ROMs, power management. What is not announced is not probed.
 
 pub mod config;
+pub mod hotplug;
 pub mod msix;
 mod ranges;
 pub mod root;

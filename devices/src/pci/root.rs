@@ -43,7 +43,8 @@ struct Slots {
 }
 
 struct Slot {
-    function: SharedFunction,
+    /// `None` after it was taken away ([`Root::take_away`]).
+    function: Option<SharedFunction>,
     /// What each BAR answers at now.
     decoded: [Option<Range<u64>>; config::BARS],
     /// What was taken from a window for it.
@@ -66,7 +67,7 @@ impl Root {
     pub fn new(windows: Windows) -> Self {
         let mut table = [const { None }; SLOTS];
         let bridge: SharedFunction = Arc::new(Mutex::new(HostBridge::new()));
-        table[0] = Some(Slot { function: bridge, decoded: Default::default(), assigned: Vec::new() });
+        table[0] = Some(Slot { function: Some(bridge), decoded: Default::default(), assigned: Vec::new() });
         let (low, high) = (Ranges::new(windows.below_4g), windows.above_4g.map(Ranges::new));
         Self { slots: Mutex::new(Slots { table, low, high }) }
     }
@@ -90,23 +91,29 @@ impl Root {
     pub fn add(&self, slot: Option<usize>, function: SharedFunction) -> Result<usize, AddError> {
         let mut slots = self.slots();
         let slot = slots.free_slot(slot)?;
+        slots.clear(slot);
         let mut config = lock(&function);
         let assigned = slots.assign(config.config())?;
         let decoded = decoded(config.config());
         drop(config);
-        slots.table[slot] = Some(Slot { function, decoded, assigned });
+        slots.table[slot] = Some(Slot { function: Some(function), decoded, assigned });
         Ok(slot)
     }
 
     /// Takes the function out of `slot`: no access of the guest finds it any more, and its addresses are free. The host
     /// bridge stays. What the function holds of the host goes with its last owner.
     pub fn remove(&self, slot: usize) -> Option<SharedFunction> {
-        let mut slots = self.slots();
-        let removed = slots.table.get_mut(slot).filter(|_| slot != 0)?.take()?;
-        for start in removed.assigned {
-            slots.free(start);
+        if slot == 0 {
+            return None;
         }
-        Some(removed.function)
+        self.slots().clear(slot)?.function
+    }
+
+    /// As [`Root::remove`], for a guest that has not let go of the function. Its configuration space is gone, by which
+    /// drivers see that the function is; but where its BARs were, zeros are read until another comes into the slot: a driver
+    /// in the middle of something waits for a register to be 0 (VIRTIO 1.3, 4.1.4.3.2), for ever if it reads ones.
+    pub fn take_away(&self, slot: usize) -> Option<SharedFunction> {
+        self.slots().table.get_mut(slot).filter(|_| slot != 0)?.as_mut()?.function.take()
     }
 
     /// The guest reads configuration space; `offset` counts from the start of ECAM.
@@ -127,7 +134,7 @@ impl Root {
         };
         // It may have been removed, and another have come, meanwhile.
         if let Some(Some(slot)) = self.slots().table.get_mut(slot)
-            && Arc::ptr_eq(&slot.function, &function)
+            && slot.function.as_ref().is_some_and(|there| Arc::ptr_eq(there, &function))
         {
             slot.decoded = decoded;
         }
@@ -136,14 +143,15 @@ impl Root {
     /// The guest reads memory at `address` in a window; ones where no BAR holds all of it.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address, data.len()) {
-            Some((bar, offset, function)) => lock(&function).read_bar(bar, offset, data),
+            Some((bar, offset, Some(function))) => lock(&function).read_bar(bar, offset, data),
+            Some((_, _, None)) => data.fill(0),
             None => data.fill(0xff),
         }
     }
 
     /// The guest writes memory at `address` in a window; lost where no BAR holds all of it.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((bar, offset, function)) = self.find(address, data.len()) {
+        if let Some((bar, offset, Some(function))) = self.find(address, data.len()) {
             lock(&function).write_bar(bar, offset, data);
         }
     }
@@ -154,12 +162,12 @@ impl Root {
         let (slot, number, register) = (offset >> 15, offset >> 12 & 7, offset & 0xfff);
         let slots = self.slots();
         let found = slots.table.get(slot)?.as_ref().filter(|_| number == 0)?;
-        Some((slot, register, found.function.clone()))
+        Some((slot, register, found.function.clone()?))
     }
 
     /// BAR, offset in it and function for an address. Where a guest has laid BARs over one another, the first is as good
     /// as any.
-    fn find(&self, address: u64, len: usize) -> Option<(usize, u64, SharedFunction)> {
+    fn find(&self, address: u64, len: usize) -> Option<(usize, u64, Option<SharedFunction>)> {
         let end = address.checked_add(len as u64)?;
         let slots = self.slots();
         slots.table.iter().flatten().find_map(|slot| {
@@ -180,10 +188,19 @@ impl Root {
 impl Slots {
     fn free_slot(&self, wanted: Option<usize>) -> Result<usize, AddError> {
         match wanted {
-            Some(slot) if self.table.get(slot).is_some_and(Option::is_none) => Ok(slot),
+            Some(slot) if self.table.get(slot).is_some_and(is_free) => Ok(slot),
             Some(slot) => Err(AddError::Slot { slot }),
-            None => self.table.iter().position(Option::is_none).ok_or(AddError::Full),
+            None => self.table.iter().position(is_free).ok_or(AddError::Full),
         }
+    }
+
+    /// Empties a slot, and frees its addresses.
+    fn clear(&mut self, slot: usize) -> Option<Slot> {
+        let mut cleared = self.table.get_mut(slot)?.take()?;
+        for start in std::mem::take(&mut cleared.assigned) {
+            self.free(start);
+        }
+        Some(cleared)
     }
 
     /// Gives every BAR an address; all or none.
@@ -220,6 +237,10 @@ impl Slots {
             high.free(start);
         }
     }
+}
+
+fn is_free(slot: &Option<Slot>) -> bool {
+    slot.as_ref().is_none_or(|slot| slot.function.is_none())
 }
 
 fn decoded(config: &Config) -> [Option<Range<u64>>; config::BARS] {
@@ -393,6 +414,23 @@ mod tests {
             assert_eq!(read(&bus, LOW.start + 0x5000), u32::MAX);
             assert_eq!(read(&bus, ecam(1, 0)), 0x5678_1234, "ECAM stays what it is");
         }
+    }
+
+    #[test]
+    fn what_is_taken_away_reads_as_zeros_until_another_has_its_slot() {
+        let (root, bus) = machine();
+        assert_eq!(root.add(None, card(&[(0, Bar::Memory32(0x1000))])), Ok(1));
+        decode(&bus, 1);
+        assert!(root.take_away(1).is_some());
+        assert!(root.take_away(1).is_none() && root.take_away(0).is_none());
+        assert_eq!(read(&bus, ecam(1, 0)), u32::MAX);
+        write(&bus, ecam(1, 4), 0);
+        assert_eq!(read(&bus, LOW.start), 0);
+        write(&bus, LOW.start, 5);
+        assert_eq!(root.add(None, card(&[(0, Bar::Memory32(0x1000))])), Ok(1));
+        assert_eq!(read(&bus, ecam(1, 0x10)), LOW.start as u32, "the addresses are free again");
+        assert_eq!(read(&bus, LOW.start), u32::MAX, "not decoded");
+        assert!(root.remove(1).is_some());
     }
 
     #[test]

@@ -61,6 +61,11 @@ impl Pmem {
         self.worker.limiter.set_limits(limits);
     }
 
+    /// Where its file lies in guest memory.
+    pub fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+
     /// What the device has done since it was built.
     pub fn counters(&self) -> Arc<Counters> {
         self.worker.counters.clone()

@@ -100,6 +100,42 @@ fn busy() -> Vec<Call> {
         json!({"drive_id": "debian", "path_on_host": asset(provide::DEBIAN)}),
     );
     guest.run("dd if=/dev/vdb of=/dev/null bs=1M count=4 iflag=direct");
+    let plugged = blank_disk(place.path().join("plugged"), MIB);
+    let drive = json!({"drive_id": "plugged", "is_root_device": false, "path_on_host": plugged});
+    let tap = Tap::new(10, &["user", "root"]);
+    let interface = tap.interface();
+    let memory = json!({"id": "memory", "path_on_host": plugged});
+    let fixed = json!({"id": "fixed", "path_on_host": plugged, "read_only": true});
+    guest.run("modprobe virtio_net");
+    guest.apply(Request::PutNetworkInterface(interface));
+    send(&mut guest.api, "PUT", "/pmem/memory", memory);
+    send(&mut guest.api, "PUT", "/pmem/fixed", fixed);
+    guest.run("until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done");
+    tap.set_up(&mut guest, "eth0", None);
+    guest.run(&format!("ping -c 1 -W 30 {}", tap.host()));
+    for id in ["memory", "fixed"] {
+        guest.apply(Request::DeletePmem(id.into()));
+    }
+    guest.apply(Request::DeleteNetworkInterface(tap.name()));
+    guest.run("while [ -e /sys/class/net/eth0 ]; do sleep 0.1; done");
+    for _ in 0..2 {
+        send(&mut guest.api, "PUT", "/drives/plugged", drive.clone());
+        // The letter after those that are there.
+        guest.run("until [ -e /dev/vde ]; do sleep 0.1; done; dd if=/dev/vde of=/dev/null bs=1M count=1");
+        guest.api.apply(&Request::DeleteDrive("plugged".into())).unwrap();
+        while guest.api.vm_config().unwrap().drives.iter().any(|drive| drive.drive_id == "plugged") {
+            guest.run("sleep 0.1");
+        }
+    }
+    // Taken away from a driver that has it.
+    send(&mut guest.api, "PUT", "/drives/plugged", drive);
+    guest.run("until [ -e /dev/vde ]; do sleep 0.1; done");
+    guest.pause();
+    for _ in 0..2 {
+        guest.api.apply(&Request::DeleteDrive("plugged".into())).unwrap();
+    }
+    guest.resume();
+    guest.run("while [ -e /dev/vde ]; do sleep 0.1; done");
     rude_clients(&guest.path("api.sock"), &guest.path("vmm.log"), || guest.vmm.client());
     // More than the terminal of a guest whose shell does not read takes.
     guest.say("sleep 3");

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use api_socket::{
@@ -13,7 +14,7 @@ use devices::virtio::net::Neighbour;
 use crate::handed::Handed;
 
 /// Where taps come from.
-const TUN: &str = "/dev/net/tun";
+pub const TUN: &str = "/dev/net/tun";
 
 /// A network interface and its tap.
 pub struct Interface {
@@ -54,6 +55,29 @@ impl Interfaces {
             }
         }
         Ok(())
+    }
+
+    /// Checks an interface that a running guest is to get, and attaches its tap.
+    ///
+    /// # Errors
+    /// As for [`Interfaces::put`], or it is there already.
+    pub fn to_plug(&self, settings: NetworkInterface, handed: &Handed) -> Result<Interface, Fault> {
+        if self.find(&settings.iface_id).is_ok() {
+            return Err(there_already("iface_id", &settings.iface_id));
+        }
+        self.check(&settings)?;
+        let tap = open(&settings, handed)?;
+        Ok(Interface { settings, tap, neighbour: None })
+    }
+
+    /// Takes down that a running guest has got an interface.
+    pub fn plugged(&mut self, settings: NetworkInterface) {
+        self.0.push((settings, None));
+    }
+
+    /// Takes down that a running guest has lost an interface.
+    pub fn unplugged(&mut self, id: &str) {
+        self.0.retain(|(settings, _)| settings.iface_id != id);
     }
 
     /// The settings of each.
@@ -134,6 +158,14 @@ impl Interfaces {
     }
 }
 
+/// What is said of a device that a running guest has.
+pub fn there_already(field: &str, id: &str) -> Fault {
+    Fault::bad_request(format!(
+        "`{field}` is {id:?}, and the running guest has such a device: PATCH changes it; DELETE asks the guest for it, and \
+         a second DELETE takes it away."
+    ))
+}
+
 /// A limit as it is after a change: what that leaves out stays.
 pub fn changed(before: Option<RateLimiter>, change: Option<RateLimiter>) -> Option<RateLimiter> {
     let Some(change) = change else { return before };
@@ -169,7 +201,8 @@ fn open(settings: &NetworkInterface, handed: &Handed) -> Result<Tap, Fault> {
 }
 
 fn open_tun() -> Result<File, Fault> {
-    OpenOptions::new().read(true).write(true).open(TUN).map_err(|error| {
+    // What it would be set to anyway; and the form of opening that a running guest's process may use.
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN).map_err(|error| {
         Fault::bad_request(format!(
             "`host_dev_name` is a tap, and {TUN} cannot be opened: {error}. Is it there, seen from this process's root \
              directory, and is the module tun loaded?"

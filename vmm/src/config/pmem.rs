@@ -26,19 +26,37 @@ impl Pmems {
     pub fn put(&mut self, settings: Pmem, file: File) -> Result<(), Fault> {
         let place = self.0.iter().position(|(known, _)| known.id == settings.id);
         self.check(&settings)?;
-        // Unlike the metadata's length, this is also right for a block device.
-        if (&file).seek(SeekFrom::End(0)).is_ok_and(|bytes| bytes == 0) {
-            return Err(Fault::bad_request(format!(
-                "`path_on_host` is {}, which is empty; give it the size that the guest's memory is to have, for example \
-                 with `truncate`.",
-                settings.path_on_host.display()
-            )));
-        }
+        expect_bytes(&settings, &file)?;
         match place.and_then(|place| self.0.get_mut(place)) {
             Some(before) => *before = (settings, Some(file)),
             None => self.0.push((settings, Some(file))),
         }
         Ok(())
+    }
+
+    /// Checks a device that a running guest is to get. `file` is what it names.
+    ///
+    /// # Errors
+    /// As for [`Pmems::put`]; it is the root device.
+    pub fn to_plug(&self, settings: Pmem, file: File) -> Result<PmemFile, Fault> {
+        if settings.root_device {
+            return Err(Fault::bad_request(format!(
+                "`root_device` is true for {:?}, and a running guest has booted; set it to false.",
+                settings.id
+            )));
+        }
+        expect_bytes(&settings, &file)?;
+        Ok(PmemFile { settings, file })
+    }
+
+    /// Takes down that a running guest has got a device.
+    pub fn plugged(&mut self, settings: Pmem) {
+        self.0.push((settings, None));
+    }
+
+    /// Takes down that a running guest has lost a device.
+    pub fn unplugged(&mut self, id: &str) {
+        self.0.retain(|(settings, _)| settings.id != id);
     }
 
     /// The settings of each.
@@ -96,6 +114,18 @@ impl Pmems {
         }
         Ok(())
     }
+}
+
+fn expect_bytes(settings: &Pmem, mut file: &File) -> Result<(), Fault> {
+    // Unlike the metadata's length, this is also right for a block device.
+    if file.seek(SeekFrom::End(0)).is_ok_and(|bytes| bytes == 0) {
+        return Err(Fault::bad_request(format!(
+            "`path_on_host` is {}, which is empty; give it the size that the guest's memory is to have, for example with \
+             `truncate`.",
+            settings.path_on_host.display()
+        )));
+    }
+    Ok(())
 }
 
 /// What is said of a device that is to be the root device beside another, disk or memory.

@@ -1,5 +1,6 @@
 //! What requests after the start may open again: the files of the drives and what is beside them, which is where
-//! `PATCH /drives` finds a drive's next file.
+//! `PATCH /drives` finds a drive's next file; with PCI, where devices come later, also those of persistent memory, and
+//! where taps come from.
 //!
 //! A drive's path may be a link to elsewhere, so its file is named too, and not only its directory.
 
@@ -10,19 +11,22 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::Config;
+use super::network::TUN;
 use crate::sandbox::landlock::Allowed;
 
 /// Open directories and files; those of drives that were handed over are not among them.
 pub struct Reach<'a> {
     directories: BTreeMap<PathBuf, (File, bool)>,
     files: Vec<(&'a File, bool)>,
+    /// Where taps come from.
+    taps: Option<File>,
 }
 
 impl Config {
     /// What the drives as they are now make reachable. Before [`Config::started`]. A directory that cannot be reached
     /// itself is left out.
     pub fn reach(&self) -> Reach<'_> {
-        let mut reach = Reach { directories: BTreeMap::new(), files: Vec::new() };
+        let mut reach = Reach { directories: BTreeMap::new(), files: Vec::new(), taps: None };
         for (settings, file) in &self.drives {
             let (Some(path), Some(file)) = (&settings.path_on_host, file) else { continue };
             let is_writable = !settings.is_read_only.unwrap_or(false);
@@ -30,6 +34,13 @@ impl Config {
                 reach.files.push((file, is_writable));
                 reach.add_directory(directory_of(path), is_writable);
             }
+        }
+        if self.pci {
+            for pmem in self.pmems.settings().filter(|pmem| !self.handed.stands_for(&pmem.path_on_host)) {
+                reach.add_directory(directory_of(&pmem.path_on_host), !pmem.read_only);
+            }
+            // Where there is no such file, no tap can be had by its name.
+            reach.taps = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(TUN).ok();
         }
         reach
     }
@@ -42,7 +53,12 @@ impl Reach<'_> {
         let directories = self.directories.values().map(|(directory, is_writable)| (directory, *is_writable));
         files
             .chain(directories)
-            .map(|(file, is_writable)| Allowed { place: file.as_fd(), is_writable })
+            .map(|(file, is_writable)| Allowed { place: file.as_fd(), is_writable, is_device: false })
+            .chain(self.taps.iter().map(|tun| Allowed {
+                place: tun.as_fd(),
+                is_writable: true,
+                is_device: true,
+            }))
             .collect()
     }
 

@@ -11,6 +11,8 @@ pub struct Allowed<'a> {
     pub place: BorrowedFd<'a>,
     /// For writing too.
     pub is_writable: bool,
+    /// A device, with what ioctls do.
+    pub is_device: bool,
 }
 
 /// Rights over files, with the version that each came with (linux/landlock.h): execute, write, read, read directories,
@@ -23,6 +25,7 @@ const SCOPES: [(u32, u64); 1] = [(6, 0b11)];
 
 const WRITE_FILE: u64 = 1 << 1;
 const READ_FILE: u64 = 1 << 2;
+const IOCTL_DEVICE: u64 = 1 << 15;
 
 const CREATE_RULESET_VERSION: libc::c_uint = 1;
 const RULE_PATH_BENEATH: libc::c_int = 1;
@@ -70,9 +73,13 @@ pub fn restrict(version: u32, allowed: &[Allowed]) -> io::Result<()> {
         handled_access_net: known(&NETWORK_RIGHTS),
         scoped: known(&SCOPES),
     })?;
-    for Allowed { place, is_writable } in allowed {
-        let rights = if *is_writable { READ_FILE | WRITE_FILE } else { READ_FILE };
-        add(&ruleset, *place, rights)?;
+    for Allowed { place, is_writable, is_device } in allowed {
+        let mut rights = if *is_writable { READ_FILE | WRITE_FILE } else { READ_FILE };
+        if *is_device {
+            rights |= IOCTL_DEVICE;
+        }
+        // The kernel refuses a right that is not restricted.
+        add(&ruleset, *place, rights & known(&FILE_RIGHTS))?;
     }
     // SAFETY: the call takes a descriptor, which `ruleset` keeps open, and touches no memory.
     done(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) }).map(drop)
@@ -140,8 +147,8 @@ mod tests {
             let directory = File::open(inside.path()).unwrap();
             let file = File::open(outside.path().join("a")).unwrap();
             let allowed = [
-                Allowed { place: directory.as_fd(), is_writable: true },
-                Allowed { place: file.as_fd(), is_writable: false },
+                Allowed { place: directory.as_fd(), is_writable: true, is_device: false },
+                Allowed { place: file.as_fd(), is_writable: false, is_device: false },
             ];
             restrict(version, &allowed).unwrap();
 

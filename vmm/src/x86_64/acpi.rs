@@ -9,8 +9,8 @@ use std::ops::Range;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, Field,
     FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed,
-    Method, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Package, Path, ResourceTemplate,
-    Return, Store, Uuid, ZERO,
+    Method, MethodCall, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Package, Path,
+    ResourceTemplate, Return, Store, Uuid, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as RegisterSpace, GAS};
@@ -22,6 +22,7 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use devices::acpi_pm;
 use devices::memory::GuestRam;
+use devices::pci::{hotplug, root};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout;
@@ -183,7 +184,7 @@ fn dsdt(tables: &Tables) -> Sdt {
     if tables.vmgenid {
         generation_id(&mut aml);
     }
-    event_device(tables.vmgenid, &mut aml);
+    event_device(tables.vmgenid, tables.pci.is_some(), &mut aml);
     if tables.serial {
         serial_port(&mut aml);
     }
@@ -235,7 +236,7 @@ fn generation_id(sink: &mut Vec<u8>) {
 }
 
 /// The generic event device (5.6.9): its interrupt makes the guest read the event register and pass each event on.
-fn event_device(generation_id: bool, sink: &mut Vec<u8>) {
+fn event_device(generation_id: bool, pci: bool, sink: &mut Vec<u8>) {
     let (base, len) = (layout::ACPI_PM.start as u16 + acpi_pm::EVENTS as u16, 4u8);
     let region = OpRegion::new("EVTS".into(), OpRegionSpace::SystemIO, &base, &len);
     let fields = Field::new(
@@ -259,9 +260,15 @@ fn event_device(generation_id: bool, sink: &mut Vec<u8>) {
     let changed = And::new(&ZERO, &events, &counter_bit);
     let change = Notify::new(&counter, &CHANGED);
     let if_changed = If::new(&changed, vec![&change]);
+    let (look, pci_bit) = (MethodCall::new(Path::new(LOOK_AT_SLOTS), vec![]), acpi_pm::EVENT_PCI);
+    let plugged = And::new(&ZERO, &events, &pci_bit);
+    let if_plugged = If::new(&plugged, vec![&look]);
     let mut body: Vec<&dyn Aml> = vec![&read, &if_pressed];
     if generation_id {
         body.push(&if_changed);
+    }
+    if pci {
+        body.push(&if_plugged);
     }
     let method = Method::new("_EVT".into(), 1, true, body);
 
@@ -326,8 +333,53 @@ fn host_bridge(windows: &PciWindows, sink: &mut Vec<u8>) {
     let mut control = Vec::new();
     operating_system_capabilities(&mut control);
     let control = Raw(&control);
-    let members: [&dyn Aml; 5] = [&compatible, &segment, &first_bus, &resources, &control];
+    let mut slots = Vec::new();
+    hot_plug(&mut slots);
+    let slots = Raw(&slots);
+    let members: [&dyn Aml; 6] = [&compatible, &segment, &first_bus, &resources, &control, &slots];
     device("\\_SB_.PCI0", &EISAName::new("PNP0A08"), &ZERO, &members, sink);
+}
+
+/// Calls the notifications of [`hotplug`]'s registers.
+const LOOK_AT_SLOTS: &str = "\\_SB_.PCI0.LOOK";
+
+/// An object for each slot but the host bridge's, which makes it one whose function may come and go (6.3.3), and the method
+/// that passes on what the registers say.
+fn hot_plug(sink: &mut Vec<u8>) {
+    let (base, len) = (layout::PCI_HOTPLUG.start as u16, hotplug::LEN as u8);
+    OpRegion::new("PLUG".into(), OpRegionSpace::SystemIO, &base, &len).to_aml_bytes(sink);
+    // In the order of the registers.
+    let fields = [*b"CHGD", *b"WANT", *b"EJCT"].map(|name| FieldEntry::Named(name, 32));
+    Field::new(
+        "PLUG".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        fields.into(),
+    )
+    .to_aml_bytes(sink);
+
+    let (changed, wanted) = (Local(0), Local(1));
+    let mut look = Vec::new();
+    // Reading clears, so each is read once.
+    Store::new(&changed, &Path::new("CHGD")).to_aml_bytes(&mut look);
+    Store::new(&wanted, &Path::new("WANT")).to_aml_bytes(&mut look);
+    for slot in 1..root::SLOTS as u32 {
+        let (name, bit) = (format!("S{slot:03X}"), 1u32 << slot);
+        let (address, register) = (slot << 16, Path::new("EJCT"));
+        let eject = Store::new(&register, &bit);
+        let eject = Method::new("_EJ0".into(), 1, true, vec![&eject]);
+        let (address, number) = (Name::new("_ADR".into(), &address), Name::new("_SUN".into(), &slot));
+        Device::new(name.as_str().into(), vec![&address, &number, &eject]).to_aml_bytes(sink);
+
+        let object = Path::new(&name);
+        for (slots, what) in [(&changed, hotplug::DEVICE_CHECK), (&wanted, hotplug::EJECT_REQUEST)] {
+            let is_meant = And::new(&ZERO, slots, &bit);
+            let tell = Notify::new(&object, &what);
+            If::new(&is_meant, vec![&tell]).to_aml_bytes(&mut look);
+        }
+    }
+    Method::new("LOOK".into(), 0, true, vec![&Raw(&look)]).to_aml_bytes(sink);
 }
 
 /// _OSC of the host bridge (PCI Firmware Specification 3.3, 4.5.1): the guest may have control of what it asks for, but

@@ -136,6 +136,8 @@ pub const I8042: Range<u64> = 0x60..0x65;
 pub const PVPANIC: Range<u64> = 0x505..0x506;
 /// ACPI registers: sleep, reset and generic event. Clear of the ports that a PC has in hardware.
 pub const ACPI_PM: Range<u64> = 0x600..0x608;
+/// Functions that come and go while the guest runs.
+pub const PCI_HOTPLUG: Range<u64> = 0x610..0x61c;
 
 // Interrupts. Global system interrupts 0..24 are the pins of the one I/O APIC; message-signalled ones follow.
 
@@ -190,7 +192,7 @@ mod tests {
         for pair in ranges.windows(2) {
             assert!(pair[0].start < pair[0].end && pair[0].end <= pair[1].start, "{pair:x?}");
         }
-        let ports = [I8042, RTC, SERIAL, PVPANIC, ACPI_PM];
+        let ports = [I8042, RTC, SERIAL, PVPANIC, ACPI_PM, PCI_HOTPLUG];
         for pair in ports.windows(2) {
             assert!(pair[0].end <= pair[1].start, "{pair:x?}");
         }

@@ -65,10 +65,9 @@ fn a_machine_without_pci_has_a_configuration_space_but_no_host_bridge() {
 
 #[test]
 fn the_largest_machine_has_room_for_its_tables() {
-    let devices = (layout::VIRTIO_MMIO.end - layout::VIRTIO_MMIO.start) / layout::VIRTIO_MMIO_SIZE;
     let device = VirtioMmio { base: layout::VIRTIO_MMIO.start, gsi: layout::VIRTIO_MMIO_GSI };
     let largest =
-        Tables { vcpus: layout::MAX_VCPUS, virtio_mmio: vec![device; devices as usize], ..machine() };
+        Tables { vcpus: layout::MAX_VCPUS, virtio_mmio: vec![device; crate::slots::MAX_MMIO], ..machine() };
     let len = build(&largest).len() as u64;
     assert!(len < (layout::ACPI.end - layout::ACPI.start) / 2, "{len}");
 }
