@@ -286,6 +286,7 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         Request::StopBalloonHinting => Ok((Method::Patch, "/balloon/hinting/stop".to_string(), None)),
         Request::GetBalloonHintingStatus => get("/balloon/hinting/status"),
         Request::PutConsole(console) => with_body(Method::Put, "/console", console),
+        Request::PatchConsole(update) => with_body(Method::Patch, "/console", update),
         Request::PutVsock(vsock) => with_body(Method::Put, "/vsock", vsock),
         Request::PutEntropy(entropy) => with_body(Method::Put, "/entropy", entropy),
         Request::PutSerial(serial) => with_body(Method::Put, "/serial", serial),

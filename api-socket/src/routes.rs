@@ -7,10 +7,10 @@ use serde_json::{Map, Value};
 
 use crate::json;
 use crate::types::{
-    Balloon, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, CpuConfig, Drive,
-    DriveUpdate, Entropy, Fault, InstanceAction, Logger, MachineConfig, MachineConfigUpdate, Metrics,
-    MmdsConfig, MmdsVersion, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Request, Serial, Vm,
-    Vsock,
+    Balloon, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, ConsoleUpdate,
+    CpuConfig, Drive, DriveUpdate, Entropy, Fault, InstanceAction, Logger, MachineConfig,
+    MachineConfigUpdate, Metrics, MmdsConfig, MmdsVersion, NetworkInterface, NetworkInterfaceUpdate, Pmem,
+    PmemUpdate, Request, Serial, Vm, Vsock,
 };
 
 /// A request, and what its client should be told about how it was made.
@@ -104,7 +104,7 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::BalloonHintingStart, "/balloon/hinting/start", &[Method::Patch]),
     (Endpoint::BalloonHintingStop, "/balloon/hinting/stop", &[Method::Patch]),
     (Endpoint::BalloonHintingStatus, "/balloon/hinting/status", &[Method::Get]),
-    (Endpoint::Console, "/console", &[Method::Put]),
+    (Endpoint::Console, "/console", &[Method::Put, Method::Patch]),
     (Endpoint::Vsock, "/vsock", &[Method::Put]),
     (Endpoint::Entropy, "/entropy", &[Method::Put]),
     (Endpoint::Serial, "/serial", &[Method::Put]),
@@ -193,6 +193,7 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
         (Method::Patch, Endpoint::BalloonHintingStop) => Request::StopBalloonHinting,
         (Method::Get, Endpoint::BalloonHintingStatus) => Request::GetBalloonHintingStatus,
         (Method::Put, Endpoint::Console) => Request::PutConsole(at.parse::<Console>(body)?),
+        (Method::Patch, Endpoint::Console) => Request::PatchConsole(at.parse::<ConsoleUpdate>(body)?),
         (Method::Put, Endpoint::Vsock) => return Ok(put_vsock(at.parse(body)?)),
         (Method::Put, Endpoint::Entropy) => Request::PutEntropy(at.parse::<Entropy>(body)?),
         (Method::Put, Endpoint::Serial) => Request::PutSerial(at.parse::<Serial>(body)?),

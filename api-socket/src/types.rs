@@ -103,6 +103,8 @@ pub enum Request {
     GetBalloonHintingStatus,
     /// `PUT /console`
     PutConsole(Console),
+    /// `PATCH /console`
+    PatchConsole(ConsoleUpdate),
     /// `PUT /vsock`
     PutVsock(Vsock),
     /// `PUT /entropy`
@@ -578,6 +580,16 @@ pub struct Console {
     pub columns: u16,
     /// Lines, as the guest is told.
     #[serde(default = "default_rows")]
+    pub rows: u16,
+}
+
+/// Body of `PATCH /console`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleUpdate {
+    /// Characters in a line.
+    pub columns: u16,
+    /// Lines.
     pub rows: u16,
 }
 

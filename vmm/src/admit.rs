@@ -60,6 +60,7 @@ pub fn admit(state: InstanceState, pci: bool, request: &Request) -> Verdict {
         | Request::StartBalloonHinting(_)
         | Request::StopBalloonHinting
         | Request::GetBalloonHintingStatus
+        | Request::PatchConsole(_)
         | Request::Action(ActionType::FlushMetrics | ActionType::SendCtrlAltDel) => {
             after_start(state, Accept)
         }
@@ -97,9 +98,9 @@ fn after_start(state: InstanceState, then: Verdict) -> Verdict {
 mod tests {
     use super::*;
     use api_socket::{
-        Balloon, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, CpuConfig, Drive,
-        DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig,
-        NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial, Vsock,
+        Balloon, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, ConsoleUpdate,
+        CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate, Metrics,
+        MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial, Vsock,
     };
 
     /// Each request with its verdict when not started, running and paused.
@@ -130,6 +131,7 @@ mod tests {
             (Request::PatchVm(VmState::Paused), [Denied(BEFORE_START), Accept, AlreadyDone]),
             (Request::PatchVm(VmState::Resumed), [Denied(BEFORE_START), AlreadyDone, Accept]),
             (Request::PutConsole(Console::default()), pre),
+            (Request::PatchConsole(ConsoleUpdate::default()), post),
             (Request::PutNetworkInterface(NetworkInterface::default()), pre),
             (Request::PatchNetworkInterface(NetworkInterfaceUpdate::default()), post),
             (Request::DeleteNetworkInterface("d".to_string()), never),
@@ -231,10 +233,11 @@ mod tests {
             Request::GetBalloonHintingStatus => 37,
             Request::DeleteNetworkInterface(_) => 38,
             Request::DeletePmem(_) => 39,
+            Request::PatchConsole(_) => 40,
         };
         let mut places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
         places.sort_unstable();
-        assert_eq!(places, (0..40).collect::<Vec<_>>());
+        assert_eq!(places, (0..41).collect::<Vec<_>>());
     }
 
     #[test]

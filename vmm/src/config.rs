@@ -21,9 +21,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use api_socket::{
-    Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, CpuConfig, CpuTemplate, DriveUpdate, Entropy,
-    Fault, HugePages, IoEngine, MachineConfig, MachineConfigUpdate, NetworkInterface, NetworkInterfaceUpdate,
-    Pmem, PmemUpdate, Reply, Request, TokenBucket, VCPU_COUNT, VmConfig,
+    Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, ConsoleUpdate, CpuConfig, CpuTemplate,
+    DriveUpdate, Entropy, Fault, HugePages, IoEngine, MachineConfig, MachineConfigUpdate, NetworkInterface,
+    NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request, TokenBucket, VCPU_COUNT, VmConfig,
 };
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::Engine;
@@ -400,6 +400,20 @@ impl Config {
     /// Takes down that a running guest's network interface has been changed.
     pub fn interface_updated(&mut self, update: &NetworkInterfaceUpdate) {
         self.interfaces.updated(update);
+    }
+
+    /// Takes down that a running guest's console has another size.
+    ///
+    /// # Errors
+    /// There is no console.
+    pub fn console_resized(&mut self, update: ConsoleUpdate) -> Result<(), Fault> {
+        let settings = self.console_settings.as_mut().ok_or_else(|| {
+            Fault::bad_request(
+                "This guest has no virtio console; PUT /console before the start gives it one.",
+            )
+        })?;
+        (settings.columns, settings.rows) = (update.columns, update.rows);
+        Ok(())
     }
 
     /// The persistent memory devices, each with a descriptor of its own.

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use api_socket::{NetworkInterfaceUpdate, RateLimiter};
+use api_socket::{ConsoleUpdate, NetworkInterfaceUpdate, RateLimiter};
 use devices::acpi_pm::{self, AcpiPm};
 use devices::bus::BusError;
 use devices::i8042::{self, I8042};
@@ -249,6 +249,11 @@ impl Machine {
     /// The balloon, if there is one, held until this is dropped.
     pub fn balloon(&self) -> Option<MutexGuard<'_, Balloon>> {
         self.virtio.balloon()
+    }
+
+    /// Gives the console another size while the guest runs.
+    pub fn resize_console(&self, update: ConsoleUpdate) {
+        self.virtio.resize_console(update);
     }
 
     /// Stops every device; see [`devices::virtio::transport::Transport::pause`]. Only while no vCPU runs.

@@ -591,6 +591,7 @@ const REQUESTS: &[Row] = &[
         Some("machine_cfg_fails"),
     ),
     ("patch_api_requests", Method::Patch, Endpoint::Vm, "vm_count", Some("vm_fails")),
+    ("patch_api_requests", Method::Patch, Endpoint::Console, "console_count", Some("console_fails")),
     ("delete_api_requests", Method::Delete, Endpoint::Drive, "drive_count", Some("drive_fails")),
     (
         "delete_api_requests",
@@ -791,6 +792,8 @@ mod tests {
                 "patch_api_requests.balloon_hinting_stop_fails",
                 "patch_api_requests.balloon_stats_count",
                 "patch_api_requests.balloon_stats_fails",
+                "patch_api_requests.console_count",
+                "patch_api_requests.console_fails",
                 "patch_api_requests.vm_count",
                 "patch_api_requests.vm_fails",
                 "put_api_requests.balloon_count",

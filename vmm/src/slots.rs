@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use api_socket::{NetworkInterfaceUpdate, RateLimiter};
+use api_socket::{ConsoleUpdate, NetworkInterfaceUpdate, RateLimiter};
 use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::bus::{Bus, BusError};
 use devices::pci::root::{AddError, Root, Windows};
@@ -325,6 +325,13 @@ impl Slots {
     pub fn update_pmem(&self, id: &str, change: RateLimiter) {
         if let Some(pmem) = find(&self.pmems, id) {
             lock(&pmem.device).set_limits(limits(Some(&change)));
+        }
+    }
+
+    /// Gives the console another size.
+    pub fn resize_console(&self, update: ConsoleUpdate) {
+        if let Some(console) = &self.console {
+            lock(console).resize(console::Size { columns: update.columns, rows: update.rows });
         }
     }
 

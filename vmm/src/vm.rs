@@ -7,9 +7,9 @@ use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use api_socket::{
-    ActionType, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, DriveUpdate, Fault, InstanceInfo,
-    InstanceState, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request, Version,
-    VmState,
+    ActionType, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, ConsoleUpdate, DriveUpdate, Fault,
+    InstanceInfo, InstanceState, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request,
+    Version, VmState,
 };
 use devices::virtio::balloon::Balloon;
 use vmm_sys_util::eventfd::EventFd;
@@ -188,6 +188,7 @@ impl Vm {
                 let stopped = self.hinting_balloon()?.stop_hinting();
                 balloon::check_hinting(true, stopped)?;
             }
+            Request::PatchConsole(update) => self.resize_console(update)?,
             other => return Err(Fault::bad_request(format!("{other:?} is not supported by this version"))),
         }
         Ok(Reply::Empty)
@@ -360,6 +361,12 @@ impl Vm {
     fn balloon(&self) -> Result<MutexGuard<'_, Balloon>, Fault> {
         self.config.balloon()?;
         self.guest()?.machine.balloon().ok_or_else(not_started)
+    }
+
+    fn resize_console(&mut self, update: ConsoleUpdate) -> Result<(), Fault> {
+        self.config.console_resized(update)?;
+        self.guest()?.machine.resize_console(update);
+        Ok(())
     }
 
     fn guest(&self) -> Result<&Guest, Fault> {

@@ -64,6 +64,8 @@ pub struct Console {
     output: Output,
     counters: Arc<Counters>,
     running: Option<Running>,
+    /// The driver has to be told of the size.
+    resized: bool,
 }
 
 impl Console {
@@ -79,7 +81,23 @@ impl Console {
             output: Output::new(config.output, output, counters.clone())?,
             counters,
             running: None,
+            resized: false,
         })
+    }
+
+    /// Another size from now on. A driver that runs is told, one that is paused when it goes on.
+    pub fn resize(&mut self, size: Size) {
+        self.resized |= size != self.size;
+        self.size = size;
+        self.announce();
+    }
+
+    fn announce(&mut self) {
+        if let Some(running) = &self.running
+            && std::mem::take(&mut self.resized)
+        {
+            running.interrupt.config();
+        }
     }
 
     /// What the device has done since it was built.
@@ -123,6 +141,7 @@ impl VirtioDevice for Console {
         sources.push(Source { fd: self.output.timer.as_raw_fd(), token: RETRY_TIMER });
         sources.extend(self.input.fd().map(|fd| Source { fd, token: INPUT }));
         self.running = Some(running);
+        self.announce();
         self.output.flush();
         Ok(sources)
     }
@@ -421,6 +440,27 @@ mod tests {
         fn lost(&self) -> u64 {
             self.slot.device.counters().lost_bytes.load(Ordering::Relaxed)
         }
+    }
+
+    #[test]
+    fn a_driver_is_told_of_another_size_once_and_also_after_a_pause() {
+        let mut rig = rig(None);
+        let told = |rig: &Rig| rig.slot.calls.config.swap(0, Ordering::SeqCst);
+        let size = |rig: &Rig| {
+            let mut space = [0; 4];
+            rig.slot.device.config(0, &mut space);
+            (u16::from_le_bytes([space[0], space[1]]), u16::from_le_bytes([space[2], space[3]]))
+        };
+        rig.slot.device.resize(SIZE);
+        assert_eq!(told(&rig), 0, "nothing has changed");
+        rig.slot.device.resize(Size { columns: 80, rows: 24 });
+        assert_eq!((told(&rig), size(&rig)), (1, (80, 24)));
+        let queues = rig.slot.stop();
+        rig.slot.device.resize(SIZE);
+        rig.slot.device.resize(Size { columns: 200, rows: 60 });
+        assert_eq!(told(&rig), 0, "nobody is there");
+        rig.slot.start(queues, EVENT_IDX);
+        assert_eq!((told(&rig), size(&rig)), (1, (200, 60)));
     }
 
     #[test]
