@@ -59,7 +59,9 @@ $(DENY)/bin/cargo-deny:
 fmt: ## format the code
 	cargo fmt --all
 
-unit: ## tests that need no guest
+# The commands first: a test judges our archive by the cpio that is installed.
+unit: tools ## tests that need no guest
+	$(TARGET)/debug/berth-assets tools
 	cargo test --workspace --exclude berth-tests --quiet
 	cargo test --package berth-tests --lib --bins --quiet
 
