@@ -68,11 +68,17 @@ impl Hotplug {
         self.state.changed &= !bit(slot);
         self.state.wanted |= bit(slot);
         self.state.leaving &= !bit(slot);
+        // It may have done so at the last moment: then that is known now.
+        self.gone &= !bit(slot);
     }
 
     /// Asks the guest to let go of `slot`; false when it has been asked before and has not done so. Interrupt the guest
     /// afterwards.
     pub fn ask(&mut self, slot: usize) -> bool {
+        if self.gone & bit(slot) != 0 {
+            // It has done so just now. What comes next into the slot was not asked for.
+            return true;
+        }
         let is_new = self.state.leaving & bit(slot) == 0;
         self.state.wanted |= bit(slot);
         self.state.leaving |= bit(slot);
@@ -99,7 +105,7 @@ impl Hotplug {
         self.state.leaving &= !slots;
         self.state.wanted &= !slots;
         for slot in (0..SLOTS).filter(|slot| slots & bit(*slot) != 0) {
-            self.root.remove(slot);
+            self.root.let_go(slot);
         }
         self.gone |= slots;
         if slots != 0 {
@@ -160,9 +166,7 @@ mod tests {
         fn write_bar(&mut self, _: usize, _: u64, _: &[u8]) {}
     }
 
-    /// With a card in slots 3 and 31.
-    fn block() -> (Hotplug, Arc<Root>, EventFd) {
-        let root = Arc::new(Root::new(Windows { below_4g: 0x1000..0x2000, above_4g: None }));
+    fn card() -> Arc<Mutex<Card>> {
         let header = Header {
             vendor: 0x1234,
             device: 0x5678,
@@ -171,8 +175,14 @@ mod tests {
             subsystem_vendor: 0,
             subsystem: 0,
         };
+        Arc::new(Mutex::new(Card(Config::new(header))))
+    }
+
+    /// With a card in slots 3 and 31.
+    fn block() -> (Hotplug, Arc<Root>, EventFd) {
+        let root = Arc::new(Root::new(Windows { below_4g: 0x1000..0x2000, above_4g: None }));
         for slot in [3, 31] {
-            root.add(Some(slot), Arc::new(Mutex::new(Card(Config::new(header))))).unwrap();
+            root.add(Some(slot), card()).unwrap();
         }
         let attention = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         (Hotplug::new(root.clone(), attention.try_clone().unwrap(), None), root, attention)
@@ -218,6 +228,26 @@ mod tests {
         assert!(is_there(&root, 0) && !is_there(&root, 3) && is_there(&root, 31));
         eject(&mut block, 1 << 3);
         assert!(attention.read().is_err(), "once is enough");
+    }
+
+    #[test]
+    fn what_comes_after_a_guest_has_let_go_is_not_taken_for_what_has_gone() {
+        let (mut block, root, _) = block();
+        assert!(block.ask(3));
+        eject(&mut block, 1 << 3);
+        assert!(root.add(Some(3), card()).is_err(), "nobody has heard of it yet");
+        assert!(block.ask(3), "it has done so");
+        assert_eq!(block.take_gone(), [3]);
+        root.take_away(3);
+        root.add(Some(3), card()).unwrap();
+        block.came(3);
+        eject(&mut block, 1 << 3);
+        assert!(is_there(&root, 3), "it was asked for what was there before");
+
+        assert!(block.ask(3));
+        eject(&mut block, 1 << 3);
+        block.taken_away(3);
+        assert!(block.take_gone().is_empty(), "that is known");
     }
 
     #[test]

@@ -43,8 +43,10 @@ struct Slots {
 }
 
 struct Slot {
-    /// `None` after it was taken away ([`Root::take_away`]).
+    /// `None` after it was let go of or taken away ([`Root::let_go`], [`Root::take_away`]).
     function: Option<SharedFunction>,
+    /// Its owner has not heard yet that the guest has let go of it.
+    is_held: bool,
     /// What each BAR answers at now.
     decoded: [Option<Range<u64>>; config::BARS],
     /// What was taken from a window for it.
@@ -67,7 +69,13 @@ impl Root {
     pub fn new(windows: Windows) -> Self {
         let mut table = [const { None }; SLOTS];
         let bridge: SharedFunction = Arc::new(Mutex::new(HostBridge::new()));
-        table[0] = Some(Slot { function: Some(bridge), decoded: Default::default(), assigned: Vec::new() });
+        let bridge = Slot {
+            function: Some(bridge),
+            is_held: false,
+            decoded: Default::default(),
+            assigned: Vec::new(),
+        };
+        table[0] = Some(bridge);
         let (low, high) = (Ranges::new(windows.below_4g), windows.above_4g.map(Ranges::new));
         Self { slots: Mutex::new(Slots { table, low, high }) }
     }
@@ -96,7 +104,7 @@ impl Root {
         let assigned = slots.assign(config.config())?;
         let decoded = decoded(config.config());
         drop(config);
-        slots.table[slot] = Some(Slot { function: Some(function), decoded, assigned });
+        slots.table[slot] = Some(Slot { function: Some(function), is_held: false, decoded, assigned });
         Ok(slot)
     }
 
@@ -109,11 +117,26 @@ impl Root {
         self.slots().clear(slot)?.function
     }
 
+    /// As [`Root::remove`], for a guest that lets go of the function: whoever owns that hears of it later, and knows it by its
+    /// slot. So until [`Root::take_away`] nothing else comes into the slot, or it would be taken for what has gone; nor to its
+    /// addresses, where doorbells may still be bound.
+    pub fn let_go(&self, slot: usize) -> Option<SharedFunction> {
+        let mut slots = self.slots();
+        let left = slots.table.get_mut(slot).filter(|_| slot != 0)?.as_mut()?;
+        let function = left.function.take()?;
+        left.is_held = true;
+        left.decoded = Default::default();
+        Some(function)
+    }
+
     /// As [`Root::remove`], for a guest that has not let go of the function. Its configuration space is gone, by which
     /// drivers see that the function is; but where its BARs were, zeros are read until another comes into the slot: a driver
     /// in the middle of something waits for a register to be 0 (VIRTIO 1.3, 4.1.4.3.2), for ever if it reads ones.
     pub fn take_away(&self, slot: usize) -> Option<SharedFunction> {
-        self.slots().table.get_mut(slot).filter(|_| slot != 0)?.as_mut()?.function.take()
+        let mut slots = self.slots();
+        let left = slots.table.get_mut(slot).filter(|_| slot != 0)?.as_mut()?;
+        left.is_held = false;
+        left.function.take()
     }
 
     /// The guest reads configuration space; `offset` counts from the start of ECAM.
@@ -240,7 +263,7 @@ impl Slots {
 }
 
 fn is_free(slot: &Option<Slot>) -> bool {
-    slot.as_ref().is_none_or(|slot| slot.function.is_none())
+    slot.as_ref().is_none_or(|slot| slot.function.is_none() && !slot.is_held)
 }
 
 fn decoded(config: &Config) -> [Option<Range<u64>>; config::BARS] {
@@ -431,6 +454,23 @@ mod tests {
         assert_eq!(read(&bus, ecam(1, 0x10)), LOW.start as u32, "the addresses are free again");
         assert_eq!(read(&bus, LOW.start), u32::MAX, "not decoded");
         assert!(root.remove(1).is_some());
+    }
+
+    #[test]
+    fn what_the_guest_has_let_go_of_is_gone_and_has_its_slot_and_addresses_until_its_owner_knows() {
+        let (root, bus) = machine();
+        let card = || card(&[(0, Bar::Memory32(0x1000))]);
+        assert_eq!(root.add(None, card()), Ok(1));
+        decode(&bus, 1);
+        assert!(root.let_go(1).is_some());
+        assert!(root.let_go(1).is_none() && root.let_go(0).is_none() && root.let_go(99).is_none());
+        assert_eq!((read(&bus, ecam(1, 0)), read(&bus, LOW.start)), (u32::MAX, u32::MAX));
+        assert_eq!(root.add(Some(1), card()), Err(AddError::Slot { slot: 1 }));
+        assert_eq!(root.add(None, card()), Ok(2));
+        assert_eq!(read(&bus, ecam(2, 0x10)), LOW.start as u32 + 0x1000);
+        assert!(root.take_away(1).is_none());
+        assert_eq!(root.add(None, card()), Ok(1));
+        assert_eq!(read(&bus, ecam(1, 0x10)), LOW.start as u32);
     }
 
     #[test]
