@@ -1,5 +1,6 @@
 //! Files of the host in guest memory: each has a KVM memory slot of its own above the PCI window, where a persistent
-//! memory device tells the guest of it. Devices reach it like RAM, so that a guest can read from a disk into it.
+//! memory device tells the guest of it. Devices reach it like RAM, so that a guest can read from a disk into it; what is
+//! read-only to the guest is so to them.
 //!
 //! Does not open or flush files, and no part of what is here is RAM to the guest.
 
@@ -60,7 +61,7 @@ impl FileMemory {
 
     /// Maps the whole of `file`, and zeros behind it up to a multiple of [`ALIGN`]; says where. What the guest writes is
     /// in the file at once and durable when the file is flushed; with `read_only` the guest's writes have no effect, and
-    /// what a device writes there on its behalf stays within this process.
+    /// devices make none ([`devices::memory::is_writable`]). Any that were made would stay within this process.
     ///
     /// The file must not shrink afterwards: this process ends when the guest reaches what is gone (SIGBUS).
     pub fn map(&mut self, file: &File, read_only: bool) -> Result<Range<u64>, FileMemoryError> {
@@ -76,7 +77,7 @@ impl FileMemory {
             .ok_or_else(|| FileMemoryError::Full { bytes, left: self.largest() })?;
         let slot = self.free_slot();
         let mapping = Mapping::new(file, bytes, range.end - range.start, read_only)?;
-        self.insert(&mapping, &range)?;
+        self.insert(&mapping, &range, read_only)?;
         let region = kvm_userspace_memory_region {
             slot,
             guest_phys_addr: range.start,
@@ -162,8 +163,9 @@ impl FileMemory {
     }
 
     /// Lets devices reach it.
-    fn insert(&self, mapping: &Mapping, range: &Range<u64>) -> Result<(), FileMemoryError> {
-        let builder = MmapRegionBuilder::new(mapping.len).with_mmap_prot(ACCESS).with_mmap_flags(SPACE);
+    fn insert(&self, mapping: &Mapping, range: &Range<u64>, read_only: bool) -> Result<(), FileMemoryError> {
+        let access = if read_only { libc::PROT_READ } else { ACCESS };
+        let builder = MmapRegionBuilder::new(mapping.len).with_mmap_prot(access).with_mmap_flags(SPACE);
         // SAFETY: `start` and `len` are those of a mapping that stays for the life of the process.
         let region = unsafe { builder.with_raw_mmap_pointer(mapping.start.cast()) }.build();
         let region = region.ok().and_then(|region| GuestRegionMmap::new(region, GuestAddress(range.start)));
@@ -285,6 +287,18 @@ mod tests {
         let mut byte = [1];
         disk.read_exact_at(&mut byte, 0).unwrap();
         assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn what_is_read_only_to_the_guest_is_so_to_devices() {
+        let Some((mut files, ram)) = files(FREE) else { return };
+        let disk = file(ALIGN);
+        let [read_only, writable] = [true, false].map(|read_only| files.map(&disk, read_only).unwrap());
+        let memory = ram.memory();
+        let may_write = |start, bytes| devices::memory::is_writable(&memory, GuestAddress(start), bytes);
+        assert!(!may_write(read_only.start, 1) && !may_write(read_only.end - 1, 1));
+        assert!(!may_write(read_only.start - 1, 2) && !may_write(0, read_only.end));
+        assert!(may_write(writable.start, ALIGN) && may_write(0, 1 << 20));
     }
 
     #[test]

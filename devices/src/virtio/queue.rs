@@ -16,7 +16,7 @@ use vm_memory::bitmap::BS;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, is_writable};
 
 /// Most descriptors one chain may have, indirect ones included. A chain may not be longer than its queue (2.7.5.3.1), and
 /// no queue of ours is longer than this; so a chain that reaches it is a loop.
@@ -37,6 +37,15 @@ impl Queue {
     pub fn new(index: u16, ring: virtio_queue::Queue, kick: EventFd) -> Queue {
         let asked_at = Wrapping(ring.next_used());
         Queue { index, ring, kick, asked_at }
+    }
+
+    /// Whether the device may write where its side of the ring is. At the start of each turn: memory can come and go.
+    pub fn check(&self, memory: &GuestRam) -> Result<(), QueueError> {
+        let (address, bytes) = (self.ring.used_ring(), used_ring_bytes(self.ring.size()));
+        match is_writable(memory, GuestAddress(address), bytes) {
+            true => Ok(()),
+            false => Err(QueueError::ReadOnly { address, bytes }),
+        }
     }
 
     /// The next chain the driver made available, or `None` when there is none. It stays the driver's until
@@ -246,6 +255,9 @@ impl Chain {
         if !memory.check_range(segment.address, segment.len as usize, access) {
             return Err(QueueError::Buffer { address: segment.address.0, len: segment.len });
         }
+        if descriptor.is_write_only() && !is_writable(memory, segment.address, segment.len.into()) {
+            return Err(QueueError::ReadOnly { address: segment.address.0, bytes: segment.len.into() });
+        }
         list.list.push(segment);
         list.bytes = list.bytes.checked_add(segment.len).ok_or(QueueError::Bytes { head: self.head })?;
         Ok(())
@@ -382,6 +394,8 @@ pub enum QueueError {
     Bytes { head: u16 },
     #[error("the buffer {address:#x}+{len:#x} is not in guest memory")]
     Buffer { address: u64, len: u32 },
+    #[error("the device may only read what is at {address:#x}+{bytes:#x}")]
+    ReadOnly { address: u64, bytes: u64 },
     #[error("the request needs {needed} more bytes, its buffers have {left}")]
     Short { needed: usize, left: u32 },
 }
@@ -393,6 +407,8 @@ const AVAIL_RING: u64 = 4;
 /// Offsets in the used ring (2.7.8).
 const USED_INDEX: u64 = 2;
 const USED_RING: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
+const AVAIL_EVENT_BYTES: u64 = 2;
 
 const DESCRIPTOR_BYTES: u32 = size_of::<Descriptor>() as u32;
 
@@ -435,6 +451,10 @@ impl Table {
         }
         Ok(Table { address: descriptor.addr().0, entries: bytes / DESCRIPTOR_BYTES, indirect: true })
     }
+}
+
+fn used_ring_bytes(entries: u16) -> u64 {
+    USED_RING + USED_ELEMENT_BYTES * u64::from(entries) + AVAIL_EVENT_BYTES
 }
 
 fn load(memory: &GuestRam, ring: u64, offset: u64) -> Result<u16, QueueError> {
@@ -536,6 +556,54 @@ mod tests {
                 let used: Vec<u16> = driver.reap_all().iter().map(|used| used.head).collect();
                 assert_eq!(used, heads);
             }
+        }
+    }
+
+    /// RAM as ever, and behind it a page that is mapped to be read.
+    fn partly_read_only() -> crate::memory::Memory {
+        let (access, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let page = vm_memory::MmapRegion::build(None, 0x1000, access, flags).unwrap();
+        let page = vm_memory::GuestRegionMmap::new(page, GuestAddress(RAM as u64)).unwrap();
+        let with = testing::ram(RAM).memory().insert_region(std::sync::Arc::new(page)).unwrap();
+        crate::memory::Memory::new(with)
+    }
+
+    #[test]
+    fn where_a_device_may_only_read_it_takes_no_room() {
+        let memory = partly_read_only();
+        let far = RAM as u64;
+        for (address, bytes) in [(far, 1), (far + 0xfff, 1), (far - 1, 2)] {
+            let mut driver = Driver::new(&memory, 0x1000, 8, 0);
+            let mut queue = driver.queue(0);
+            driver.add(&[buffer(address, bytes, false)]);
+            let chain = queue.pop(&memory.memory()).unwrap().unwrap();
+            assert_eq!(chain.readable.bytes(), bytes);
+            driver.add(&[buffer(address, bytes, true)]);
+            let refused = QueueError::ReadOnly { address, bytes: bytes.into() };
+            assert_eq!(queue.pop(&memory.memory()).unwrap_err(), refused);
+        }
+    }
+
+    #[test]
+    fn a_used_ring_where_a_device_may_only_read_breaks_the_device() {
+        use crate::virtio::device::Active;
+        use crate::virtio::running::{Running, Step};
+        let (memory, calls) = (partly_read_only(), std::sync::Arc::<testing::Calls>::default());
+        for (used_ring, works) in [(RAM as u64 - 8, false), (RAM as u64 + 0x10, false), (0x8000, true)] {
+            let mut driver = Driver::new(&memory, 0x1000, 8, 0);
+            let room = driver.room(1);
+            driver.add(&[room]);
+            let mut queue = driver.queue(0);
+            queue.ring.try_set_used_ring_address(GuestAddress(used_ring)).unwrap();
+            let active =
+                Active { memory: memory.clone(), queues: vec![queue], features: 0, interrupt: calls.clone() };
+            let (mut running, _) = Running::start(active, 1).unwrap();
+            let mut served = false;
+            running.serve(0, |_, _| {
+                served = true;
+                Ok(Step::Used(0))
+            });
+            assert_eq!((served, running.is_broken()), (works, !works), "{used_ring:#x}");
         }
     }
 

@@ -113,7 +113,7 @@ impl Running {
         }
         let memory = self.memory.memory();
         let mut turn = Turn { queue, memory: &memory };
-        let result = work(&mut turn);
+        let result = turn.queue.check(&memory).and_then(|()| work(&mut turn));
         // Also after an error: what was done before it is done.
         let interrupt = turn.interrupt(&*self.interrupt);
         if let Err(error) = result.and(interrupt) {
