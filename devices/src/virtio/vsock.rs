@@ -174,6 +174,7 @@ impl VirtioDevice for Vsock {
         if self.muxer.was_held_back() {
             self.running.iter().for_each(|running| running.ring(TRANSMIT));
         }
+        self.muxer.let_in();
         self.muxer.settle();
     }
 
@@ -184,7 +185,7 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.muxer.forget();
         self.notice = Notice::None;
-        self.muxer.listen();
+        self.muxer.listen_soon();
     }
 
     fn save(&self) -> DeviceState {

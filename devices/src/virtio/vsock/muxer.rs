@@ -88,6 +88,8 @@ pub struct Muxer {
     next_host_port: u32,
     /// The listening socket is watched.
     listening: bool,
+    /// It is to be watched when the device is called next.
+    is_listen_due: bool,
     deadlines: BTreeSet<(Instant, Key)>,
     /// Those with something for the guest, and who had the last turn.
     ready: BTreeSet<Key>,
@@ -121,6 +123,7 @@ impl Muxer {
             connections: BTreeMap::new(),
             next_host_port: next_host_port.clamp(FIRST_HOST_PORT, LAST_HOST_PORT),
             listening: false,
+            is_listen_due: false,
             deadlines: BTreeSet::new(),
             ready: BTreeSet::new(),
             last_turn: LISTENER,
@@ -163,6 +166,18 @@ impl Muxer {
                 Ok(()) => self.listening = true,
                 Err(error) => self.complain("the listening socket cannot be watched", &error),
             }
+        }
+    }
+
+    /// The same from the next [`Muxer::let_in`] on: a guest resets its device on a thread that may not begin to watch anything.
+    pub fn listen_soon(&mut self) {
+        self.is_listen_due = !self.listening;
+    }
+
+    /// Lets the host's programs in, if they are to be.
+    pub fn let_in(&mut self) {
+        if std::mem::take(&mut self.is_listen_due) {
+            self.listen();
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::packet::{
@@ -778,6 +779,22 @@ fn a_new_driver_knows_nothing_of_the_connections_of_the_one_before() {
     rig.write(port, b"x");
     assert_eq!(rig.operations(), [(op::RST, 0)]);
     rig.called();
+}
+
+/// A guest resets a device on a vCPU's thread, which may not begin to watch anything.
+#[test]
+fn after_a_reset_programs_of_the_host_are_let_in_when_the_device_runs_and_not_before() {
+    let mut rig = rig().restore();
+    let mut early = rig.client();
+    early.write_all(b"CONNECT 1234\n").unwrap();
+    rig.slot.stop();
+    rig.slot.device.reset();
+    let (sockets, watch) = (rig.slot.device.muxer.sockets_fd(), Epoll::new().unwrap());
+    watch.ctl(ControlOperation::Add, sockets, EpollEvent::new(EventSet::IN, 0)).unwrap();
+    assert_eq!(watch.wait(0, &mut [EpollEvent::default()]).unwrap(), 0);
+    let mut rig = plugged(rig.directory, rig.slot.device);
+    rig.make_room(4);
+    assert_eq!(rig.operations(), [(op::REQUEST, 0)]);
 }
 
 #[test]
