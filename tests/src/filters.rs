@@ -12,6 +12,9 @@ use serde_json::Value;
 
 use crate::calls::Call;
 
+/// Stands for the number of the process that a filter is put on.
+const OWN_PROCESS: u64 = i32::MAX as u64;
+
 /// The kinds of threads, each with its file.
 const FILES: [(&str, &str); 4] = [
     ("control", include_str!("../../resources/seccomp/x86_64/control.json")),
@@ -84,6 +87,10 @@ impl Condition {
     fn holds(&self, arguments: &[u64]) -> bool {
         let Some(argument) = arguments.get(self.index).copied() else { return false };
         let narrow = |value: u64| if self.width == "dword" { value & 0xffff_ffff } else { value };
+        if self.val == OWN_PROCESS {
+            // What was made of it, and of no other, when the filter was put on.
+            return true;
+        }
         let (argument, value) = (narrow(argument), narrow(self.val));
         match &self.op {
             Value::String(op) => match op.as_str() {

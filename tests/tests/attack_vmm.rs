@@ -68,7 +68,7 @@ const PERF: [u8; 64] = {
     attr
 };
 
-const ATTACKS: [Attack; 56] = [
+const ATTACKS: [Attack; 58] = [
     // Programs and code.
     attack("execve", libc::SYS_execve, PROGRAM, |at| [at, 0, 0, 0, 0, 0], Landlock),
     attack("execveat", libc::SYS_execveat, PROGRAM, |at| [HERE, at, 0, 0, 0, 0], Landlock),
@@ -105,6 +105,21 @@ const ATTACKS: [Attack; 56] = [
     attack("clone3", libc::SYS_clone3, b"", |at| [at, 1, 0, 0, 0, 0], Fails(Errno::INVAL)),
     attack("signal a process", libc::SYS_kill, b"", |_| [1, 0, 0, 0, 0, 0], Capabilities),
     attack("signal a thread of another", libc::SYS_tkill, b"", |_| [1, 0, 0, 0, 0, 0], Capabilities),
+    // What threads of this process are sent.
+    attack(
+        "abort another process",
+        libc::SYS_tgkill,
+        b"",
+        |_| [1, 1, libc::SIGABRT as u64, 0, 0, 0],
+        Capabilities,
+    ),
+    attack(
+        "kick another process",
+        libc::SYS_tgkill,
+        b"",
+        |_| [1, 1, libc::SIGRTMIN() as u64, 0, 0, 0],
+        Capabilities,
+    ),
     attack("a descriptor of a process", libc::SYS_pidfd_open, b"", |_| [1, 0, 0, 0, 0, 0], Succeeds),
     attack(
         "trace a process",

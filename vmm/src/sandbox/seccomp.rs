@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use api_socket::Fault;
-use seccompiler::{BpfMap, BpfProgramRef};
+use seccompiler::{BpfMap, BpfProgram, BpfProgramRef};
 
 use super::Role;
 
@@ -24,6 +24,10 @@ const SYSCALLS: &str = include_str!("../../../resources/seccomp/x86_64/syscalls.
 
 /// The largest file of filters that is read, in bytes; ours together have a fiftieth.
 const MAX_FILE_SIZE: u64 = 1 << 20;
+
+/// What stands in a filter for the number of the process that it is put on, where it is compared with an argument. No
+/// process has it: numbers end at 2^22.
+const OWN_PROCESS: u32 = i32::MAX as u32;
 
 /// A filter for every [`Role`].
 pub struct Filters(Option<BpfMap>);
@@ -53,7 +57,8 @@ impl Filters {
     /// # Errors
     /// The kernel has no seccomp filters, or no memory.
     pub fn install(&self, role: Role) -> io::Result<()> {
-        seccompiler::apply_filter(self.program(role)).map_err(io::Error::other)
+        let program = of_process(self.program(role), std::process::id());
+        seccompiler::apply_filter(&program).map_err(io::Error::other)
     }
 
     fn program(&self, role: Role) -> BpfProgramRef<'_> {
@@ -67,6 +72,16 @@ impl Filters {
         let custom = self.0.as_ref().and_then(|filters| filters.get(role.name()));
         custom.map_or(own, Vec::as_slice)
     }
+}
+
+/// The program with this number where it says [`OWN_PROCESS`].
+fn of_process(program: BpfProgramRef<'_>, number: u32) -> BpfProgram {
+    const JUMP_IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    let mut program = program.to_vec();
+    for step in program.iter_mut().filter(|step| step.code == JUMP_IF_EQUAL && step.k == OWN_PROCESS) {
+        step.k = number;
+    }
+    program
 }
 
 /// The name of a system call on x86_64. Safe to call in a signal handler.
@@ -139,6 +154,42 @@ mod tests {
         }
         assert!(refused(&file_of(&all[..3])).contains("no filter \"io\""));
         assert!(refused(&file_of(&["control", "api", "vcpu", "io", "gpu"])).contains("\"gpu\""));
+    }
+
+    #[test]
+    fn a_filter_knows_the_process_that_it_is_put_on() {
+        let one = r#"{"mismatch_action": "allow", "match_action": {"errno": 99}, "filter": [{"syscall": "tgkill",
+            "args": [{"index": 0, "type": "dword", "op": "eq", "val": 2147483647}]}]}"#;
+        let filters = parse(file_of(&["control", "api", "vcpu", "io"]).replace(ONE, one).as_bytes()).unwrap();
+        let ask = |process: u32| {
+            // SAFETY: no signal is sent, and the call touches no memory.
+            let asked = unsafe { libc::syscall(libc::SYS_tgkill, process, libc::gettid(), 0) };
+            if asked < 0 { io::Error::last_os_error().raw_os_error() } else { None }
+        };
+        let own = std::process::id();
+        std::thread::spawn(move || {
+            assert_eq!((ask(own), ask(OWN_PROCESS)), (None, Some(libc::ESRCH)));
+            filters.install(Role::Io).unwrap();
+            assert_eq!((ask(own), ask(OWN_PROCESS)), (Some(99), Some(libc::ESRCH)));
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn no_thread_may_signal_another_process() {
+        let tgkill = libc::SYS_tgkill as u32;
+        for role in Role::ALL {
+            let (filters, number) = (Filters::built_in(), 0x1234_5678);
+            let count = |program: &[seccompiler::sock_filter], value| {
+                program.iter().filter(|step| step.k == value).count()
+            };
+            let (before, after) = (filters.program(role), of_process(filters.program(role), number));
+            let rules = if role == Role::Control { 2 } else { 1 };
+            // However many rules a call has, its number is asked for once.
+            assert_eq!((count(before, tgkill), count(before, OWN_PROCESS)), (1, rules), "{role:?}");
+            assert_eq!((count(&after, OWN_PROCESS), count(&after, number)), (0, rules), "{role:?}");
+        }
     }
 
     #[test]
