@@ -210,10 +210,21 @@ impl Slots {
         let range = files
             .map(&file, settings.read_only)
             .map_err(|error| SlotsError::File { path: settings.path_on_host.clone(), error })?;
-        let config = pmem::Config { file, range, limits: limits(settings.rate_limiter.as_ref()) };
-        let pmem = Arc::new(Mutex::new(Pmem::new(config, None)?));
-        let slot = self.plug(pmem.clone(), board)?;
-        self.pmems.push(Named { id: settings.id, slot, device: pmem });
+        let config =
+            pmem::Config { file, range: range.clone(), limits: limits(settings.rate_limiter.as_ref()) };
+        // A guest that gets no device must not have its memory.
+        self.plug_pmem(settings.id, config, board).inspect_err(|_| files.unmap(&range))
+    }
+
+    fn plug_pmem(
+        &mut self,
+        id: String,
+        config: pmem::Config,
+        board: &Board,
+    ) -> Result<Option<usize>, SlotsError> {
+        let device = Arc::new(Mutex::new(Pmem::new(config, None)?));
+        let slot = self.plug(device.clone(), board)?;
+        self.pmems.push(Named { id, slot, device });
         Ok(slot)
     }
 
@@ -504,4 +515,60 @@ pub enum SlotsError {
     New(#[from] NewError),
     #[error("host: {0}")]
     Host(#[from] io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use devices::memory::{GuestRam, Memory};
+    use vm_memory::GuestAddress;
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::file_memory::ALIGN;
+    use crate::host::KvmHost;
+    use crate::io_thread::IoThread;
+    use crate::memory::ByteSize;
+    use crate::x86_64::interrupts::Interrupts;
+
+    const FREE: Range<u64> = 0x40_0000_0000..0x40_0000_0000 + ALIGN;
+
+    /// On the host's KVM, which need not be able to run anything.
+    fn board() -> Option<Board> {
+        let Ok(kvm) = kvm_ioctls::Kvm::new() else {
+            eprintln!("skipped: this test needs /dev/kvm");
+            return None;
+        };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let interrupts = Interrupts::new(vm.clone()).unwrap();
+        let (io, _) = IoThread::new().unwrap();
+        let host = Arc::new(KvmHost { vm, interrupts: interrupts.clone(), io });
+        Some(Board {
+            host,
+            interrupts,
+            ram: Memory::new(GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()),
+            ram_size: ByteSize::ram_of_mib(1).unwrap(),
+            ram_page: layout::PAGE,
+            physical_bits: 40,
+            pci: true,
+            boot_timer: false,
+            attention: EventFd::new(0).unwrap(),
+            vcpus: 1,
+        })
+    }
+
+    #[test]
+    fn a_file_whose_device_has_no_place_is_not_in_guest_memory() {
+        let Some(board) = board() else { return };
+        let mut files = FileMemory::new(board.host.vm.clone(), board.ram.clone(), FREE, 1);
+        let mut slots = Slots::new(&board).unwrap();
+        for _ in 0..MAX_PCI {
+            slots.add_entropy(&api_socket::Entropy::default(), &board).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(ALIGN).unwrap();
+        let pmem = PmemFile { settings: api_socket::Pmem::default(), file: file.try_clone().unwrap() };
+        let error = slots.add_pmem(pmem, &mut files, &board).unwrap_err().to_string();
+        assert!(error.contains("31 PCI slots"), "{error}");
+        assert_eq!(files.map(&file, false).unwrap(), FREE, "there is room for it");
+    }
 }
