@@ -35,6 +35,8 @@ pub const DEFAULT_MEM_SIZE_MIB: u64 = 128;
 pub const MTU: RangeInclusive<u16> = 68..=65535;
 /// What the `queue_pairs` of a network interface may be.
 pub const QUEUE_PAIRS: RangeInclusive<u8> = 1..=32;
+/// What the `queues` of a drive may be.
+pub const QUEUES: RangeInclusive<u8> = 1..=16;
 
 /// Where guests find the metadata service, unless told otherwise.
 pub const DEFAULT_MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -314,6 +316,9 @@ pub struct Drive {
     pub io_engine: Option<IoEngine>,
     /// The vhost-user back-end's Unix socket.
     pub socket: Option<PathBuf>,
+    /// Request queues, within [`QUEUES`]; absent is 1. Ours, and so left out of a reply where it was not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u8>,
 }
 
 /// Body of `PATCH /drives/{drive_id}`: `None` leaves a value as it is.

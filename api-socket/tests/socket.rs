@@ -158,6 +158,7 @@ fn one_of_each() -> Vec<Request> {
             rate_limiter,
             io_engine: Some(IoEngine::Async),
             socket: Some("/s".into()),
+            queues: Some(2),
         }),
         Request::PatchDrive(DriveUpdate {
             drive_id: "a_1".to_string(),

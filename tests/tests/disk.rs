@@ -78,6 +78,28 @@ fn every_slot_takes_a_disk_that_the_guest_can_read() {
     }
 }
 
+#[test]
+fn a_disk_has_a_queue_for_each_cpu_and_each_queue_its_interrupt() {
+    for name in [Name::Berth, Name::Firecracker] {
+        let disk = Disk::blank(MIB);
+        let drive = Drive { queues: Some(16), ..disk_drive("disk", disk.path.clone()) };
+        let drives = vec![debian_drive(), drive];
+        let mut guest = Guest::booted(Setup { name, vcpus: 4, drives, memory_mib: 256, ..Setup::default() });
+        guest.mount_debian();
+        assert_eq!(guest.number("ls /sys/block/vda/mq | wc -l"), 1);
+        assert_eq!(guest.number("ls /sys/block/vdb/mq | wc -l"), 4);
+        for cpu in 0..4 {
+            let dd = format!("dd if=/dev/zero of=/dev/vdb bs=4k count=10 seek={} oflag=direct", 10 * cpu);
+            guest.run(&format!("chroot /debian taskset -c {cpu} {dd}"));
+        }
+        if name == Name::Berth {
+            let interrupts = "awk '/virtio1-req/ { print ($2 + $3 + $4 + $5 > 0) }' /proc/interrupts";
+            assert_eq!(guest.run(interrupts), "1\n".repeat(4));
+        }
+        guest.power_off();
+    }
+}
+
 fn survives_reboot(name: Name) {
     let disk = Disk::blank(64 * MIB);
     let mut guest = Guest::booted(Setup { name, command_line: "reboot=k".into(), ..disk.setup() });

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use api_socket::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, ConsoleUpdate, CpuConfig, CpuTemplate,
     DriveUpdate, Entropy, Fault, HugePages, IoEngine, MachineConfig, MachineConfigUpdate, NetworkInterface,
-    NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request, TokenBucket, VCPU_COUNT, VmConfig,
+    NetworkInterfaceUpdate, Pmem, PmemUpdate, QUEUES, Reply, Request, TokenBucket, VCPU_COUNT, VmConfig,
 };
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::Engine;
@@ -541,6 +541,7 @@ impl Config {
         if let Some(partuuid) = &drive.partuuid {
             check_partuuid(partuuid, drive.is_root_device)?;
         }
+        check_queues(drive)?;
         let path = drive.path_on_host.as_deref().ok_or_else(|| {
             Fault::bad_request(
                 "`path_on_host` is not set; give the path of a raw disk image or of a block device.",
@@ -823,6 +824,17 @@ fn check_partuuid(partuuid: &str, is_root_device: bool) -> Result<(), Fault> {
         )));
     }
     Ok(())
+}
+
+fn check_queues(drive: &api_socket::Drive) -> Result<(), Fault> {
+    match drive.queues.filter(|queues| !QUEUES.contains(queues)) {
+        Some(queues) => Err(Fault::bad_request(format!(
+            "`queues` is {queues}; it must be from {} to {}.",
+            QUEUES.start(),
+            QUEUES.end()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// How the requests of this drive reach the host's disk.

@@ -168,6 +168,7 @@ impl Slots {
                     api_socket::CacheType::Writeback => Cache::Writeback,
                 },
                 engine: config::engine(&settings),
+                queues: settings.queues.unwrap_or(1).into(),
                 serial: settings.drive_id.clone(),
                 limits: limits(settings.rate_limiter.as_ref()),
             },

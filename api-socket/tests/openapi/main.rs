@@ -167,6 +167,9 @@ fn the_described_limits_are_those_in_force() {
         "connections": server::MAX_CONNECTIONS,
     });
     assert_eq!(description.document["x-limits"], limits);
+    let drive = &description.schema("Drive")["properties"];
+    assert_eq!(drive["queues"]["minimum"], json!(QUEUES.start()));
+    assert_eq!(drive["queues"]["maximum"], json!(QUEUES.end()));
     let interface = &description.schema("NetworkInterface")["properties"];
     assert_eq!(interface["mtu"]["minimum"], json!(MTU.start()));
     assert_eq!(interface["mtu"]["maximum"], json!(MTU.end()));

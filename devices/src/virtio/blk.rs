@@ -1,11 +1,17 @@
 //! The block device (VIRTIO 1.3, section 5.2): reads, writes, flushes, discards and zeroes a [`Disk`] for its driver.
 //!
-//! Does not open files or know formats: the VMM hands over an open, raw disk. One queue. Write caching is configured, not
+//! Does not open files or know formats: the VMM hands over an open, raw disk. Write caching is configured, not
 //! negotiated (no VIRTIO_BLK_F_CONFIG_WCE). The block size and topology are the driver's defaults and not offered: each
 //! field would cost an exit at boot to say what is assumed anyway.
 //!
 //! With the synchronous engine a request is done before the next is looked at. With the asynchronous one the ring keeps
 //! requests, which end in any order (5.2.6.2 asks for none), and stopping waits for them.
+//!
+//! Several queues spare a driver's CPUs waiting for one another; here one thread serves all of them, in turns (`turns.rs`).
+//! One ring does for all: rings for each would be filled and emptied by this same thread, with a call for each and no
+//! request done earlier, and how much one guest may have under way would grow with its queues.
+
+mod turns;
 
 use std::fs::File;
 use std::io;
@@ -31,8 +37,13 @@ use crate::virtio::device::{
 use crate::virtio::queue::{Chain, Queue, QueueError, Segments};
 use crate::virtio::running::{Running, Step, count};
 
+use turns::{Turn, Turns};
+
 /// The unit of every sector number, whatever the disk's own is (5.2.4).
 pub const SECTOR_BYTES: u64 = 512;
+
+/// Most queues. Each has its vector and its descriptors; more than a guest has CPUs are of no use.
+pub const MAX_QUEUES: u16 = 16;
 
 /// A read of 1 MiB in scattered pages of 4 KiB fits into two requests, and both into one kick.
 const QUEUE_SIZE: u16 = 256;
@@ -58,6 +69,8 @@ pub struct Config {
     pub read_only: bool,
     pub cache: Cache,
     pub engine: Engine,
+    /// 1 to [`MAX_QUEUES`].
+    pub queues: u16,
     /// What the guest sees as the disk's serial number; cut to 20 bytes.
     pub serial: String,
     pub limits: Limits,
@@ -99,6 +112,8 @@ impl Engine {
 /// The block device.
 pub struct Blk {
     worker: Worker,
+    queues: u16,
+    turns: Turns,
     /// The driver has to hear that the capacity is another one than it has read.
     resized: bool,
     running: Option<Running>,
@@ -107,7 +122,7 @@ pub struct Blk {
 impl Blk {
     /// A stopped device. With a state, the one that was saved; if the disk's size has changed since, its driver is told.
     pub fn new(config: Config, state: Option<State>) -> io::Result<Blk> {
-        let Config { file, read_only, cache, engine, serial, limits } = config;
+        let Config { file, read_only, cache, engine, queues, serial, limits } = config;
         let ring = engine.ring(&file)?;
         let disk = Disk::new(file)?;
         let worker = Worker {
@@ -119,11 +134,11 @@ impl Blk {
             write_through: false,
             disk,
             ring,
-            is_held_back: false,
+            waits: None,
         };
         worker.warn_of_odd_size();
         let resized = state.is_some_and(|state| state.sectors != worker.sectors());
-        Ok(Blk { worker, resized, running: None })
+        Ok(Blk { worker, queues, turns: Turns::default(), resized, running: None })
     }
 
     /// What the device has done since it was built.
@@ -172,17 +187,19 @@ impl VirtioDevice for Blk {
         let mut bits = vec![spec::VIRTIO_BLK_F_SEG_MAX, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX];
         bits.extend(if self.worker.read_only { &[spec::VIRTIO_BLK_F_RO][..] } else { &writable });
         bits.extend((self.worker.cache == Cache::Writeback).then_some(spec::VIRTIO_BLK_F_FLUSH));
+        bits.extend((self.queues > 1).then_some(spec::VIRTIO_BLK_F_MQ));
         let features = bits.into_iter().map(|bit| 1 << bit).sum();
-        Identity { device_type: DeviceType::Block, features, queue_sizes: vec![QUEUE_SIZE] }
+        let queue_sizes = vec![QUEUE_SIZE; self.queues.into()];
+        Identity { device_type: DeviceType::Block, features, queue_sizes }
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {
-        read_space(&config_space(self.worker.sectors()), offset, data);
+        read_space(&config_space(self.worker.sectors(), self.queues), offset, data);
     }
 
     fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError> {
         let knows_flush = active.features & (1 << spec::VIRTIO_BLK_F_FLUSH) != 0;
-        let (running, mut sources) = Running::start(active, 1)?;
+        let (running, mut sources) = Running::start(active, self.queues.into())?;
         sources.push(Source { fd: self.worker.limiter.fd(), token: TIMER });
         sources.extend(self.worker.ring.as_ref().map(|ring| Source { fd: ring.fd(), token: RING }));
         self.worker.write_through = self.worker.cache == Cache::Writeback && !knows_flush;
@@ -197,7 +214,7 @@ impl VirtioDevice for Blk {
         match token {
             RING => {
                 worker.turn(running);
-                if !std::mem::take(&mut worker.is_held_back) {
+                if worker.waits != Some(Wait::Room) {
                     return;
                 }
             }
@@ -205,16 +222,29 @@ impl VirtioDevice for Blk {
                 worker.limiter.clear();
                 count(&worker.counters.rate_limiter_event_count, 1);
             }
-            _ => count(&worker.counters.queue_event_count, 1),
+            queue => {
+                count(&worker.counters.queue_event_count, 1);
+                running.clear_kick(queue as u16);
+                self.turns.kicked(queue as u16);
+            }
         }
-        running.serve(QUEUE, |memory, chain| worker.request(memory, chain));
+        self.turns.take(|queue| worker.serve(running, queue));
         if worker.ring.as_ref().is_some_and(|ring| !ring.is_empty()) {
             worker.turn(running);
+        }
+        // One turn for each call, for the sake of other devices: the next queue is called for. Also when all that was in the
+        // ring has just come back, as no signal of it is left.
+        if worker.may_go_on()
+            && let Some(next) = self.turns.next()
+        {
+            running.ring(next);
         }
     }
 
     fn stop(&mut self) -> Vec<Queue> {
         self.drain();
+        self.turns.clear();
+        self.worker.waits = None;
         self.running.take().map(Running::stop).unwrap_or_default()
     }
 
@@ -258,11 +288,10 @@ pub struct Counters {
     pub update_fails: AtomicU64,
 }
 
-const QUEUE: u16 = 0;
 /// The token of the rate limiter's timer; queues have their index.
-const TIMER: u32 = 1;
+const TIMER: u32 = 0x8000;
 /// The token of the asynchronous engine's ring.
-const RING: u32 = 2;
+const RING: u32 = 0x8001;
 
 const HEADER_BYTES: usize = 16;
 /// One range of a discard or of zeroes.
@@ -291,6 +320,7 @@ enum Failure {
 /// What a request needs to be answered when it is done.
 #[derive(Clone, Copy, Debug)]
 struct Answer {
+    queue: u16,
     head: u16,
     status_at: GuestAddress,
     /// Bytes that the driver left for data.
@@ -318,8 +348,8 @@ struct Worker {
     disk: Disk,
     /// Of the asynchronous engine; the synchronous one has none.
     ring: Option<Ring<Answer>>,
-    /// A request waits for room in the ring.
-    is_held_back: bool,
+    /// What the first queue in line waits for.
+    waits: Option<Wait>,
     read_only: bool,
     cache: Cache,
     serial: [u8; ID_BYTES],
@@ -329,12 +359,48 @@ struct Worker {
     counters: Arc<Counters>,
 }
 
+/// What a request may have to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wait {
+    Limiter,
+    /// In the ring.
+    Room,
+}
+
 impl Worker {
+    fn serve(&mut self, running: &mut Running, queue: u16) -> Turn {
+        self.waits = None;
+        let mut taken = false;
+        running.serve(queue, |memory, chain| {
+            let step = self.request(queue, memory, chain)?;
+            taken |= step != Step::Later;
+            Ok(step)
+        });
+        match self.waits {
+            None => Turn::Over,
+            Some(_) if taken => Turn::Partly,
+            Some(_) => Turn::Waits,
+        }
+    }
+
+    /// What the first queue in line waits for has come, if it did.
+    fn may_go_on(&self) -> bool {
+        match self.waits {
+            None => true,
+            Some(Wait::Limiter) => false,
+            Some(Wait::Room) => !self.is_full(),
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.ring.as_ref().is_some_and(Ring::is_full)
+    }
+
     /// Serves one request. Its status is written whatever happens; only where there is no room for one is it an error.
-    fn request(&mut self, memory: &GuestRam, chain: &mut Chain) -> Result<Step, QueueError> {
-        if self.ring.as_ref().is_some_and(Ring::is_full) {
+    fn request(&mut self, queue: u16, memory: &GuestRam, chain: &mut Chain) -> Result<Step, QueueError> {
+        if self.is_full() {
             count(&self.counters.io_engine_throttled_events, 1);
-            self.is_held_back = true;
+            self.waits = Some(Wait::Room);
             return Ok(Step::Later);
         }
         let status_at = chain.writable.take_last_byte().ok_or(QueueError::Short { needed: 1, left: 0 })?;
@@ -343,9 +409,10 @@ impl Worker {
         let (what, bytes) = request.as_ref().map_or((What::Other, 0), |request| request.kind(self.cache));
         if !self.limiter.take(bytes) {
             count(&self.counters.rate_limiter_throttled_events, 1);
+            self.waits = Some(Wait::Limiter);
             return Ok(Step::Later);
         }
-        let answer = Answer { head: chain.head, status_at, room, what, bytes, begin: Instant::now() };
+        let answer = Answer { queue, head: chain.head, status_at, room, what, bytes, begin: Instant::now() };
         match request.and_then(|request| self.perform(memory, request, answer)) {
             Ok(None) => Ok(Step::Kept),
             Ok(Some(written)) => self.finish(memory, &answer, Ok(written)).map(Step::Used),
@@ -416,17 +483,22 @@ impl Worker {
         self.give_back(running, ended);
     }
 
-    fn give_back(&self, running: &mut Running, ended: Vec<(Answer, io::Result<()>)>) {
-        if ended.is_empty() {
-            return;
+    /// All that came back to one queue in one turn of it, so that its driver is interrupted once.
+    fn give_back(&self, running: &mut Running, mut ended: Vec<(Answer, io::Result<()>)>) {
+        ended.sort_by_key(|(answer, _)| answer.queue);
+        let mut ended = ended.into_iter().peekable();
+        while let Some(first) = ended.next() {
+            let queue = first.0.queue;
+            let mut of_queue = vec![first];
+            of_queue.extend(std::iter::from_fn(|| ended.next_if(|(answer, _)| answer.queue == queue)));
+            running.turn(queue, |turn| {
+                of_queue.into_iter().try_for_each(|(answer, result)| {
+                    let result = result.map(|()| answer.written()).map_err(Failure::Host);
+                    let used = self.finish(turn.memory, &answer, result)?;
+                    turn.queue.push(turn.memory, answer.head, used)
+                })
+            });
         }
-        running.turn(QUEUE, |turn| {
-            ended.into_iter().try_for_each(|(answer, result)| {
-                let result = result.map(|()| answer.written()).map_err(Failure::Host);
-                let used = self.finish(turn.memory, &answer, result)?;
-                turn.queue.push(turn.memory, answer.head, used)
-            })
-        });
     }
 
     /// Another file. Only while nothing is under way.
@@ -612,7 +684,7 @@ impl Counters {
 }
 
 /// The configuration space (5.2.4), up to the last field that is offered; zeros elsewhere.
-fn config_space(sectors: u64) -> [u8; 60] {
+fn config_space(sectors: u64, queues: u16) -> [u8; 60] {
     let mut space = [0; 60];
     let mut put = |offset: usize, value: &[u8]| {
         for (byte, value) in space.iter_mut().skip(offset).zip(value) {
@@ -621,6 +693,7 @@ fn config_space(sectors: u64) -> [u8; 60] {
     };
     put(0, &sectors.to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());
+    put(34, &queues.to_le_bytes());
     put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
     put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());
     put(44, &DISCARD_ALIGNMENT_SECTORS.to_le_bytes());

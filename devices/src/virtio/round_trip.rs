@@ -99,7 +99,7 @@ fn a_few_at_a_time() -> Limits {
     Limits { bandwidth: None, ops: Some(Bucket { size: 50, one_time_burst: 20, refill_ms: 5 }) }
 }
 
-fn blk_of(engine: Engine, limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk {
+fn blk_of(engine: Engine, queues: u16, limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
     move |state| {
@@ -108,6 +108,7 @@ fn blk_of(engine: Engine, limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk
             read_only: false,
             cache: blk::Cache::Writeback,
             engine,
+            queues,
             serial: "disk".into(),
             limits,
         };
@@ -133,22 +134,27 @@ fn blk_request(kind: u32) -> impl Fn(&mut Driver) -> Vec<Buffer> {
 
 #[test]
 fn blk() {
-    nothing_is_lost(blk_of(Engine::Sync, Limits::default()), 0, blk_request(VIRTIO_BLK_T_IN));
+    nothing_is_lost(blk_of(Engine::Sync, 1, Limits::default()), 0, blk_request(VIRTIO_BLK_T_IN));
 }
 
 #[test]
 fn blk_that_is_held_back() {
-    nothing_is_lost(blk_of(Engine::Sync, a_few_at_a_time()), 0, blk_request(VIRTIO_BLK_T_FLUSH));
+    nothing_is_lost(blk_of(Engine::Sync, 1, a_few_at_a_time()), 0, blk_request(VIRTIO_BLK_T_FLUSH));
 }
 
 #[test]
 fn blk_with_requests_in_the_ring() {
-    nothing_is_lost(blk_of(Engine::Async, Limits::default()), 0, blk_request(VIRTIO_BLK_T_IN));
+    nothing_is_lost(blk_of(Engine::Async, 1, Limits::default()), 0, blk_request(VIRTIO_BLK_T_IN));
 }
 
 #[test]
 fn blk_with_flushes_in_the_ring_that_are_held_back() {
-    nothing_is_lost(blk_of(Engine::Async, a_few_at_a_time()), 0, blk_request(VIRTIO_BLK_T_FLUSH));
+    nothing_is_lost(blk_of(Engine::Async, 1, a_few_at_a_time()), 0, blk_request(VIRTIO_BLK_T_FLUSH));
+}
+
+#[test]
+fn blk_of_several_queues() {
+    nothing_is_lost(blk_of(Engine::Async, 3, a_few_at_a_time()), 2, blk_request(VIRTIO_BLK_T_IN));
 }
 
 fn rng_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Rng {

@@ -63,6 +63,7 @@ fn new_blk(disk: &File, flags: u8, state: Option<DeviceState>) -> Blk {
         read_only: flags & 1 != 0,
         cache: if flags & 2 != 0 { Cache::Unsafe } else { Cache::Writeback },
         engine: if flags & 16 != 0 { Engine::Async } else { Engine::Sync },
+        queues: if flags & 32 != 0 { 2 } else { 1 },
         serial: "fuzz".into(),
         limits: limits(flags),
     };

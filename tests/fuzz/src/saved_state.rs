@@ -74,6 +74,7 @@ pub fn blk(state: Option<blk::State>) -> Blk {
         read_only: false,
         cache: Cache::Writeback,
         engine: Engine::Sync,
+        queues: 1,
         serial: "fuzz".into(),
         limits,
     };

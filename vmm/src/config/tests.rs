@@ -354,6 +354,7 @@ fn every_field_of_a_drive_arrives_and_is_told_back() {
         is_read_only: Some(true),
         rate_limiter: Some(RateLimiter { bandwidth: Some(limit), ops: None }),
         io_engine: Some(IoEngine::Sync),
+        queues: Some(4),
         ..fixture.drive("a", true)
     };
     fixture.accept(Request::PutDrive(drive.clone()));
@@ -373,6 +374,21 @@ fn a_drive_has_the_engine_that_is_asked_for() {
         fixture.accept(Request::PutDrive(drive));
         assert_eq!(engine(&fixture.config.drives().unwrap()[0].settings), expected);
     }
+}
+
+#[test]
+fn a_drive_has_as_many_queues_as_the_device_can_have_and_no_more() {
+    assert_eq!(u16::from(*QUEUES.end()), devices::virtio::blk::MAX_QUEUES);
+    let mut fixture = fixture();
+    let with = |queues| {
+        let fixture = &fixture;
+        Request::PutDrive(api_socket::Drive { queues: Some(queues), ..fixture.drive("a", false) })
+    };
+    let [none, most, more] = [0, 16, 17].map(with);
+    for request in [none, more] {
+        fixture.refuse(request, &["`queues` is", "1 to 16"]);
+    }
+    fixture.accept(most);
 }
 
 #[test]

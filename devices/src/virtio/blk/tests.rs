@@ -1,3 +1,5 @@
+mod queues;
+
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
@@ -30,6 +32,7 @@ fn config(file: &File) -> Config {
         read_only: false,
         cache: Cache::Writeback,
         engine: Engine::Sync,
+        queues: 1,
         serial: "disk-1".into(),
         limits: Limits::default(),
     }
@@ -65,15 +68,20 @@ fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
 }
 
+/// Makes a request available; returns the status byte.
+fn submit(driver: &mut Driver, kind: u32, sector: u64, data: &[Buffer]) -> Buffer {
+    let header = driver.data(&header(kind, sector));
+    let status = driver.room(1);
+    driver.memory.memory().write_obj(0xffu8, GuestAddress(status.address)).unwrap();
+    let (out, room): (Vec<Buffer>, Vec<Buffer>) = data.iter().partition(|buffer| !buffer.writable);
+    driver.add(&[vec![header], out, room, vec![status]].concat());
+    status
+}
+
 impl Rig {
     /// Makes a request available; returns the status byte.
     fn submit(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> Buffer {
-        let header = self.driver.data(&header(kind, sector));
-        let status = self.driver.room(1);
-        self.driver.memory.memory().write_obj(0xffu8, GuestAddress(status.address)).unwrap();
-        let (out, room): (Vec<Buffer>, Vec<Buffer>) = data.iter().partition(|buffer| !buffer.writable);
-        self.driver.add(&[vec![header], out, room, vec![status]].concat());
-        status
+        submit(&mut self.driver, kind, sector, data)
     }
 
     /// Waits until that many requests came back.
@@ -451,7 +459,7 @@ fn a_driver_that_finds_another_size_after_a_restore_is_told() {
 #[test]
 fn the_configuration_space_ends_and_may_be_read_in_any_piece() {
     let rig = rig();
-    let space = config_space(SECTORS);
+    let space = config_space(SECTORS, 1);
     for (offset, len) in [(0, 60), (12, 4), (34, 2), (56, 8), (59, 1), (60, 4), (u64::MAX, 4)] {
         let mut data = vec![0xee; len];
         rig.slot.device.config(offset, &mut data);
@@ -468,7 +476,7 @@ fn requests_in_the_ring_are_given_back_by_a_stop_and_their_driver_is_told() {
     let rooms: Vec<Buffer> = (0..60).map(|_| rig.driver.room(512)).collect();
     let statuses: Vec<Buffer> =
         (0..60).map(|sector| rig.submit(spec::VIRTIO_BLK_T_IN, sector, &[rooms[sector as usize]])).collect();
-    rig.slot.device.handle(QUEUE.into());
+    rig.slot.device.handle(0);
     rig.slot.stop();
     assert!(rig.slot.calls.take_queue() > 0);
     assert_eq!(rig.driver.reap_all().len(), 60);
@@ -488,10 +496,10 @@ fn a_ring_that_is_full_holds_requests_back_until_there_is_room() {
     let Blk { worker, running, .. } = &mut rig.slot.device;
     for _ in 1..offers {
         rig.driver.offer(0);
-        running.as_mut().unwrap().serve(QUEUE, |memory, chain| worker.request(memory, chain));
+        running.as_mut().unwrap().serve(0, |memory, chain| worker.request(0, memory, chain));
     }
     assert!(worker.ring.as_ref().unwrap().is_full());
-    rig.slot.device.handle(QUEUE.into());
+    rig.slot.device.handle(0);
     let counters = rig.slot.device.counters();
     assert!(counters.io_engine_throttled_events.load(Ordering::Relaxed) > 0);
     rig.slot.run_until(|_| counters.flush_count.load(Ordering::Relaxed) == offers);
@@ -504,7 +512,7 @@ fn what_ends_after_the_driver_broke_the_rules_is_dropped_and_the_device_can_be_s
     let status = rig.submit(spec::VIRTIO_BLK_T_FLUSH, 0, &[]);
     rig.driver.set_descriptor(9, Descriptor::new(0x1000, 1, WRITE | NEXT, 9));
     rig.driver.offer(9);
-    rig.slot.device.handle(QUEUE.into());
+    rig.slot.device.handle(0);
     assert!(rig.slot.calls.broken());
     rig.slot.stop();
     assert!(rig.slot.device.worker.ring.as_ref().unwrap().is_empty());
@@ -523,7 +531,7 @@ fn another_file_takes_over_when_the_requests_on_the_first_are_done() {
     for (sector, write) in (0..).zip(&writes) {
         rig.submit(spec::VIRTIO_BLK_T_OUT, sector, &[*write]);
     }
-    rig.slot.device.handle(QUEUE.into());
+    rig.slot.device.handle(0);
     rig.slot.device.replace(file(SECTORS * SECTOR_BYTES)).unwrap();
     assert_eq!(rig.driver.reap_all().len(), 50);
     assert_eq!(rig.on_disk(49, 1), [49; 512]);
