@@ -184,6 +184,7 @@ impl Machine {
     /// The same for persistent memory.
     pub fn plug_pmem(&mut self, pmem: PmemFile, metrics: &mut Metrics) -> Result<(), MachineError> {
         let slot = self.virtio.add_pmem(pmem, &mut self.files, &self.board)?;
+        self.virtio.memory_changed();
         self.plugged(slot, metrics);
         Ok(())
     }
@@ -219,6 +220,8 @@ impl Machine {
         let Unplugged { device, memory } = self.virtio.unplug(slot)?;
         if let Some(range) = memory {
             self.files.unmap(&range);
+            // What a back-end reaches until here are zeros that stay mapped, and nobody's.
+            self.virtio.memory_changed();
         }
         Some(device)
     }

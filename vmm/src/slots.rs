@@ -367,6 +367,16 @@ impl Slots {
         }
     }
 
+    /// Tells every device that guest memory has come or gone. Called after each change, and before the guest hears of it.
+    pub fn memory_changed(&self) {
+        for place in &self.places {
+            match place {
+                Place::Pci { function, .. } => lock(function).memory_changed(),
+                Place::Mmio { registers, .. } => lock(registers).memory_changed(),
+            }
+        }
+    }
+
     /// Adds the devices' counters.
     pub fn count(&self, metrics: &mut Metrics) {
         self.count_where(metrics, |_| true);

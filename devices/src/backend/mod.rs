@@ -7,3 +7,4 @@ pub mod rate_limiter;
 pub mod tap;
 pub(crate) mod uring;
 pub(crate) mod vectored;
+pub mod vhost;

@@ -8,6 +8,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::Source;
 use crate::memory::Memory;
@@ -32,6 +33,10 @@ pub trait VirtioDevice: Send {
 
     /// The descriptor with this token is readable: a queue was kicked, or the device's own descriptor is ready.
     fn handle(&mut self, token: u32);
+
+    /// The regions of guest memory are others than at `start`, or may be: [`Active::memory`] shows them. For a device whose
+    /// back-end was told of them; all others look at each access. Called stopped too.
+    fn memory_changed(&mut self) {}
 
     /// Drains what is in flight and gives the queues back, in their order. Idempotent: empty when already stopped.
     fn stop(&mut self) -> Vec<Queue>;
@@ -90,6 +95,12 @@ pub struct Active {
 pub trait Interrupt: Send + Sync {
     /// Used buffers are in queue `index`. The caller has asked the queue whether the driver wants to know.
     fn queue(&self, index: u16);
+
+    /// What somebody else than the device may write to raise the interrupt of queue `index`, until the device stops: a
+    /// back-end in the kernel or in another process, which then asks the driver itself. Such interrupts are not counted.
+    /// `None` when the transport has something to do first, or the driver wants no interrupt: then each goes through
+    /// [`Interrupt::queue`].
+    fn trigger(&self, index: u16) -> Option<EventFd>;
 
     /// The configuration space has changed.
     fn config(&self);

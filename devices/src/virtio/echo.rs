@@ -25,6 +25,8 @@ pub struct Echo {
     pub interrupt: Option<Arc<dyn Interrupt>>,
     /// How often its driver reset it.
     pub resets: usize,
+    /// How often it was told that guest memory has changed.
+    pub memory_changes: usize,
     /// It does not start.
     pub refuse: bool,
 }
@@ -32,7 +34,15 @@ pub struct Echo {
 impl Default for Echo {
     fn default() -> Self {
         let features = EVENT_IDX | ODD_FEATURE;
-        Self { running: None, features, config: [0; 8], interrupt: None, resets: 0, refuse: false }
+        Self {
+            running: None,
+            features,
+            config: [0; 8],
+            interrupt: None,
+            resets: 0,
+            memory_changes: 0,
+            refuse: false,
+        }
     }
 }
 
@@ -69,6 +79,10 @@ impl VirtioDevice for Echo {
 
     fn handle(&mut self, token: u32) {
         self.running.as_mut().unwrap().serve(token as u16, |_, _| Ok(Step::Used(0)));
+    }
+
+    fn memory_changed(&mut self) {
+        self.memory_changes += 1;
     }
 
     fn stop(&mut self) -> Vec<Queue> {

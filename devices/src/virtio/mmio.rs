@@ -115,6 +115,11 @@ impl Mmio {
         self.transport.resume();
     }
 
+    /// See [`Transport::memory_changed`].
+    pub fn memory_changed(&self) {
+        self.transport.memory_changed();
+    }
+
     /// See [`Transport::save`].
     pub fn save(&self) -> State {
         State {
@@ -239,6 +244,11 @@ impl Line {
 impl Interrupt for Line {
     fn queue(&self, _: u16) {
         self.raise(USED_BUFFER);
+    }
+
+    /// The driver reads in InterruptStatus why the line was raised.
+    fn trigger(&self, _: u16) -> Option<EventFd> {
+        None
     }
 
     fn config(&self) {

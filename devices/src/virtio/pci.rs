@@ -193,6 +193,11 @@ impl Pci {
         }
     }
 
+    /// See [`Transport::memory_changed`].
+    pub fn memory_changed(&self) {
+        self.transport.memory_changed();
+    }
+
     /// See [`Transport::save`].
     pub fn save(&self) -> State {
         State {
@@ -580,6 +585,12 @@ impl Interrupt for Vectors {
         if !self.raise(self.of_queue(index)) {
             self.isr.fetch_or(ISR_QUEUE, Ordering::AcqRel);
         }
+    }
+
+    /// Right until the device stops: a driver assigns vectors before DRIVER_OK. What masks the vector meanwhile takes its
+    /// message from the host and leaves the descriptor, which so is the pending bit.
+    fn trigger(&self, index: u16) -> Option<EventFd> {
+        self.triggers.get(usize::from(self.of_queue(index)))?.try_clone().ok()
     }
 
     fn config(&self) {

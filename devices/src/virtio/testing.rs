@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::num::Wrapping;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
@@ -262,6 +262,8 @@ pub struct Calls {
     pub queue: AtomicUsize,
     pub config: AtomicUsize,
     pub needs_reset: AtomicUsize,
+    /// By queue, what others may raise an interrupt with; set none for a transport that has something to do first.
+    pub triggers: OnceLock<Vec<EventFd>>,
 }
 
 impl Calls {
@@ -279,6 +281,10 @@ impl Calls {
 impl Interrupt for Calls {
     fn queue(&self, _index: u16) {
         self.queue.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn trigger(&self, index: u16) -> Option<EventFd> {
+        self.triggers.get()?.get(usize::from(index))?.try_clone().ok()
     }
 
     fn config(&self) {

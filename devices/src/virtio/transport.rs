@@ -268,6 +268,11 @@ impl Transport {
         }
     }
 
+    /// Tells the device that guest memory has come or gone.
+    pub fn memory_changed(&self) {
+        lock(&self.device).memory_changed();
+    }
+
     /// Everything that [`Transport::new`] needs. Only while paused, or before the driver has started the device.
     pub fn save(&self) -> State {
         State {

@@ -252,6 +252,16 @@ fn a_kick_that_no_doorbell_took_reaches_the_queue_too() {
 }
 
 #[test]
+fn the_line_is_raised_through_the_transport_alone() {
+    let machine = machine();
+    let _guest = Guest::start(&machine);
+    let interrupt = machine.echo.lock().unwrap().interrupt.clone().unwrap();
+    assert!(interrupt.trigger(0).is_none(), "a driver would see no reason");
+    machine.mmio.lock().unwrap().memory_changed();
+    assert_eq!(machine.echo.lock().unwrap().memory_changes, 1);
+}
+
+#[test]
 fn a_change_of_the_configuration_is_seen_and_told() {
     let machine = machine();
     let _guest = Guest::start(&machine);

@@ -412,6 +412,42 @@ fn vectors_are_set_up_in_the_table_and_pending_ones_seen() {
 }
 
 #[test]
+fn what_somebody_else_raises_is_the_vector_of_the_queue_and_waits_while_that_is_masked() {
+    let machine = machine();
+    let guest = Guest::start(&machine);
+    let interrupt = machine.echo.lock().unwrap().interrupt.clone().unwrap();
+    let raised = interrupt_count(&machine);
+    let trigger = interrupt.trigger(1).unwrap();
+    assert!(interrupt.trigger(2).is_none(), "there is no such queue");
+    trigger.write(1).unwrap();
+    assert_eq!(machine.host.take_messages(), [(MESSAGES, 0x42)]);
+
+    let entry = guest.at.table + 2 * 16;
+    machine.write(entry + 12, 4, 1);
+    trigger.write(1).unwrap();
+    assert_eq!(machine.host.take_messages(), []);
+    // The driver sends the vector to another CPU meanwhile.
+    machine.write(entry + 8, 4, 0x77);
+    machine.write(entry + 12, 4, 0);
+    assert_eq!(machine.host.take_messages(), [(MESSAGES, 0x77)]);
+    assert_eq!(interrupt_count(&machine), raised, "these are not counted");
+
+    guest.reset();
+    assert!(interrupt.trigger(1).is_none(), "the driver has no vector any more");
+}
+
+fn interrupt_count(machine: &Machine) -> u64 {
+    machine.pci.lock().unwrap().shared().interrupts()
+}
+
+#[test]
+fn a_device_hears_of_guest_memory_that_has_come() {
+    let machine = machine();
+    machine.pci.lock().unwrap().memory_changed();
+    assert_eq!(machine.echo.lock().unwrap().memory_changes, 1);
+}
+
+#[test]
 fn registers_take_no_byte_but_the_status() {
     let machine = machine();
     let guest = Guest::start(&machine);
@@ -554,6 +590,7 @@ fn without_a_vector_the_isr_says_that_buffers_were_used() {
     guest.set(common::QUEUE_MSIX_VECTOR, 2, NO_VECTOR.into());
     guest.enable_queues();
     guest.add_status(DRIVER_OK);
+    assert!(machine.echo.lock().unwrap().interrupt.as_ref().unwrap().trigger(0).is_none());
     guest.offer(0);
     machine.write(guest.doorbell(0), 2, 0);
     machine.host.run(10);
