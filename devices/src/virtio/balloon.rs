@@ -275,8 +275,10 @@ impl VirtioDevice for Balloon {
         if token == TIMER {
             return self.ask_for_statistics();
         }
-        let Some(role) = self.role(token) else { return };
+        let role = self.role(token);
         let (Some(running), Ok(queue)) = (&mut self.running, u16::try_from(token)) else { return };
+        // A driver can enable and kick a queue that it has not agreed on: a kick that is not taken in comes for ever.
+        let Some(role) = role else { return running.clear_kick(queue) };
         let before = self.worker.hinting.command();
         running.serve(queue, |memory, chain| self.worker.request(role, memory, chain));
         if self.worker.hinting.command() != before {

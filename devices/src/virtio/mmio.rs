@@ -22,7 +22,7 @@ use crate::virtio::transport::{self, NewError, Shared, SharedDevice, Transport};
 pub const SIZE: u64 = 0x1000;
 
 /// Register offsets (section 4.2.2).
-mod register {
+pub(super) mod register {
     pub const MAGIC: u64 = 0x000;
     pub const VERSION: u64 = 0x004;
     pub const DEVICE_ID: u64 = 0x008;

@@ -6,6 +6,8 @@ pub mod console;
 pub mod device;
 #[cfg(test)]
 mod echo;
+#[cfg(test)]
+mod hostile;
 pub mod mmio;
 pub mod net;
 pub mod pci;

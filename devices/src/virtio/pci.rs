@@ -37,18 +37,18 @@ const FIRST_DEVICE: u16 = 0x1040;
 /// A driver that does not know section 4.1 must not bind (4.1.2.1).
 const REVISION: u8 = 1;
 
-const BAR: usize = 0;
-const BAR_SIZE: u64 = 8 * PAGE;
-const PAGE: u64 = 0x1000;
+pub(super) const BAR: usize = 0;
+pub(super) const BAR_SIZE: u64 = 8 * PAGE;
+pub(super) const PAGE: u64 = 0x1000;
 const COMMON: u64 = 0;
 const ISR: u64 = 1;
-const DEVICE: u64 = 2;
-const NOTIFY: u64 = 3;
+pub(super) const DEVICE: u64 = 2;
+pub(super) const NOTIFY: u64 = 3;
 const TABLE: u64 = 4;
 const PENDING: u64 = 5;
 
 /// Between the doorbells of two queues: a `queue_notify_off` of 1.
-const NOTIFY_MULTIPLIER: u32 = 4;
+pub(super) const NOTIFY_MULTIPLIER: u32 = 4;
 
 /// Vendor-specific capability, and what it describes (4.1.4).
 const CAPABILITY_VENDOR: u8 = 0x09;
@@ -65,7 +65,7 @@ const CAPABILITY_LENGTH: usize = 12;
 const CAPABILITY_DATA: usize = 16;
 
 /// Offsets in the common configuration.
-mod common {
+pub(super) mod common {
     pub const DEVICE_FEATURE_SELECT: usize = 0x00;
     pub const DEVICE_FEATURE: usize = 0x04;
     pub const DRIVER_FEATURE_SELECT: usize = 0x08;

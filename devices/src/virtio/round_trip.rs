@@ -99,7 +99,7 @@ fn a_few_at_a_time() -> Limits {
     Limits { bandwidth: None, ops: Some(Bucket { size: 50, one_time_burst: 20, refill_ms: 5 }) }
 }
 
-fn blk_of(engine: Engine, queues: u16, limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk {
+pub fn blk_of(engine: Engine, queues: u16, limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
     move |state| {
@@ -120,7 +120,7 @@ fn blk_of(engine: Engine, queues: u16, limits: Limits) -> impl Fn(Option<DeviceS
     }
 }
 
-fn blk_request(kind: u32) -> impl Fn(&mut Driver) -> Vec<Buffer> {
+pub fn blk_request(kind: u32) -> impl Fn(&mut Driver) -> Vec<Buffer> {
     move |driver| {
         let mut header = [0; 16];
         header[..4].copy_from_slice(&kind.to_le_bytes());
@@ -157,7 +157,7 @@ fn blk_of_several_queues() {
     nothing_is_lost(blk_of(Engine::Async, 3, a_few_at_a_time()), 2, blk_request(VIRTIO_BLK_T_IN));
 }
 
-fn rng_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Rng {
+pub fn rng_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Rng {
     move |state| {
         let state = state.map(|state| match state {
             DeviceState::Entropy(state) => state,
@@ -177,7 +177,7 @@ fn rng_that_is_held_back() {
     nothing_is_lost(rng_of(a_few_at_a_time()), 0, |driver| vec![driver.room(64)]);
 }
 
-fn pmem_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Pmem {
+pub fn pmem_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Pmem {
     let file = tempfile::tempfile().unwrap();
     move |state| {
         let config = pmem::Config { file: file.try_clone().unwrap(), range: 1 << 32..1 << 33, limits };
@@ -189,7 +189,7 @@ fn pmem_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Pmem {
     }
 }
 
-fn pmem_flush(driver: &mut Driver) -> Vec<Buffer> {
+pub fn pmem_flush(driver: &mut Driver) -> Vec<Buffer> {
     vec![driver.data(&[0; 4]), driver.room(4)]
 }
 
