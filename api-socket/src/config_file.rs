@@ -158,7 +158,7 @@ mod tests {
                 ..MmdsConfig::default()
             }),
             Request::PutPmem(Pmem { id: "p".to_string(), path_on_host: "/p".into(), ..Pmem::default() }),
-            Request::PutVsock(Vsock { guest_cid: 3, uds_path: "/v".into(), vsock_id: None }),
+            Request::PutVsock(Vsock { guest_cid: 3, uds_path: "/v".into(), ..Vsock::default() }),
             Request::PutEntropy(Entropy::default()),
         ];
         assert_eq!(read_text(text).unwrap(), expected);

@@ -575,7 +575,7 @@ mod tests {
             "PUT",
             "/entropy",
             r#"{"x`, expected one of `y":1}"#,
-            &["unknown field `x`, expected one of `y`; allowed here: `rate_limiter`"],
+            &["unknown field `x`, expected one of `y`; allowed here: `rate_limiter`, `io_thread`"],
         );
     }
 
@@ -584,7 +584,10 @@ mod tests {
         let body = r#"{"rate_limiter":{"ops":{"size":1,"refill_time":2,"colour":"red"}}}"#;
         let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 2 });
         let rate_limiter = Some(RateLimiter { bandwidth: None, ops });
-        assert_eq!(accepted("PUT", "/entropy", body), Request::PutEntropy(Entropy { rate_limiter }));
+        assert_eq!(
+            accepted("PUT", "/entropy", body),
+            Request::PutEntropy(Entropy { rate_limiter, io_thread: None })
+        );
     }
 
     #[test]

@@ -33,6 +33,10 @@ pub const DEFAULT_MEM_SIZE_MIB: u64 = 128;
 
 /// What the `mtu` of a network interface may be.
 pub const MTU: RangeInclusive<u16> = 68..=65535;
+/// What the `io_thread` of a device may be. More threads than this would wait for the host's processors, not for each
+/// other.
+pub const IO_THREAD: RangeInclusive<u8> = 0..=15;
+
 /// What the `queue_pairs` of a network interface may be.
 pub const QUEUE_PAIRS: RangeInclusive<u8> = 1..=32;
 /// What the `queues` of a drive may be.
@@ -319,6 +323,10 @@ pub struct Drive {
     /// Request queues, within [`QUEUES`]; absent is 1. Ours, and so left out of a reply where it was not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u8>,
+    /// The thread that serves its queues, within [`IO_THREAD`]; absent is 0. Ours, and so left out of a reply where it was
+    /// not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_thread: Option<u8>,
 }
 
 /// Body of `PATCH /drives/{drive_id}`: `None` leaves a value as it is.
@@ -373,6 +381,9 @@ pub struct NetworkInterface {
     /// where it was not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_pairs: Option<u8>,
+    /// As [`Drive::io_thread`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_thread: Option<u8>,
 }
 
 /// Body of `PATCH /network-interfaces/{iface_id}`: `None` leaves a limit as it is.
@@ -403,6 +414,9 @@ pub struct Pmem {
     pub read_only: bool,
     /// Of flushes; each counts as one request, and as bytes with the size of the file.
     pub rate_limiter: Option<RateLimiter>,
+    /// As [`Drive::io_thread`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_thread: Option<u8>,
 }
 
 /// Body of `PATCH /pmem/{id}`: `None` leaves the limits as they are.
@@ -448,6 +462,9 @@ pub struct Vsock {
     pub guest_cid: u32,
     /// The Unix socket that the host's programs connect to; one for the guest's port N is at `<uds_path>_N`.
     pub uds_path: PathBuf,
+    /// As [`Drive::io_thread`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_thread: Option<u8>,
 }
 
 /// Body of `PUT /balloon`, reply of the `GET`.
@@ -467,6 +484,9 @@ pub struct Balloon {
     /// The guest gives its free pages up by itself.
     #[serde(default)]
     pub free_page_reporting: bool,
+    /// As [`Drive::io_thread`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_thread: Option<u8>,
 }
 
 /// Body of `PATCH /balloon`.
@@ -570,6 +590,9 @@ pub struct BalloonHintingStatus {
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     pub rate_limiter: Option<RateLimiter>,
+    /// As [`Drive::io_thread`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_thread: Option<u8>,
 }
 
 /// Body of `PUT /console`: a virtio console, the guest's `hvc0`. Ours; Firecracker has none.
@@ -586,6 +609,9 @@ pub struct Console {
     /// Lines, as the guest is told.
     #[serde(default = "default_rows")]
     pub rows: u16,
+    /// As [`Drive::io_thread`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_thread: Option<u8>,
 }
 
 /// Body of `PATCH /console`.

@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// What a device may ask of its machine. Every call may come from a vCPU thread.
+/// What a device may ask of its machine. Every call may come from a vCPU thread. A machine may have several loops; a device
+/// is given the host whose loop is its own.
 pub trait Host: Send + Sync {
     /// Reserves one message-signalled interrupt, disconnected. Fails when the machine's named limit is reached.
     fn msi(&self) -> io::Result<Box<dyn Msi>>;

@@ -144,6 +144,7 @@ mod tests {
             ("fc_vcpu 3", "vcpu"),
             ("berth-io", "io"),
             ("fc_io", "io"),
+            ("berth-io 3", "io"),
         ] {
             assert_eq!(kind(comm), expected, "{comm}");
         }

@@ -29,7 +29,13 @@ fn on(name: Name) {
     let mut guest = Guest::configured(Setup { name, ..Setup::default() });
     let (input, output) = (guest.path("input"), guest.path("output"));
     let (mut keyboard, mut screen) = (pipe(&input), pipe(&output));
-    let console = Console { output_path: output, input_path: Some(input), columns: 132, rows: 43 };
+    let console = Console {
+        output_path: output,
+        input_path: Some(input),
+        columns: 132,
+        rows: 43,
+        ..Console::default()
+    };
     guest.apply(Request::PutConsole(console));
     guest.apply(Request::Action(ActionType::InstanceStart));
     guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);

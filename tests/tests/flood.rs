@@ -90,6 +90,7 @@ fn a_guest_at_full_blast_on_every_device_moves_nothing_beyond_its_limits() {
         input_path: None,
         columns: 80,
         rows: 25,
+        ..Console::default()
     }));
     guest.apply(Request::Action(ActionType::InstanceStart));
     guest.console.wait_for("# ", limits::BOOT);

@@ -86,12 +86,13 @@ impl Identity {
         }
     }
 
-    /// The name of the thread that serves device queues.
-    pub fn io_thread(self) -> &'static str {
-        match self {
+    /// The name of a thread that serves device queues. The first, which every guest has, has no number.
+    pub fn io_thread(self, number: u8) -> String {
+        let name = match self {
             Identity::Berth => "berth-io",
             Identity::Firecracker => "fc_io",
-        }
+        };
+        if number == 0 { name.to_string() } else { format!("{name} {number}") }
     }
 
     /// `--api-sock` when none is given.
@@ -613,6 +614,7 @@ mod tests {
         assert_eq!(Identity::Firecracker.app_name(), "Firecracker");
         assert_eq!(Identity::Firecracker.vcpu_thread(3), "fc_vcpu 3");
         assert_eq!(Identity::Firecracker.api_thread(), "fc_api");
+        assert_eq!([0, 2].map(|number| Identity::Firecracker.io_thread(number)), ["fc_io", "fc_io 2"]);
         assert_eq!(Identity::Firecracker.process_name(), "firecracker");
         assert_eq!(Identity::Firecracker.version(), "1.17.0");
     }
@@ -620,7 +622,8 @@ mod tests {
     #[test]
     fn thread_names_fit_what_the_kernel_keeps() {
         for identity in [Identity::Berth, Identity::Firecracker] {
-            for name in [identity.process_name(), identity.api_thread(), &identity.vcpu_thread(255)] {
+            let (vcpu, io) = (identity.vcpu_thread(255), identity.io_thread(255));
+            for name in [identity.process_name(), identity.api_thread(), &vcpu, &io] {
                 assert!(name.len() <= 15, "{name}");
             }
         }

@@ -11,8 +11,9 @@ pub mod mmds;
 pub mod network;
 pub mod pmem;
 mod reach;
-mod vsock;
+pub mod vsock;
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -22,8 +23,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use api_socket::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, ConsoleUpdate, CpuConfig, CpuTemplate,
-    DriveUpdate, Entropy, Fault, HugePages, IoEngine, MachineConfig, MachineConfigUpdate, NetworkInterface,
-    NetworkInterfaceUpdate, Pmem, PmemUpdate, QUEUES, Reply, Request, TokenBucket, VCPU_COUNT, VmConfig,
+    DriveUpdate, Entropy, Fault, HugePages, IO_THREAD, IoEngine, MachineConfig, MachineConfigUpdate,
+    NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, QUEUES, Reply, Request, TokenBucket,
+    VCPU_COUNT, VmConfig,
 };
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::Engine;
@@ -31,7 +33,7 @@ use devices::virtio::blk::Engine;
 use self::mmds::Mmds;
 use self::network::{Interface, Interfaces, there_already};
 use self::pmem::{PmemFile, Pmems, second_root};
-use self::vsock::Vsock;
+use self::vsock::{Socket, Vsock};
 use crate::args::Identity;
 use crate::handed::Handed;
 use crate::memory::{ByteSize, Pages};
@@ -196,6 +198,21 @@ impl Config {
         cmdline::compose(given.unwrap_or(cmdline::default_args(self.identity)), &additions)
     }
 
+    /// The io threads that the devices want, and the first, which every guest has.
+    pub fn io_threads(&self) -> BTreeSet<u8> {
+        let drives = self.drives.iter().map(|(drive, _)| drive.io_thread);
+        let interfaces = self.interfaces.settings().map(|interface| interface.io_thread);
+        let pmems = self.pmems.settings().map(|pmem| pmem.io_thread);
+        let others = [
+            self.vsock.as_ref().and_then(|vsock| vsock.settings.io_thread),
+            self.balloon.and_then(|balloon| balloon.io_thread),
+            self.entropy.and_then(|entropy| entropy.io_thread),
+            self.console_settings.as_ref().and_then(|console| console.io_thread),
+        ];
+        let wanted = drives.chain(interfaces).chain(pmems).chain(others);
+        wanted.flatten().chain([*IO_THREAD.start()]).collect()
+    }
+
     /// The drives, the root device first, each with a descriptor of its own: a start that fails can be tried again.
     ///
     /// # Errors
@@ -263,7 +280,7 @@ impl Config {
     ///
     /// # Errors
     /// Those of `dup`; and after [`Config::started`].
-    pub fn vsock(&self) -> io::Result<Option<devices::virtio::vsock::Config>> {
+    pub fn vsock(&self) -> io::Result<Option<Socket>> {
         self.vsock.as_ref().map(Vsock::device).transpose()
     }
 
@@ -533,6 +550,7 @@ impl Config {
 
     /// Checks a drive, and opens what it names.
     fn open_file_of(&self, drive: &api_socket::Drive) -> Result<File, Fault> {
+        check_io_thread(drive.io_thread)?;
         if drive.socket.is_some() {
             return Err(Fault::bad_request(
                 "`socket` is set, and this version has no vhost-user-blk; give the disk as `path_on_host`.",
@@ -659,6 +677,7 @@ impl Config {
     }
 
     fn put_entropy(&mut self, settings: Entropy) -> Result<(), Fault> {
+        check_io_thread(settings.io_thread)?;
         if self.entropy.is_none() {
             self.check_room("the entropy device")?;
         }
@@ -667,6 +686,7 @@ impl Config {
     }
 
     fn put_balloon(&mut self, settings: Balloon) -> Result<(), Fault> {
+        check_io_thread(settings.io_thread)?;
         balloon::check_amount(settings.amount_mib, self.machine.memory)?;
         if self.balloon.is_none() {
             self.check_room("the balloon")?;
@@ -689,6 +709,7 @@ impl Config {
     }
 
     fn put_console(&mut self, settings: api_socket::Console) -> Result<(), Fault> {
+        check_io_thread(settings.io_thread)?;
         if self.console_settings.is_none() {
             self.check_room("the console")?;
         }
@@ -806,6 +827,17 @@ fn open_input(path: &Path) -> Result<File, Fault> {
 
 fn cannot_open(field: &str, path: &Path, error: &io::Error, advice: &str) -> Fault {
     Fault::bad_request(format!("`{field}` is {}, which cannot be opened: {error}.{advice}", path.display()))
+}
+
+fn check_io_thread(number: Option<u8>) -> Result<(), Fault> {
+    match number {
+        Some(number) if !IO_THREAD.contains(&number) => Err(Fault::bad_request(format!(
+            "`io_thread` is {number}; it must be from {} to {}.",
+            IO_THREAD.start(),
+            IO_THREAD.end()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// It goes into the command line, so it must be one word of it.

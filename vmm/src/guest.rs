@@ -13,8 +13,7 @@ use crate::args::Identity;
 use crate::boot::{self, BootError};
 use crate::config::Config;
 use crate::file_memory::FileMemory;
-use crate::host::KvmHost;
-use crate::io_thread::IoThread;
+use crate::host::Hosts;
 use crate::machine::{self, Board, Machine, MachineError};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::sandbox::Sandbox;
@@ -47,9 +46,7 @@ pub struct Guest {
     pub machine: Machine,
     pub exits: Arc<ExitCounters>,
     vcpus: Vec<Vcpu>,
-    // Kept for their lifetime: a machine without virtio devices needs no io thread, and has one; KVM's memory slots point
-    // into the memory.
-    _host: Arc<KvmHost>,
+    // Kept for their lifetime: KVM's memory slots point into the memory.
     _memory: GuestMemory,
     _vm: Arc<VmFd>,
 }
@@ -80,8 +77,7 @@ impl Guest {
         let tsc_khz = fds.first().and_then(|fd| fd.get_tsc_khz().ok());
         let cpuid = Cpuid::new(&kvm, topology, &cpu.cpuid_modifiers, tsc_khz)?;
 
-        let (io, idle) = IoThread::new()?;
-        let host = Arc::new(KvmHost { vm: vm.clone(), interrupts: interrupts.clone(), io });
+        let (hosts, idle) = Hosts::new(&vm, &interrupts, &config.io_threads())?;
         let ram = memory.handle();
         let bits = cpuid.physical_bits();
         // A guest without room for PCI has none for files either, and is refused below.
@@ -89,7 +85,7 @@ impl Guest {
         let slots = memory.regions().len() as u32;
         let files = FileMemory::new(vm.clone(), ram.clone(), space, slots);
         let board = Board {
-            host: host.clone(),
+            hosts,
             interrupts,
             ram: ram.clone(),
             ram_size: settings.memory,
@@ -129,9 +125,11 @@ impl Guest {
                 Vcpu::spawn(name, fd, buses, exits.clone(), around.endings.clone(), sandbox)
             })
             .collect::<io::Result<_>>()?;
-        // Last, so that a start which fails has not to end it.
-        idle.spawn(around.identity.io_thread(), around.sandbox.clone())?;
-        Ok(Self { machine, exits, vcpus, _host: host, _memory: memory, _vm: vm })
+        // Last: a start that fails here ends those that it made by dropping the machine, which no device has joined yet.
+        for (number, idle) in idle {
+            idle.spawn(&around.identity.io_thread(number), around.sandbox.clone())?;
+        }
+        Ok(Self { machine, exits, vcpus, _memory: memory, _vm: vm })
     }
 
     /// Lets devices and then vCPUs run.

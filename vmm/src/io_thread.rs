@@ -1,7 +1,7 @@
-//! The thread on which device queues are served: one epoll loop, a table of watches.
+//! A thread on which device queues are served: one epoll loop, a table of watches.
 //!
-//! Knows nothing of devices: a watch is a handler and its descriptors. One loop serves every device; a device keeps its
-//! share small by handling a bounded batch per call.
+//! Knows nothing of devices: a watch is a handler and its descriptors. One loop serves every device that is not given
+//! another; a device keeps its share small by handling a bounded batch per call.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
     use std::os::fd::AsRawFd;
     use std::sync::atomic::AtomicUsize;
-    use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+    use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
     use std::time::Duration;
     use vmm_sys_util::eventfd::EventFd;
 
@@ -170,6 +170,56 @@ mod tests {
         io.watch(handler, &[Source { fd: fd.as_raw_fd(), token: 7 }]).unwrap();
         drop(io);
         assert_eq!(told.recv_timeout(Duration::from_secs(10)), Err(RecvTimeoutError::Disconnected));
+    }
+
+    /// Does not come back before it is let go, as from a disk that does not answer.
+    struct Stuck {
+        own: EventFd,
+        begun: Sender<()>,
+        let_go: Receiver<()>,
+    }
+
+    impl Handler for Stuck {
+        fn ready(&mut self, _: u32) {
+            self.own.read().unwrap();
+            self.begun.send(()).unwrap();
+            self.let_go.recv().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_handler_that_is_stuck_holds_up_its_own_thread_and_who_waits_for_it_alone() {
+        let [own, other] = [(), ()].map(|()| {
+            let (io, idle) = IoThread::new().unwrap();
+            idle.spawn("io-test", Arc::new(Sandbox::off())).unwrap();
+            io
+        });
+        let [fd, quick] = [(), ()].map(|()| EventFd::new(0).unwrap());
+        let ((begun, begins), (lets_go, let_go)) = (channel(), channel());
+        let stuck = Stuck { own: fd.try_clone().unwrap(), begun, let_go };
+        let id = own.watch(Arc::new(Mutex::new(stuck)), &[Source { fd: fd.as_raw_fd(), token: 0 }]).unwrap();
+        fd.write(1).unwrap();
+        begins.recv_timeout(Duration::from_secs(10)).unwrap();
+
+        let (tell, told) = channel();
+        let handler = Arc::new(Mutex::new(Tell(quick.try_clone().unwrap(), tell)));
+        let source = Source { fd: quick.as_raw_fd(), token: 7 };
+        let watch = other.watch(handler, &[source]).unwrap();
+        quick.write(1).unwrap();
+        assert_eq!(told.recv_timeout(Duration::from_secs(10)), Ok(7));
+        other.unwatch(watch);
+        assert_eq!(told.recv_timeout(Duration::from_secs(10)), Err(RecvTimeoutError::Disconnected));
+
+        let (tell, told) = channel();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                own.unwatch(id);
+                tell.send(()).unwrap();
+            });
+            assert_eq!(told.recv_timeout(Duration::from_millis(100)), Err(RecvTimeoutError::Timeout));
+            lets_go.send(()).unwrap();
+            told.recv_timeout(Duration::from_secs(10)).unwrap();
+        });
     }
 
     /// Is always ready, and wakes another in its fifth turn.

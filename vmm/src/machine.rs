@@ -28,7 +28,7 @@ use crate::config::network::Interface;
 use crate::config::pmem::PmemFile;
 use crate::config::{Config, Drive};
 use crate::file_memory::FileMemory;
-use crate::host::KvmHost;
+use crate::host::Hosts;
 use crate::memory::ByteSize;
 use crate::metrics::Metrics;
 use crate::slots::{Slots, SlotsError, Unpluggable, Unplugged};
@@ -39,7 +39,7 @@ use crate::x86_64::layout;
 
 /// What a machine is built on.
 pub struct Board {
-    pub host: Arc<KvmHost>,
+    pub hosts: Hosts,
     pub interrupts: Arc<Interrupts>,
     pub ram: Memory,
     pub ram_size: ByteSize,

@@ -23,13 +23,15 @@ use devices::virtio::pci::{Pci, PciError};
 use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::rng::{Config as RngConfig, Rng};
 use devices::virtio::transport::{NewError, Shared, SharedDevice};
-use devices::virtio::vsock::{self, Vsock};
+use devices::virtio::vsock::Vsock;
 
 use crate::balloon::pages;
 use crate::config::network::Interface;
 use crate::config::pmem::PmemFile;
+use crate::config::vsock::Socket;
 use crate::config::{self, Drive};
 use crate::file_memory::{FileMemory, FileMemoryError};
+use crate::host::{KvmHost, NoSuchThread};
 use crate::machine::Board;
 use crate::metrics::Metrics;
 use crate::x86_64::acpi::{PciWindows, VirtioMmio};
@@ -159,6 +161,7 @@ impl Slots {
     /// A block device for `drive`. Each of these gives the slot on PCI.
     pub fn add_drive(&mut self, drive: Drive, board: &Board) -> Result<Option<usize>, SlotsError> {
         let Drive { settings, file } = drive;
+        let host = board.hosts.of(settings.io_thread)?;
         let blk = Arc::new(Mutex::new(Blk::new(
             BlkConfig {
                 file,
@@ -174,7 +177,7 @@ impl Slots {
             },
             None,
         )?));
-        let slot = self.plug(blk.clone(), board)?;
+        let slot = self.plug(blk.clone(), host, board)?;
         self.drives.push(Named { id: settings.drive_id, slot, device: blk });
         Ok(slot)
     }
@@ -186,6 +189,7 @@ impl Slots {
         board: &Board,
     ) -> Result<Option<usize>, SlotsError> {
         let Interface { settings, tap, neighbour } = interface;
+        let host = board.hosts.of(settings.io_thread)?;
         let config = net::Config {
             tap,
             mac: settings.guest_mac.map(|mac| mac.0),
@@ -195,7 +199,7 @@ impl Slots {
             neighbour,
         };
         let net = Arc::new(Mutex::new(Net::new(config, None)?));
-        let slot = self.plug(net.clone(), board)?;
+        let slot = self.plug(net.clone(), host, board)?;
         self.interfaces.push(Named { id: settings.iface_id, slot, device: net });
         Ok(slot)
     }
@@ -208,23 +212,25 @@ impl Slots {
         board: &Board,
     ) -> Result<Option<usize>, SlotsError> {
         let PmemFile { settings, file } = pmem;
+        let host = board.hosts.of(settings.io_thread)?;
         let range = files
             .map(&file, settings.read_only)
             .map_err(|error| SlotsError::File { path: settings.path_on_host.clone(), error })?;
         let config =
             pmem::Config { file, range: range.clone(), limits: limits(settings.rate_limiter.as_ref()) };
         // A guest that gets no device must not have its memory.
-        self.plug_pmem(settings.id, config, board).inspect_err(|_| files.unmap(&range))
+        self.plug_pmem(settings.id, config, host, board).inspect_err(|_| files.unmap(&range))
     }
 
     fn plug_pmem(
         &mut self,
         id: String,
         config: pmem::Config,
+        host: Arc<KvmHost>,
         board: &Board,
     ) -> Result<Option<usize>, SlotsError> {
         let device = Arc::new(Mutex::new(Pmem::new(config, None)?));
-        let slot = self.plug(device.clone(), board)?;
+        let slot = self.plug(device.clone(), host, board)?;
         self.pmems.push(Named { id, slot, device });
         Ok(slot)
     }
@@ -235,9 +241,10 @@ impl Slots {
         entropy: &api_socket::Entropy,
         board: &Board,
     ) -> Result<Option<usize>, SlotsError> {
+        let host = board.hosts.of(entropy.io_thread)?;
         let config = RngConfig { limits: limits(entropy.rate_limiter.as_ref()) };
         let rng = Arc::new(Mutex::new(Rng::new(config, None)?));
-        let slot = self.plug(rng.clone(), board)?;
+        let slot = self.plug(rng.clone(), host, board)?;
         self.entropy = Some(rng);
         Ok(slot)
     }
@@ -248,21 +255,24 @@ impl Slots {
         console: &config::Console,
         board: &Board,
     ) -> Result<Option<usize>, SlotsError> {
+        let host = board.hosts.of(console.settings.io_thread)?;
         let config = console::Config {
             input: console.input.as_ref().map(File::try_clone).transpose()?.map(OwnedFd::from),
             output: Box::new(console.output.try_clone()?),
             size: console::Size { columns: console.settings.columns, rows: console.settings.rows },
         };
         let device = Arc::new(Mutex::new(Console::new(config, None)?));
-        let slot = self.plug(device.clone(), board)?;
+        let slot = self.plug(device.clone(), host, board)?;
         self.console = Some(device);
         Ok(slot)
     }
 
     /// The socket device.
-    pub fn add_vsock(&mut self, config: vsock::Config, board: &Board) -> Result<Option<usize>, SlotsError> {
+    pub fn add_vsock(&mut self, socket: Socket, board: &Board) -> Result<Option<usize>, SlotsError> {
+        let Socket { io_thread, config } = socket;
+        let host = board.hosts.of(io_thread)?;
         let device = Arc::new(Mutex::new(Vsock::new(config, None)?));
-        let slot = self.plug(device.clone(), board)?;
+        let slot = self.plug(device.clone(), host, board)?;
         self.vsock = Some(device);
         Ok(slot)
     }
@@ -273,6 +283,7 @@ impl Slots {
         settings: &api_socket::Balloon,
         board: &Board,
     ) -> Result<Option<usize>, SlotsError> {
+        let host = board.hosts.of(settings.io_thread)?;
         let regions = layout::ram(board.ram_size.bytes()).map(|(start, len)| start..start + len);
         let interval = settings.stats_polling_interval_s;
         let config = balloon::Config {
@@ -284,7 +295,7 @@ impl Slots {
             ram: Ram { regions: regions.collect(), page: board.ram_page },
         };
         let device = Arc::new(Mutex::new(Balloon::new(config, None)?));
-        let slot = self.plug(device.clone(), board)?;
+        let slot = self.plug(device.clone(), host, board)?;
         self.balloon = Some(device);
         Ok(slot)
     }
@@ -415,8 +426,13 @@ impl Slots {
         metrics.at(None);
     }
 
-    fn plug(&mut self, device: SharedDevice, board: &Board) -> Result<Option<usize>, SlotsError> {
-        let (host, ram) = (board.host.clone(), board.ram.clone());
+    fn plug(
+        &mut self,
+        device: SharedDevice,
+        host: Arc<KvmHost>,
+        board: &Board,
+    ) -> Result<Option<usize>, SlotsError> {
+        let ram = board.ram.clone();
         let place = match &mut self.way {
             Way::Pci { root, .. } => {
                 let function = Arc::new(Mutex::new(Pci::new(device, host, ram, None)?));
@@ -517,6 +533,8 @@ pub enum SlotsError {
     #[error("pmem: `path_on_host` is {}: {error}", .path.display())]
     File { path: PathBuf, error: FileMemoryError },
     #[error("{0}")]
+    IoThread(#[from] NoSuchThread),
+    #[error("{0}")]
     Add(#[from] AddError),
     #[error("{0}")]
     Pci(#[from] PciError),
@@ -530,33 +548,35 @@ pub enum SlotsError {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use devices::memory::{GuestRam, Memory};
     use vm_memory::GuestAddress;
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
     use crate::file_memory::ALIGN;
-    use crate::host::KvmHost;
-    use crate::io_thread::IoThread;
+    use crate::host::Hosts;
     use crate::memory::ByteSize;
     use crate::x86_64::interrupts::Interrupts;
 
     const FREE: Range<u64> = 0x40_0000_0000..0x40_0000_0000 + ALIGN;
 
-    /// On the host's KVM, which need not be able to run anything.
-    fn board() -> Option<Board> {
+    /// On the host's KVM, which need not be able to run anything; and what maps files there.
+    fn board() -> Option<(Board, FileMemory)> {
         let Ok(kvm) = kvm_ioctls::Kvm::new() else {
             eprintln!("skipped: this test needs /dev/kvm");
             return None;
         };
         let vm = Arc::new(kvm.create_vm().unwrap());
         let interrupts = Interrupts::new(vm.clone()).unwrap();
-        let (io, _) = IoThread::new().unwrap();
-        let host = Arc::new(KvmHost { vm, interrupts: interrupts.clone(), io });
-        Some(Board {
-            host,
+        let (hosts, _) = Hosts::new(&vm, &interrupts, &BTreeSet::from([0])).unwrap();
+        let ram = Memory::new(GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        let files = FileMemory::new(vm, ram.clone(), FREE, 1);
+        let board = Board {
+            hosts,
             interrupts,
-            ram: Memory::new(GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()),
+            ram,
             ram_size: ByteSize::ram_of_mib(1).unwrap(),
             ram_page: layout::PAGE,
             physical_bits: 40,
@@ -564,13 +584,13 @@ mod tests {
             boot_timer: false,
             attention: EventFd::new(0).unwrap(),
             vcpus: 1,
-        })
+        };
+        Some((board, files))
     }
 
     #[test]
     fn a_file_whose_device_has_no_place_is_not_in_guest_memory() {
-        let Some(board) = board() else { return };
-        let mut files = FileMemory::new(board.host.vm.clone(), board.ram.clone(), FREE, 1);
+        let Some((board, mut files)) = board() else { return };
         let mut slots = Slots::new(&board).unwrap();
         for _ in 0..MAX_PCI {
             slots.add_entropy(&api_socket::Entropy::default(), &board).unwrap();

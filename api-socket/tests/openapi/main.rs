@@ -175,6 +175,13 @@ fn the_described_limits_are_those_in_force() {
     assert_eq!(interface["mtu"]["maximum"], json!(MTU.end()));
     assert_eq!(interface["queue_pairs"]["minimum"], json!(QUEUE_PAIRS.start()));
     assert_eq!(interface["queue_pairs"]["maximum"], json!(QUEUE_PAIRS.end()));
+    for name in ["Drive", "NetworkInterface", "Pmem", "Vsock", "Balloon", "Entropy", "Console"] {
+        let thread = &description.schema(name)["properties"]["io_thread"];
+        assert_eq!(
+            (&thread["minimum"], &thread["maximum"]),
+            (&json!(IO_THREAD.start()), &json!(IO_THREAD.end()))
+        );
+    }
     for name in ["MachineConfig", "MachineConfigUpdate"] {
         let properties = &description.schema(name)["properties"];
         assert_eq!(properties["vcpu_count"]["minimum"], json!(VCPU_COUNT.start()));

@@ -92,7 +92,7 @@ fn rng() -> Subject {
 }
 
 fn blk(engine: Engine) -> Subject {
-    let device = round_trip::blk_of(engine, Limits::default())(None);
+    let device = round_trip::blk_of(engine, 1, Limits::default())(None);
     let read = |driver: &mut Driver| round_trip::blk_request(VIRTIO_BLK_T_IN)(driver);
     quiet(Arc::new(Mutex::new(device)), vec![(0, read)])
 }

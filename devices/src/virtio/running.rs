@@ -17,8 +17,8 @@ use crate::virtio::device::{Active, Interrupt, StartError};
 use crate::virtio::queue::{Chain, Queue, QueueError};
 
 /// Most requests one queue is served per turn, and the time after which no other one is begun: a turn of small requests
-/// on a fast host ends by their number, one of flushes or large transfers by the clock. All devices of a machine share
-/// their io thread, so one that is busy comes back to its queue after the others.
+/// on a fast host ends by their number, one of flushes or large transfers by the clock. Devices share an io thread unless
+/// they are given others, so one that is busy comes back to its queue after the others.
 pub const REQUESTS_PER_TURN: usize = 64;
 pub const TIME_PER_TURN: Duration = Duration::from_millis(5);
 

@@ -101,7 +101,7 @@ impl Setup {
         requests.extend(self.pmems.iter().cloned().map(Request::PutPmem));
         requests.extend(self.balloon.map(Request::PutBalloon));
         requests.extend(self.entropy.then(|| Request::PutEntropy(Entropy::default())));
-        let vsock = || Vsock { vsock_id: None, guest_cid: GUEST_CID, uds_path: VSOCK.into() };
+        let vsock = || Vsock { guest_cid: GUEST_CID, uds_path: VSOCK.into(), ..Vsock::default() };
         requests.extend(self.vsock.then(|| Request::PutVsock(vsock())));
         requests
     }

@@ -50,7 +50,7 @@ fn busy() -> Vec<Call> {
     let no_better = blank_disk(memory.path().join("disk"), 4 * MIB);
     let ring = blank_disk(place.path().join("ring"), 32 * MIB);
     let other_ring = blank_disk(place.path().join("other ring"), 32 * MIB);
-    let ring = Drive { io_engine: Some(IoEngine::Async), ..disk_drive("ring", ring) };
+    let ring = Drive { io_engine: Some(IoEngine::Async), io_thread: Some(1), ..disk_drive("ring", ring) };
     let _clock = SlowClock::set();
 
     let arguments = ["--metrics-path", "metrics", "--boot-timer"].map(String::from).into();
@@ -241,6 +241,7 @@ fn with_a_balloon() -> Vec<Call> {
         stats_polling_interval_s: 1,
         free_page_hinting: true,
         free_page_reporting: true,
+        io_thread: Some(1),
     };
     let setup = || Setup { balloon: Some(balloon), ..Setup::default() };
     let mut calls = Vec::new();

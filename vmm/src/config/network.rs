@@ -11,6 +11,7 @@ use api_socket::{
 use devices::backend::tap::{self, Tap};
 use devices::virtio::net::Neighbour;
 
+use super::check_io_thread;
 use crate::handed::Handed;
 
 /// Where taps come from.
@@ -124,6 +125,7 @@ impl Interfaces {
     }
 
     fn check(&self, settings: &NetworkInterface) -> Result<(), Fault> {
+        check_io_thread(settings.io_thread)?;
         if let Some(mtu) = settings.mtu.filter(|mtu| !MTU.contains(mtu)) {
             return Err(Fault::bad_request(format!(
                 "`mtu` is {mtu}; it must be from {} to {}.",
@@ -250,6 +252,8 @@ mod tests {
             let pairs = NetworkInterface { queue_pairs: Some(pairs), ..interface("a") };
             refused(&mut none, pairs, &["`queue_pairs` is", "1 to 32"]);
         }
+        let thread = NetworkInterface { io_thread: Some(16), ..interface("a") };
+        refused(&mut none, thread, &["`io_thread` is 16", "from 0 to 15"]);
         for mac in ["01:00:00:00:00:01", "00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff"] {
             let settings = NetworkInterface { guest_mac: Some(mac.parse().unwrap()), ..interface("a") };
             refused(&mut none, settings, &["`guest_mac`", mac, "must be even"]);

@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 
 use api_socket::{Fault, Pmem, PmemUpdate};
 
+use crate::config::check_io_thread;
 use crate::config::network::changed;
 
 /// A persistent memory device and its file.
@@ -26,6 +27,7 @@ impl Pmems {
     pub fn put(&mut self, settings: Pmem, file: File) -> Result<(), Fault> {
         let place = self.0.iter().position(|(known, _)| known.id == settings.id);
         self.check(&settings)?;
+        check_io_thread(settings.io_thread)?;
         expect_bytes(&settings, &file)?;
         match place.and_then(|place| self.0.get_mut(place)) {
             Some(before) => *before = (settings, Some(file)),
@@ -45,6 +47,7 @@ impl Pmems {
                 settings.id
             )));
         }
+        check_io_thread(settings.io_thread)?;
         expect_bytes(&settings, &file)?;
         Ok(PmemFile { settings, file })
     }

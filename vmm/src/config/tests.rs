@@ -355,6 +355,7 @@ fn every_field_of_a_drive_arrives_and_is_told_back() {
         rate_limiter: Some(RateLimiter { bandwidth: Some(limit), ops: None }),
         io_engine: Some(IoEngine::Sync),
         queues: Some(4),
+        io_thread: Some(3),
         ..fixture.drive("a", true)
     };
     fixture.accept(Request::PutDrive(drive.clone()));
@@ -585,7 +586,7 @@ fn the_entropy_device_and_its_limit_are_told_back() {
     let mut fixture = fixture();
     assert_eq!(fixture.config.wire().entropy, None);
     let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 2 });
-    let entropy = Entropy { rate_limiter: Some(RateLimiter { bandwidth: None, ops }) };
+    let entropy = Entropy { rate_limiter: Some(RateLimiter { bandwidth: None, ops }), io_thread: Some(1) };
     fixture.accept(Request::PutEntropy(entropy));
     assert_eq!(fixture.config.entropy, Some(entropy));
     assert_eq!(fixture.config.wire().entropy, Some(entropy));
@@ -596,16 +597,16 @@ fn sockets_are_made_at_once_and_replaced_by_those_of_another_request() {
     let mut fixture = fixture();
     let (first, second) = (fixture.path("v.sock"), fixture.path("w.sock"));
     let at = |guest_cid, uds_path: &Path| api_socket::Vsock {
-        vsock_id: None,
         guest_cid,
         uds_path: uds_path.to_owned(),
+        ..Default::default()
     };
     assert!(fixture.config.vsock().unwrap().is_none());
     fixture.accept(Request::PutVsock(at(3, &first)));
     UnixStream::connect(&first).unwrap();
     // The same path: the socket that somebody may wait at stays.
     fixture.accept(Request::PutVsock(at(4, &first)));
-    assert_eq!(fixture.config.vsock().unwrap().unwrap().guest_cid, 4);
+    assert_eq!(fixture.config.vsock().unwrap().unwrap().config.guest_cid, 4);
     UnixStream::connect(&first).unwrap();
 
     fixture.file("w.sock");
@@ -682,6 +683,7 @@ fn every_field_of_the_console_arrives_and_is_told_back() {
         input_path: Some(input.clone()),
         columns: 132,
         rows: 43,
+        io_thread: Some(2),
     };
     fixture.accept(Request::PutConsole(console.clone()));
     assert_eq!(fixture.config.wire().console, Some(console.clone()));
@@ -705,7 +707,7 @@ fn a_console_that_cannot_be_opened_is_named_and_the_one_before_stays() {
     let mut fixture = fixture();
     let output = fixture.path("out");
     let console = |output_path, input_path| {
-        Request::PutConsole(api_socket::Console { output_path, input_path, columns: 80, rows: 25 })
+        Request::PutConsole(api_socket::Console { output_path, input_path, ..Default::default() })
     };
     fixture.accept(console(output.clone(), None));
     let wrong = fixture.path("no/out");
@@ -754,6 +756,55 @@ fn a_configuration_that_is_told_can_be_given_again() {
         assert_eq!(again.apply(request), Ok(Reply::Empty));
     }
     assert_eq!(again.wire(), told);
+}
+
+#[test]
+fn io_threads_are_those_that_devices_name_and_the_first() {
+    let mut fixture = fixture();
+    let there = |fixture: &Fixture| fixture.config.io_threads().into_iter().collect::<Vec<_>>();
+    assert_eq!(there(&fixture), [0]);
+    let pmem = || Pmem { id: "p".into(), path_on_host: "/p".into(), ..Pmem::default() };
+    let on = |fixture: &Fixture, io_thread: Option<u8>| {
+        [
+            Request::PutDrive(api_socket::Drive { io_thread, ..fixture.drive("d", false) }),
+            Request::PutPmem(Pmem { io_thread, path_on_host: fixture.file("p"), ..pmem() }),
+            Request::PutVsock(api_socket::Vsock {
+                io_thread,
+                guest_cid: 3,
+                uds_path: fixture.path("v.sock"),
+                ..Default::default()
+            }),
+            Request::PutBalloon(Balloon { io_thread, ..balloon(1) }),
+            Request::PutEntropy(Entropy { io_thread, ..Entropy::default() }),
+            Request::PutConsole(api_socket::Console {
+                io_thread,
+                output_path: fixture.path("out"),
+                ..Default::default()
+            }),
+        ]
+    };
+    for (number, request) in (1..).zip(on(&fixture, None)) {
+        fixture.accept(request);
+        assert_eq!(there(&fixture), [0], "{number}");
+    }
+    for number in [7, 15] {
+        for request in on(&fixture, Some(number)) {
+            fixture.accept(request);
+            assert!(there(&fixture).contains(&number));
+        }
+        assert_eq!(there(&fixture), [0, number]);
+    }
+    for request in on(&fixture, Some(16)) {
+        fixture.refuse(request, &["`io_thread` is 16", "from 0 to 15"]);
+    }
+    assert_eq!(fixture.config.vsock().unwrap().unwrap().io_thread, Some(15));
+
+    fixture.config.started();
+    let drive = api_socket::Drive { io_thread: Some(16), ..fixture.drive("e", false) };
+    let pmem = Pmem { id: "q".into(), io_thread: Some(16), path_on_host: fixture.file("q"), ..pmem() };
+    for refused in [fixture.config.drive_to_plug(drive).err(), fixture.config.pmem_to_plug(pmem).err()] {
+        assert!(refused.is_some_and(|fault| fault.message.contains("`io_thread` is 16")));
+    }
 }
 
 #[test]

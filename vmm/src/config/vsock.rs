@@ -14,6 +14,14 @@ use api_socket::{Fault, GUEST_CID};
 use devices::virtio::vsock::{Config, Connect};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use super::check_io_thread;
+
+/// What the device is made of.
+pub struct Socket {
+    pub io_thread: Option<u8>,
+    pub config: Config,
+}
+
 /// A socket device, and the socket until the guest has started.
 pub struct Vsock {
     pub settings: api_socket::Vsock,
@@ -26,7 +34,7 @@ impl Vsock {
     /// # Errors
     /// A `guest_cid` that no guest can have; a `uds_path` at which no socket can be made, as where there is a file.
     pub fn listen(settings: api_socket::Vsock) -> Result<Vsock, Fault> {
-        check_cid(settings.guest_cid)?;
+        check(&settings)?;
         let path = &settings.uds_path;
         let listener = UnixListener::bind(path).map_err(|error| {
             let advice = match error.kind() {
@@ -48,7 +56,7 @@ impl Vsock {
     /// As [`Vsock::listen`]; with the device as it was.
     pub fn replace(self, settings: api_socket::Vsock) -> Result<Vsock, (Vsock, Fault)> {
         if settings.uds_path == self.settings.uds_path {
-            return match check_cid(settings.guest_cid) {
+            return match check(&settings) {
                 Ok(()) => Ok(Vsock { settings, ..self }),
                 Err(fault) => Err((self, fault)),
             };
@@ -63,24 +71,30 @@ impl Vsock {
         }
     }
 
-    /// What the device is made of.
+    /// The device, with a descriptor of its own.
     ///
     /// # Errors
     /// Those of `dup`; and after [`Vsock::started`].
-    pub fn device(&self) -> io::Result<Config> {
+    pub fn device(&self) -> io::Result<Socket> {
         let listener =
             self.listener.as_ref().ok_or_else(|| io::Error::other("the guest has its sockets already"))?;
-        Ok(Config {
+        let config = Config {
             guest_cid: self.settings.guest_cid.into(),
             listener: listener.try_clone()?,
             connect: connect(&self.settings.uds_path),
-        })
+        };
+        Ok(Socket { io_thread: self.settings.io_thread, config })
     }
 
     /// The guest has it.
     pub fn started(&mut self) {
         self.listener = None;
     }
+}
+
+fn check(settings: &api_socket::Vsock) -> Result<(), Fault> {
+    check_io_thread(settings.io_thread)?;
+    check_cid(settings.guest_cid)
 }
 
 fn check_cid(cid: u32) -> Result<(), Fault> {
