@@ -1,13 +1,17 @@
 //! Measures a boot of Debian's kernel in 128 MiB with one vCPU: Berth beside QEMU's microvm, in one run in one host,
-//! interleaved, as medians and ratios; and what the jailer's cell adds. `make bench` runs it in the host; docs/benchmarks.md
-//! says what it measures.
+//! interleaved, as medians and ratios; what the jailer's cell adds; and what disks, networks and sockets cost under load.
+//! `make bench` runs it in the host; docs/benchmarks.md says what it measures.
 //!
 //! It measures processes from outside, by strace, tracefs, /proc and their own sockets, and knows nothing of how they
 //! work. What cannot be measured ends it: a table with holes would be taken for a good one.
 
 mod cell;
+mod disk;
+mod load;
 mod measure;
+mod network;
 mod peer;
+mod sockets;
 mod table;
 mod trace;
 
@@ -21,13 +25,44 @@ use table::Results;
 use trace::Trace;
 
 const HELP: &str = "\
-berth-bench [--runs N]   measures N times, 5 if not given; more runs give a surer median. Run it by `make bench`.
+berth-bench [--runs N] [PART...]   measures N times, 5 if not given; more runs give a surer median. Run it by `make bench`.
+
+Parts, all if none is named: boot cell disk network sockets
 ";
 
 const DEFAULT_RUNS: usize = 5;
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Boot,
+    Cell,
+    Disk,
+    Network,
+    Sockets,
+}
+
+impl Part {
+    const ALL: [(&str, Part); 5] = [
+        ("boot", Part::Boot),
+        ("cell", Part::Cell),
+        ("disk", Part::Disk),
+        ("network", Part::Network),
+        ("sockets", Part::Sockets),
+    ];
+
+    fn bench(self, runs: usize) -> Result<String> {
+        match self {
+            Part::Boot => boot(runs),
+            Part::Cell => cell::bench(runs),
+            Part::Disk => disk::bench(runs, &Trace::open()?),
+            Part::Network => network::bench(runs, &Trace::open()?),
+            Part::Sockets => sockets::bench(runs, &Trace::open()?),
+        }
+    }
+}
+
 fn main() -> ExitCode {
-    match runs().and_then(|runs| runs.map_or(Ok(()), bench)) {
+    match wanted().and_then(|wanted| wanted.map_or(Ok(()), |(runs, parts)| bench(runs, &parts))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("berth-bench: {error}");
@@ -37,10 +72,10 @@ fn main() -> ExitCode {
 }
 
 /// None when only help was wanted.
-fn runs() -> Result<Option<usize>> {
+fn wanted() -> Result<Option<(usize, Vec<Part>)>> {
     let mut arguments = lexopt::Parser::from_env();
     let usage = |error: lexopt::Error| Error(format!("{error}; see berth-bench --help"));
-    let mut runs = DEFAULT_RUNS;
+    let (mut runs, mut parts) = (DEFAULT_RUNS, Vec::new());
     while let Some(argument) = arguments.next().map_err(usage)? {
         match argument {
             Long("runs") => runs = arguments.value().and_then(|value| value.parse()).map_err(usage)?,
@@ -48,16 +83,33 @@ fn runs() -> Result<Option<usize>> {
                 print!("{HELP}");
                 return Ok(None);
             }
+            Value(name) => {
+                let part = Part::ALL.into_iter().find(|(known, _)| name == *known);
+                let unknown =
+                    || Error(format!("there is no part {}; see berth-bench --help", name.display()));
+                parts.push(part.ok_or_else(unknown)?.1);
+            }
             other => return Err(usage(other.unexpected())),
         }
     }
+    if parts.is_empty() {
+        parts = Part::ALL.map(|(_, part)| part).into();
+    }
     match runs {
         0 => Err(Error("--runs 0 measures nothing".into())),
-        runs => Ok(Some(runs)),
+        runs => Ok(Some((runs, parts))),
     }
 }
 
-fn bench(runs: usize) -> Result<()> {
+fn bench(runs: usize, parts: &[Part]) -> Result<()> {
+    for part in parts {
+        // At once: what comes later takes minutes.
+        print!("{}", part.bench(runs)?);
+    }
+    Ok(())
+}
+
+fn boot(runs: usize) -> Result<String> {
     let bench = Bench::new(Trace::open()?)?;
     // The first boots read kernels, programs and libraries from the disk.
     for peer in Peer::ALL {
@@ -76,7 +128,5 @@ fn bench(runs: usize) -> Result<()> {
             }
         }
     }
-    let cells = cell::bench(runs)?;
-    print!("{results}{cells}");
-    Ok(())
+    Ok(results.to_string())
 }

@@ -112,12 +112,21 @@ impl Peer {
     }
 
     fn program(self, directory: &Path) -> Result<Command> {
+        let mut command = self.command(directory)?;
+        if self == Peer::QemuMicrovm {
+            command.args(["-m", &format!("{GUEST_MIB}M")]);
+            command.arg("-kernel").arg(kernel()?).arg("-initrd").arg(initramfs()?);
+            command.args(["-append", &kernel_arguments()]);
+        }
+        Ok(command)
+    }
+
+    /// The program, and of QEMU its machine, for a guest that is not told yet.
+    pub fn command(self, directory: &Path) -> Result<Command> {
         match self {
             Peer::QemuMicrovm => {
                 let mut command = Command::new(QEMU);
-                command.args(QEMU_MICROVM).args(["-m", &format!("{GUEST_MIB}M")]);
-                command.arg("-kernel").arg(kernel()?).arg("-initrd").arg(initramfs()?);
-                command.args(["-append", &kernel_arguments()]);
+                command.args(QEMU_MICROVM);
                 Ok(command)
             }
             Peer::BerthPci => Ok(Command::new(berth()?)),
@@ -179,6 +188,15 @@ pub fn kernel() -> Result<PathBuf> {
 
 pub fn initramfs() -> Result<PathBuf> {
     file("BERTH_ASSETS", provide::INITRAMFS)
+}
+
+pub fn debian() -> Result<PathBuf> {
+    file("BERTH_ASSETS", provide::DEBIAN)
+}
+
+/// A program of the tests.
+pub fn tool(name: &str) -> Result<PathBuf> {
+    file("BERTH_BUILD", name)
 }
 
 /// A file in a directory that the host names by an environment variable.

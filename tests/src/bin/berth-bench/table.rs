@@ -97,6 +97,24 @@ impl<K: Eq + Hash> Samples<K> {
         if least == most { median } else { format!("{median} ({least} to {most})") }
     }
 
+    /// The same with the ratio of its median to another's, if that is another.
+    pub fn compared(&self, key: K, base: K, show: impl Fn(u64) -> String) -> String
+    where
+        K: Copy,
+    {
+        let spread = self.spread(key, show);
+        match (self.median(key), self.median(base)) {
+            (Some(own), Some(other @ 1..)) if key != base => {
+                format!("{spread}, **{:.2}**", own as f64 / other as f64)
+            }
+            _ => spread,
+        }
+    }
+
+    pub fn median(&self, key: K) -> Option<u64> {
+        median(&self.sorted(key))
+    }
+
     fn sorted(&self, key: K) -> Vec<u64> {
         let mut values = self.0.get(&key).cloned().unwrap_or_default();
         values.sort_unstable();
@@ -122,14 +140,7 @@ impl Results {
 
     /// Median, least and most, and the ratio of the median to the base's.
     fn cell(&self, peer: Peer, measure: Measure) -> String {
-        let spread = self.samples.spread((peer, measure), |value| measure.show(value));
-        let median = |peer| median(&self.samples.sorted((peer, measure)));
-        match (median(peer), median(Peer::BASE)) {
-            (Some(own), Some(base @ 1..)) if peer != Peer::BASE => {
-                format!("{spread}, **{:.2}**", own as f64 / base as f64)
-            }
-            _ => spread,
-        }
+        self.samples.compared((peer, measure), (Peer::BASE, measure), |value| measure.show(value))
     }
 }
 

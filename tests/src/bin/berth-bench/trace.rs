@@ -2,7 +2,7 @@
 //!
 //! There must be no other guest in this host, whose events would be counted too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::Path;
 
@@ -23,6 +23,10 @@ const OF_TIME: [&str; 4] = ["interrupt", "vintr", "EXTERNAL_INTERRUPT", "INTERRU
 /// IA32_TSC_DEADLINE, with which a guest sets its timer.
 const TSC_DEADLINE: &str = "6e0";
 
+/// What is counted without a record of each, by thread: exits, those to user space, and system calls.
+const COUNTED: [&str; 3] = ["kvm/kvm_exit", "kvm/kvm_userspace_exit", "raw_syscalls/sys_enter"];
+const BY_THREAD: &str = "hist:keys=common_pid";
+
 /// The kernel's trace buffer. Stamps are of the monotonic clock.
 #[derive(Debug)]
 pub struct Trace(());
@@ -38,6 +42,24 @@ pub struct Exits {
     pub by_reason: BTreeMap<String, u64>,
     /// Those to user space by port, by page of physical addresses, or by KVM's reason.
     pub by_target: BTreeMap<String, u64>,
+}
+
+/// How often some threads did what is counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    pub exits: u64,
+    pub user_exits: u64,
+    pub calls: u64,
+}
+
+impl Counted {
+    pub fn since(self, before: &Counted) -> Counted {
+        Counted {
+            exits: self.exits.saturating_sub(before.exits),
+            user_exits: self.user_exits.saturating_sub(before.user_exits),
+            calls: self.calls.saturating_sub(before.calls),
+        }
+    }
 }
 
 impl Trace {
@@ -83,6 +105,28 @@ impl Trace {
         Exits::until(&self.read()?, marker)
     }
 
+    /// Begins to count.
+    pub fn count(&self) -> Result<()> {
+        COUNTED.iter().try_for_each(|event| self.write(&format!("events/{event}/trigger"), BY_THREAD))
+    }
+
+    /// What these threads did since [`Trace::count`].
+    pub fn counted(&self, threads: &HashSet<u32>) -> Result<Counted> {
+        let count = |event: &str| {
+            let path = Path::new(TRACEFS).join("events").join(event).join("hist");
+            let text = fs::read_to_string(&path).doing(|| format!("cannot read {}", path.display()))?;
+            Ok(hits(&text, threads))
+        };
+        let [exits, user_exits, calls] = COUNTED.map(count);
+        Ok(Counted { exits: exits?, user_exits: user_exits?, calls: calls? })
+    }
+
+    /// Ends what [`Trace::count`] began.
+    pub fn end_count(&self) -> Result<()> {
+        let end = format!("!{BY_THREAD}");
+        COUNTED.iter().try_for_each(|event| self.write(&format!("events/{event}/trigger"), &end))
+    }
+
     fn record(&self, names: &[&str]) -> Result<()> {
         self.write("tracing_on", "0")?;
         self.write("events/enable", "0")?;
@@ -103,6 +147,15 @@ impl Trace {
         let path = Path::new(TRACEFS).join(name);
         fs::write(&path, text).doing(|| format!("cannot write {text:?} to {}", path.display()))
     }
+}
+
+/// Lines are `{ common_pid:       1234 } hitcount:         56`.
+fn hits(histogram: &str, threads: &HashSet<u32>) -> u64 {
+    let line = |line: &str| {
+        let (thread, hits) = line.strip_prefix("{ common_pid:")?.split_once("} hitcount:")?;
+        threads.contains(&thread.trim().parse().ok()?).then(|| hits.trim().parse::<u64>().ok())?
+    };
+    histogram.lines().filter_map(line).sum()
 }
 
 /// The head of a trace says `entries-in-buffer/entries-written: N/N   #P:1`.
@@ -252,6 +305,14 @@ mod tests {
         assert!(is_complete(TRACE));
         assert!(!is_complete(&TRACE.replace("15/15", "15/16")));
         assert!(!is_complete(""));
+    }
+
+    #[test]
+    fn a_histogram_is_summed_over_the_threads_that_are_asked_for() {
+        let text = "# trigger info: hist:keys=common_pid:vals=hitcount:sort=hitcount:size=2048 [active]\n\n\n\
+            { common_pid:       1234 } hitcount:         56\n{ common_pid:          7 } hitcount:          1\n\
+            { common_pid:          8 } hitcount:        100\n\nTotals:\n    Hits: 157\n";
+        assert_eq!(hits(text, &HashSet::from([1234, 7, 9])), 57);
     }
 
     #[test]
