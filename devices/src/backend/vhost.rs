@@ -16,7 +16,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryReg
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::Source;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, is_writable};
 use crate::virtio::device::Interrupt;
 use crate::virtio::queue::Queue;
 
@@ -32,9 +32,11 @@ pub struct Region {
     pub file: Option<(Arc<File>, u64)>,
 }
 
-/// Every region of guest memory, lowest guest address first: RAM, and files that the guest sees as memory.
+/// Every region of guest memory, lowest guest address first: RAM, and files that the guest sees as memory. But not those that
+/// devices only read: a back-end knows no such regions, and who holds buffers against them (`virtio/queue.rs`) is not there.
 pub fn regions(memory: &GuestRam) -> Vec<Region> {
-    let regions = memory.iter().filter_map(|region| {
+    let writable = memory.iter().filter(|region| is_writable(memory, region.start_addr(), region.len()));
+    let regions = writable.filter_map(|region| {
         // The region is a mapping from its beginning to its end.
         let host = region.get_host_address(MemoryRegionAddress(0)).ok()?;
         let file = region.file_offset().map(|file| (file.arc().clone(), file.start()));
@@ -55,9 +57,10 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Of a queue that its driver has enabled. `None` when a part of it is not in guest memory as one piece; whoever takes
-    /// the queue then must not be given it.
+    /// Of a queue that its driver has enabled. `None` when a part of it is not in guest memory as one piece, or the used ring
+    /// where devices only read; whoever takes the queue then must not be given it.
     pub fn of(queue: &Queue, memory: &GuestRam) -> Option<Ring> {
+        queue.check(memory).ok()?;
         let (ring, size) = (&queue.ring, u64::from(queue.ring.size()));
         Some(Ring {
             size: ring.size(),
@@ -136,7 +139,7 @@ const USED_INDEX: u64 = 2;
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{FileOffset, GuestAddressSpace, GuestRegionMmap};
+    use vm_memory::{FileOffset, GuestAddressSpace, GuestRegionMmap, MmapRegion};
 
     use super::*;
     use crate::memory::Memory;
@@ -182,6 +185,21 @@ mod tests {
         }
         assert_eq!(host_address(&memory.memory(), u64::MAX, 2), None);
         assert_eq!(host_address(&memory.memory(), PAGE - 1, u64::MAX), None);
+    }
+
+    #[test]
+    fn where_devices_only_read_a_back_end_finds_neither_memory_nor_a_used_ring() {
+        let (access, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let page = MmapRegion::build(None, PAGE as usize, access, flags).unwrap();
+        let page = GuestRegionMmap::new(page, GuestAddress(PAGE)).unwrap();
+        let memory = ram(PAGE as usize);
+        let with = memory.memory().insert_region(Arc::new(page)).unwrap();
+        assert_eq!(regions(&with).iter().map(|region| region.guest).collect::<Vec<_>>(), [0]);
+
+        let mut queue = Driver::new(&memory, 0, 16, 0).queue(0);
+        assert!(Ring::of(&queue, &with).is_some());
+        queue.ring.try_set_used_ring_address(GuestAddress(PAGE)).unwrap();
+        assert_eq!(Ring::of(&queue, &with), None);
     }
 
     #[test]
