@@ -288,20 +288,29 @@ fn told_to_be_quiet() -> Vec<Call> {
     tracer.calls()
 }
 
-/// A guest with more vCPUs than the VMM may have threads: those that were started end, and the VMM lives on.
+/// Guests with more vCPUs or io threads than the VMM may have threads: those that were started end, and the VMM lives on.
 fn half_started() -> Vec<Call> {
     // Of its own: the control thread and the API.
     const THREADS: u8 = 2;
-    let mut guest = Guest::configured(Setup { vcpus: 4, ..Setup::default() });
-    let group = Cgroup::of(guest.vmm.pid(), THREADS + 2);
-    let tracer = Tracer::attach(guest.vmm.pid());
-    let error = guest.api.apply(&Request::Action(ActionType::InstanceStart)).unwrap_err().to_string();
-    assert!(error.contains("The guest cannot start"), "{error}");
-    assert_eq!(guest.state(), api_socket::InstanceState::NotStarted);
-    guest.vmm.signal(Signal::TERM);
-    assert_eq!(guest.ended(), Ended::Code(0));
-    drop(group);
-    tracer.calls()
+    let place = tempfile::tempdir().unwrap();
+    let elsewhere =
+        Drive { io_thread: Some(1), ..disk_drive("disk", blank_disk(place.path().join("disk"), MIB)) };
+    let vcpus = Setup { vcpus: 4, ..Setup::default() };
+    let io_threads = Setup { vcpus: 1, drives: vec![elsewhere], ..Setup::default() };
+    let mut calls = Vec::new();
+    for setup in [vcpus, io_threads] {
+        let mut guest = Guest::configured(setup);
+        let group = Cgroup::of(guest.vmm.pid(), THREADS + 2);
+        let tracer = Tracer::attach(guest.vmm.pid());
+        let error = guest.api.apply(&Request::Action(ActionType::InstanceStart)).unwrap_err().to_string();
+        assert!(error.contains("The guest cannot start"), "{error}");
+        assert_eq!(guest.state(), api_socket::InstanceState::NotStarted);
+        guest.vmm.signal(Signal::TERM);
+        assert_eq!(guest.ended(), Ended::Code(0));
+        drop(group);
+        calls.extend(tracer.calls());
+    }
+    calls
 }
 
 /// A fatal signal, once for each kind of thread: the handler runs under the thread's filter, and gives the terminal back.
