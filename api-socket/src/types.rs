@@ -327,6 +327,9 @@ pub struct Drive {
     /// not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_thread: Option<u8>,
+    /// Pass by the host's page cache; absent is `false`. Not with `socket`. Ours, as above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct: Option<bool>,
 }
 
 /// Body of `PATCH /drives/{drive_id}`: `None` leaves a value as it is.

@@ -160,6 +160,7 @@ fn one_of_each() -> Vec<Request> {
             socket: Some("/s".into()),
             queues: Some(2),
             io_thread: Some(1),
+            direct: Some(true),
         }),
         Request::PatchDrive(DriveUpdate {
             drive_id: "a_1".to_string(),

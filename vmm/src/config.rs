@@ -27,8 +27,9 @@ use api_socket::{
     NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, QUEUES, Reply, Request, TokenBucket,
     VCPU_COUNT, VmConfig,
 };
+use devices::backend::direct;
 use devices::backend::rate_limiter::{self, Bucket, Limits};
-use devices::virtio::blk::Engine;
+use devices::virtio::blk::{self, Engine};
 
 use self::mmds::Mmds;
 use self::network::{Interface, Interfaces, there_already};
@@ -314,6 +315,44 @@ impl Config {
         Ok(file)
     }
 
+    /// Opens the disk of this drive, or the one that it is to have from now on.
+    ///
+    /// # Errors
+    /// What is wrong with the path, or with direct I/O on it.
+    pub fn open_disk(&self, path: &Path, drive: &api_socket::Drive) -> Result<File, Fault> {
+        let file = self.open_drive(path, drive.is_read_only.unwrap_or(false))?;
+        if !drive.direct.unwrap_or(false) {
+            return Ok(file);
+        }
+        self.check_shared(path, drive)?;
+        direct::enable(&file).and_then(|()| blk::disk(file.try_clone()?)).map_err(|error| {
+            Fault::bad_request(format!(
+                "`direct` is true, and `path_on_host` is {}: {error}. Leave `direct` out, or give another file.",
+                path.display()
+            ))
+        })?;
+        Ok(file)
+    }
+
+    /// Direct is an open file, for all who have it: a handed one for none of the drives or for each.
+    fn check_shared(&self, path: &Path, drive: &api_socket::Drive) -> Result<(), Fault> {
+        let is_cached = |other: &&api_socket::Drive| {
+            other.drive_id != drive.drive_id
+                && other.path_on_host.as_deref() == Some(path)
+                && !other.direct.unwrap_or(false)
+        };
+        let other = self.drives.iter().map(|(other, _)| other).find(is_cached);
+        match other.filter(|_| self.handed.stands_for(path)) {
+            Some(other) => Err(Fault::bad_request(format!(
+                "`direct` is true, and drive {:?} has {} without it: they share what was handed over. Make both direct or \
+                 none, or hand the file over twice.",
+                other.drive_id,
+                path.display()
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// Checks a drive that is to be plugged into a running guest, and opens it.
     ///
     /// # Errors
@@ -565,7 +604,7 @@ impl Config {
                 "`path_on_host` is not set; give the path of a raw disk image or of a block device.",
             )
         })?;
-        let file = self.open_drive(path, drive.is_read_only.unwrap_or(false))?;
+        let file = self.open_disk(path, drive)?;
         engine(drive).check(&file).map_err(|error| {
             Fault::bad_request(format!(
                 "`io_engine` is Async, and this host refuses io_uring: {error}. Give Sync, or see whether \

@@ -289,9 +289,8 @@ impl Vm {
         let drive = self.config.drive(&update.drive_id)?;
         // Limits that the update leaves out stay as they are.
         let limits = update.rate_limiter.and_then(|change| changed(drive.rate_limiter, Some(change)));
-        let read_only = drive.is_read_only.unwrap_or(false);
         let file =
-            update.path_on_host.as_deref().map(|path| self.config.open_drive(path, read_only)).transpose()?;
+            update.path_on_host.as_deref().map(|path| self.config.open_disk(path, drive)).transpose()?;
         self.guest()?.machine.update_drive(&update.drive_id, file, limits).map_err(|error| {
             Fault::bad_request(format!("The drive {:?} cannot be changed: {error}", update.drive_id))
         })?;

@@ -10,7 +10,8 @@ use std::os::unix::fs::FileExt;
 
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
-use crate::backend::vectored;
+use crate::backend::direct::Alignment;
+use crate::backend::{job, vectored};
 use crate::memory::GuestRam;
 use crate::virtio::queue::{GuestSlice, Segments};
 
@@ -21,14 +22,18 @@ const ZEROES_BYTES: usize = 64 << 10;
 pub struct Disk {
     file: File,
     bytes: u64,
+    /// Of a file that is open for direct I/O.
+    alignment: Option<Alignment>,
 }
 
 impl Disk {
-    /// Takes an open file or block device; its size is that of now.
+    /// Takes an open file or block device; its size is that of now. One that was opened for direct I/O is used so: what it
+    /// does not take as it is goes by a buffer of ours.
     pub fn new(mut file: File) -> io::Result<Disk> {
         // Unlike the metadata's length, this is also right for a block device.
         let bytes = file.seek(SeekFrom::End(0))?;
-        Ok(Disk { file, bytes })
+        let alignment = Alignment::of(&file)?;
+        Ok(Disk { file, bytes, alignment })
     }
 
     pub fn file(&self) -> &File {
@@ -39,14 +44,48 @@ impl Disk {
         self.bytes
     }
 
+    /// What a direct file wants of a transfer.
+    pub fn alignment(&self) -> Option<Alignment> {
+        self.alignment
+    }
+
+    /// Makes a file look like a direct one with this alignment.
+    #[cfg(test)]
+    pub(crate) fn pretend(&mut self, alignment: Alignment) {
+        self.alignment = Some(alignment);
+    }
+
+    /// The file takes this as it is. Other operations are [`Disk::perform`]'s, while nothing else is under way: a part of a
+    /// block is written by writing back what was read around it.
+    pub fn takes(&self, memory: &GuestRam, operation: &Operation) -> io::Result<bool> {
+        let Some(alignment) = self.alignment else { return Ok(true) };
+        Ok(match operation {
+            Operation::Read { offset, buffers } | Operation::Write { offset, buffers } => {
+                alignment.fits(&slices(buffers, memory)?, *offset)
+            }
+            Operation::WriteZeroes { range, .. } => {
+                alignment.is_whole(range) && alignment.memory <= job::ZEROES_ALIGNMENT
+            }
+            Operation::Flush | Operation::Discard(_) => true,
+        })
+    }
+
     /// Does all of `operation`, which must lie within the disk. On an error, what of it was done is unknown.
     pub fn perform(&self, memory: &GuestRam, operation: &Operation) -> io::Result<()> {
         match operation {
             Operation::Read { offset, buffers } => {
-                vectored::read_at(&self.file, &slices(buffers, memory)?, *offset)
+                let slices = slices(buffers, memory)?;
+                match self.alignment.filter(|alignment| !alignment.fits(&slices, *offset)) {
+                    Some(alignment) => alignment.read(&self.file, memory, buffers.clone(), *offset),
+                    None => vectored::read_at(&self.file, &slices, *offset),
+                }
             }
             Operation::Write { offset, buffers } => {
-                vectored::write_at(&self.file, &slices(buffers, memory)?, *offset)
+                let slices = slices(buffers, memory)?;
+                match self.alignment.filter(|alignment| !alignment.fits(&slices, *offset)) {
+                    Some(alignment) => alignment.write(&self.file, memory, buffers.clone(), *offset),
+                    None => vectored::write_at(&self.file, &slices, *offset),
+                }
             }
             Operation::Flush => self.file.sync_data(),
             Operation::Discard(ranges) => ranges.iter().try_for_each(|range| self.discard(range)),
@@ -63,7 +102,10 @@ impl Disk {
         if unmap && self.allocate(Space::GiveBack, range)? || self.allocate(Space::Keep, range)? {
             return Ok(());
         }
-        self.write_zero_bytes(range)
+        match self.alignment {
+            Some(alignment) => alignment.write_zeroes(&self.file, range),
+            None => self.write_zero_bytes(range),
+        }
     }
 
     fn write_zero_bytes(&self, range: &Extent) -> io::Result<()> {

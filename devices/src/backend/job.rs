@@ -18,8 +18,13 @@ const MAX_RETRIES: u8 = 100;
 
 /// What zeroes are written from, as often as a range is long. Never written to; only what can be is kept out of the
 /// program's file.
-static ZEROES: [AtomicU8; ZEROES_BYTES] = [const { AtomicU8::new(0) }; ZEROES_BYTES];
+static ZEROES: Zeroes = Zeroes([const { AtomicU8::new(0) }; ZEROES_BYTES]);
 const ZEROES_BYTES: usize = 64 << 10;
+/// What their address is a multiple of, for files that are open for direct I/O.
+pub const ZEROES_ALIGNMENT: usize = align_of::<Zeroes>();
+
+#[repr(align(4096))]
+struct Zeroes([AtomicU8; ZEROES_BYTES]);
 
 /// An operation that has begun.
 pub struct Job {
@@ -173,7 +178,7 @@ impl Job {
     /// Where the host has no better way.
     fn write_zero_bytes(&mut self) {
         let range = self.range(0);
-        let zeroes = ZEROES.as_ptr().cast_mut().cast();
+        let zeroes = ZEROES.0.as_ptr().cast_mut().cast();
         let piece =
             |at: u64| iovec { iov_base: zeroes, iov_len: (range.len - at).min(ZEROES_BYTES as u64) as usize };
         self.vectors = (0..range.len).step_by(ZEROES_BYTES).map(piece).collect();

@@ -1,5 +1,6 @@
 //! What stands behind a device on the host's side.
 
+pub mod direct;
 pub mod disk;
 pub mod gate;
 pub(crate) mod job;

@@ -1,8 +1,8 @@
 //! The block device (VIRTIO 1.3, section 5.2): reads, writes, flushes, discards and zeroes a [`Disk`] for its driver.
 //!
 //! Does not open files or know formats: the VMM hands over an open, raw disk. Write caching is configured, not
-//! negotiated (no VIRTIO_BLK_F_CONFIG_WCE). The block size and topology are the driver's defaults and not offered: each
-//! field would cost an exit at boot to say what is assumed anyway.
+//! negotiated (no VIRTIO_BLK_F_CONFIG_WCE). The block size and topology are told of a disk that is open for direct I/O only:
+//! otherwise they are the driver's defaults, and each field would cost an exit at boot to say what is assumed anyway.
 //!
 //! With the synchronous engine a request is done before the next is looked at. With the asynchronous one the ring keeps
 //! requests, which end in any order (5.2.6.2 asks for none), and stopping waits for them.
@@ -15,6 +15,7 @@ mod turns;
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
@@ -24,6 +25,7 @@ use virtio_bindings::virtio_blk as spec;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::backend::direct::Alignment;
 use crate::backend::disk::{Disk, Extent, Operation};
 use crate::backend::job::Job;
 use crate::backend::rate_limiter::{Limits, RateLimiter, RateLimiterState};
@@ -63,8 +65,8 @@ const MAX_WRITE_ZEROES_SEGMENTS: u32 = 1;
 
 /// What a block device is made of.
 pub struct Config {
-    /// A raw image or a block device, open for writing too unless `read_only`. A last part of less than a sector is not
-    /// visible to the guest.
+    /// A raw image or a block device, open for writing too unless `read_only`, and direct if it is to be. A last part of
+    /// less than a sector is not visible to the guest.
     pub file: File,
     pub read_only: bool,
     pub cache: Cache,
@@ -109,10 +111,47 @@ impl Engine {
     }
 }
 
+/// Opens the disk that this file is.
+///
+/// # Errors
+/// Those of the host; and for a file that is open for direct I/O, when it cannot do it, or is not made of whole blocks: what
+/// is left over could not be written without the blocks' rest, by which the file would grow.
+pub fn disk(file: File) -> io::Result<Disk> {
+    let disk = Disk::new(file)?;
+    let (bytes, block) = (disk.bytes(), disk.alignment().map_or(SECTOR_BYTES, |alignment| alignment.block));
+    if bytes % block >= SECTOR_BYTES {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("it has {bytes} bytes, and direct I/O on it needs a multiple of {block}"),
+        ));
+    }
+    Ok(disk)
+}
+
+/// What the driver is told of the blocks of a disk, so that its requests are made of them (5.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Blocks {
+    /// What the disk's content, such as a partition table, counts in. A block device's is the host's; that of an image is
+    /// the sector, whatever the disk that it is on.
+    logical: u64,
+    physical: u64,
+}
+
+impl Blocks {
+    fn of(disk: &Disk) -> io::Result<Option<Blocks>> {
+        let Some(Alignment { block: physical, .. }) = disk.alignment() else { return Ok(None) };
+        let is_device = disk.file().metadata()?.file_type().is_block_device();
+        let physical = physical.max(SECTOR_BYTES);
+        Ok(Some(Blocks { logical: if is_device { physical } else { SECTOR_BYTES }, physical }))
+    }
+}
+
 /// The block device.
 pub struct Blk {
     worker: Worker,
     queues: u16,
+    /// Of the disk that was there at the beginning: a driver reads it once.
+    blocks: Option<Blocks>,
     turns: Turns,
     /// The driver has to hear that the capacity is another one than it has read.
     resized: bool,
@@ -124,7 +163,8 @@ impl Blk {
     pub fn new(config: Config, state: Option<State>) -> io::Result<Blk> {
         let Config { file, read_only, cache, engine, queues, serial, limits } = config;
         let ring = engine.ring(&file)?;
-        let disk = Disk::new(file)?;
+        let disk = disk(file)?;
+        let blocks = Blocks::of(&disk)?;
         let worker = Worker {
             read_only,
             cache,
@@ -135,10 +175,11 @@ impl Blk {
             disk,
             ring,
             waits: None,
+            ended: Vec::new(),
         };
         worker.warn_of_odd_size();
         let resized = state.is_some_and(|state| state.sectors != worker.sectors());
-        Ok(Blk { worker, queues, turns: Turns::default(), resized, running: None })
+        Ok(Blk { worker, queues, blocks, turns: Turns::default(), resized, running: None })
     }
 
     /// What the device has done since it was built.
@@ -187,6 +228,9 @@ impl VirtioDevice for Blk {
         let mut bits = vec![spec::VIRTIO_BLK_F_SEG_MAX, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX];
         bits.extend(if self.worker.read_only { &[spec::VIRTIO_BLK_F_RO][..] } else { &writable });
         bits.extend((self.worker.cache == Cache::Writeback).then_some(spec::VIRTIO_BLK_F_FLUSH));
+        if self.blocks.is_some() {
+            bits.extend([spec::VIRTIO_BLK_F_BLK_SIZE, spec::VIRTIO_BLK_F_TOPOLOGY]);
+        }
         bits.extend((self.queues > 1).then_some(spec::VIRTIO_BLK_F_MQ));
         let features = bits.into_iter().map(|bit| 1 << bit).sum();
         let queue_sizes = vec![QUEUE_SIZE; self.queues.into()];
@@ -194,7 +238,7 @@ impl VirtioDevice for Blk {
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {
-        read_space(&config_space(self.worker.sectors(), self.queues), offset, data);
+        read_space(&config_space(self.worker.sectors(), self.queues, self.blocks), offset, data);
     }
 
     fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError> {
@@ -229,7 +273,7 @@ impl VirtioDevice for Blk {
             }
         }
         self.turns.take(|queue| worker.serve(running, queue));
-        if worker.ring.as_ref().is_some_and(|ring| !ring.is_empty()) {
+        if worker.ring.as_ref().is_some_and(|ring| !ring.is_empty()) || !worker.ended.is_empty() {
             worker.turn(running);
         }
         // One turn for each call, for the sake of other devices: the next queue is called for. Also when all that was in the
@@ -350,6 +394,8 @@ struct Worker {
     ring: Option<Ring<Answer>>,
     /// What the first queue in line waits for.
     waits: Option<Wait>,
+    /// Requests that have left the ring and are to be given back, never more than it holds.
+    ended: Vec<(Answer, io::Result<()>)>,
     read_only: bool,
     cache: Cache,
     serial: [u8; ID_BYTES],
@@ -439,8 +485,12 @@ impl Worker {
             Request::Disk(operation) => operation,
         };
         if let Some(ring) = &mut self.ring {
-            ring.put(Job::new(memory, operation, self.write_through)?, answer)?;
-            return Ok(None);
+            if self.disk.takes(memory, &operation)? {
+                ring.put(Job::new(memory, operation, self.write_through)?, answer)?;
+                return Ok(None);
+            }
+            // Seldom, as the driver knows the disk's blocks.
+            self.ended.extend(ring.drain()?);
         }
         self.disk.perform(memory, &operation)?;
         if self.write_through && !matches!(operation, Operation::Read { .. } | Operation::Flush) {
@@ -479,7 +529,8 @@ impl Worker {
 
     /// Sends off what the ring was given, and gives back what is done.
     fn turn(&mut self, running: &mut Running) {
-        let ended = self.ring.as_mut().map(Ring::turn).unwrap_or_default();
+        let mut ended = std::mem::take(&mut self.ended);
+        ended.extend(self.ring.as_mut().map(Ring::turn).unwrap_or_default());
         self.give_back(running, ended);
     }
 
@@ -503,7 +554,7 @@ impl Worker {
 
     /// Another file. Only while nothing is under way.
     fn replace(&mut self, file: File) -> io::Result<()> {
-        let disk = Disk::new(file)?;
+        let disk = disk(file)?;
         if let Some(ring) = &mut self.ring {
             ring.replace(disk.file())?;
         }
@@ -684,7 +735,7 @@ impl Counters {
 }
 
 /// The configuration space (5.2.4), up to the last field that is offered; zeros elsewhere.
-fn config_space(sectors: u64, queues: u16) -> [u8; 60] {
+fn config_space(sectors: u64, queues: u16, blocks: Option<Blocks>) -> [u8; 60] {
     let mut space = [0; 60];
     let mut put = |offset: usize, value: &[u8]| {
         for (byte, value) in space.iter_mut().skip(offset).zip(value) {
@@ -693,6 +744,12 @@ fn config_space(sectors: u64, queues: u16) -> [u8; 60] {
     };
     put(0, &sectors.to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());
+    if let Some(Blocks { logical, physical }) = blocks {
+        let ratio = physical / logical;
+        put(20, &(logical as u32).to_le_bytes());
+        put(24, &[ratio.ilog2() as u8]); // physical_block_exp
+        put(26, &(ratio as u16).to_le_bytes()); // min_io_size
+    }
     put(34, &queues.to_le_bytes());
     put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
     put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());

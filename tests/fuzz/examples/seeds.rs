@@ -33,6 +33,7 @@ fn seeds() -> Vec<Seed> {
         ("blk_request", "zeroes-end", blk_end(13)),
         ("blk_request", "broken", hostile(&[0])),
         ("blk_request", "limited", blk_requests(12)),
+        ("blk_request", "direct", blk_requests(16 | 64)),
         ("blk_request", "two-queues", blk_requests(12 | 16 | 32)),
         ("rng", "requests", rng_requests(0)),
         ("rng", "limited", rng_requests(12)),

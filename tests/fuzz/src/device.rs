@@ -4,10 +4,11 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
+use devices::backend::direct;
 use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::backend::tap::Tap;
 use devices::memory::Memory;
@@ -58,8 +59,14 @@ pub fn blk_request(data: &[u8]) {
 }
 
 fn new_blk(disk: &File, flags: u8, state: Option<DeviceState>) -> Blk {
+    // Opened anew: what it is open for is that of all who share it.
+    let path = format!("/proc/self/fd/{}", disk.as_raw_fd());
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    if flags & 64 != 0 {
+        direct::enable(&file).unwrap();
+    }
     let config = blk::Config {
-        file: disk.try_clone().unwrap(),
+        file,
         read_only: flags & 1 != 0,
         cache: if flags & 2 != 0 { Cache::Unsafe } else { Cache::Writeback },
         engine: if flags & 16 != 0 { Engine::Async } else { Engine::Sync },

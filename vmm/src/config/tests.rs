@@ -356,13 +356,15 @@ fn every_field_of_a_drive_arrives_and_is_told_back() {
         io_engine: Some(IoEngine::Sync),
         queues: Some(4),
         io_thread: Some(3),
+        direct: Some(true),
         ..fixture.drive("a", true)
     };
+    let inode = std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(fixture.path("a")).unwrap());
     fixture.accept(Request::PutDrive(drive.clone()));
     assert_eq!(fixture.config.wire().drives, std::slice::from_ref(&drive));
     let drives = fixture.config.drives().unwrap();
     assert_eq!(drives[0].settings, drive);
-    assert_eq!(content(&drives[0].file), "a");
+    assert_eq!(std::os::unix::fs::MetadataExt::ino(&drives[0].file.metadata().unwrap()), inode);
 }
 
 #[test]
@@ -390,6 +392,72 @@ fn a_drive_has_as_many_queues_as_the_device_can_have_and_no_more() {
         fixture.refuse(request, &["`queues` is", "1 to 16"]);
     }
     fixture.accept(most);
+}
+
+/// The blocks that direct I/O on this file wants, if it is that.
+fn blocks(file: &File) -> Option<u64> {
+    devices::backend::direct::Alignment::of(file).unwrap().map(|alignment| alignment.block)
+}
+
+#[test]
+fn a_drive_is_direct_when_it_is_asked_for_and_its_next_file_too() {
+    let mut fixture = fixture();
+    let next = fixture.file("next");
+    for (direct, expected) in [(None, false), (Some(false), false), (Some(true), true)] {
+        let drive = api_socket::Drive { direct, ..fixture.drive("a", false) };
+        fixture.accept(Request::PutDrive(drive.clone()));
+        assert_eq!(blocks(&fixture.config.drives().unwrap()[0].file).is_some(), expected);
+        assert_eq!(blocks(&fixture.config.open_disk(&next, &drive).unwrap()).is_some(), expected);
+    }
+}
+
+#[test]
+fn a_direct_drive_that_cannot_be_is_refused_with_the_reason() {
+    let mut fixture = fixture();
+    let path = fixture.file("odd");
+    let direct = api_socket::Drive {
+        direct: Some(true),
+        path_on_host: Some(path.clone()),
+        ..fixture.drive("a", false)
+    };
+    fixture.accept(Request::PutDrive(direct.clone()));
+    let block = blocks(&fixture.config.drives().unwrap()[0].file).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(block + 512).unwrap();
+    if block > 512 {
+        let words = ["`direct`", "odd", &format!("multiple of {block}"), "Leave `direct` out"];
+        fixture.refuse(Request::PutDrive(direct), &words);
+    }
+    let sink = api_socket::Drive {
+        direct: Some(true),
+        path_on_host: Some("/proc/version".into()),
+        is_read_only: Some(true),
+        ..fixture.drive("b", false)
+    };
+    fixture.refuse(Request::PutDrive(sink), &["`direct`", "/proc/version", "Leave `direct` out"]);
+}
+
+#[test]
+fn a_file_that_was_handed_over_once_is_direct_for_all_drives_or_none() {
+    let mut fixture = fixture();
+    let path = fixture.file("disk");
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let number = std::os::fd::IntoRawFd::into_raw_fd(file);
+    fixture.config.handed = Handed::take(&[("disk".into(), number)]).unwrap();
+    let drive = |fixture: &Fixture, id: &str, direct| api_socket::Drive {
+        direct,
+        path_on_host: Some("fd:disk".into()),
+        ..fixture.drive(id, false)
+    };
+    let [cached, direct, also, again] = [("a", None), ("b", Some(true)), ("b", None), ("a", Some(true))]
+        .map(|(id, direct)| drive(&fixture, id, direct));
+    fixture.accept(Request::PutDrive(cached));
+    fixture.refuse(Request::PutDrive(direct.clone()), &["`direct`", "drive \"a\"", "fd:disk"]);
+    assert_eq!(blocks(&fixture.config.drives().unwrap()[0].file), None);
+    fixture.accept(Request::PutDrive(again));
+    fixture.accept(Request::PutDrive(direct));
+    // It has no choice any more.
+    fixture.accept(Request::PutDrive(also));
+    assert!(fixture.config.drives().unwrap().iter().all(|drive| blocks(&drive.file).is_some()));
 }
 
 #[test]

@@ -1,3 +1,4 @@
+mod direct;
 mod queues;
 
 use std::os::unix::fs::FileExt;
@@ -459,7 +460,7 @@ fn a_driver_that_finds_another_size_after_a_restore_is_told() {
 #[test]
 fn the_configuration_space_ends_and_may_be_read_in_any_piece() {
     let rig = rig();
-    let space = config_space(SECTORS, 1);
+    let space = config_space(SECTORS, 1, None);
     for (offset, len) in [(0, 60), (12, 4), (34, 2), (56, 8), (59, 1), (60, 4), (u64::MAX, 4)] {
         let mut data = vec![0xee; len];
         rig.slot.device.config(offset, &mut data);
@@ -555,8 +556,12 @@ proptest! {
             1..8),
         noise in proptest::collection::vec(any::<u8>(), 16),
         engine in proptest::sample::select(&BOTH[..]),
+        block in proptest::sample::select(&[None, Some(512), Some(4096)][..]),
     ) {
         let mut rig = rig_with(|config| config.engine = engine);
+        if let Some(block) = block {
+            rig.slot.device.worker.disk.pretend(Alignment { memory: 512, block });
+        }
         for (kind, sector, buffers) in requests {
             let buffers: Vec<Buffer> = buffers
                 .into_iter()
