@@ -352,6 +352,8 @@ pub enum CacheType {
     Unsafe,
     /// Everything written so far is on stable storage when it completes.
     Writeback,
+    /// Nothing, as each write is on stable storage when it completes: the guest is not offered a flush. Ours.
+    Writethrough,
 }
 
 /// How a drive's requests reach the host's disk.

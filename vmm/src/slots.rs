@@ -169,6 +169,7 @@ impl Slots {
                 cache: match settings.cache_type {
                     api_socket::CacheType::Unsafe => Cache::Unsafe,
                     api_socket::CacheType::Writeback => Cache::Writeback,
+                    api_socket::CacheType::Writethrough => Cache::Writethrough,
                 },
                 engine: config::engine(&settings),
                 queues: settings.queues.unwrap_or(1).into(),

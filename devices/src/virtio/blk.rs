@@ -1,7 +1,7 @@
 //! The block device (VIRTIO 1.3, section 5.2): reads, writes, flushes, discards and zeroes a [`Disk`] for its driver.
 //!
 //! Does not open files or know formats: the VMM hands over an open, raw disk. Write caching is configured, not
-//! negotiated (no VIRTIO_BLK_F_CONFIG_WCE). The block size and topology are told of a disk that is open for direct I/O only:
+//! negotiated (no VIRTIO_BLK_F_CONFIG_WCE): with it a driver could undo what the operator has chosen. The block size and topology are told of a disk that is open for direct I/O only:
 //! otherwise they are the driver's defaults, and each field would cost an exit at boot to say what is assumed anyway.
 //!
 //! With the synchronous engine a request is done before the next is looked at. With the asynchronous one the ring keeps
@@ -86,6 +86,8 @@ pub enum Cache {
     Unsafe,
     /// A flush puts everything on stable storage. For a driver that does not know flushes, every write does.
     Writeback,
+    /// Flushes are not offered, and so a write is on stable storage when it is completed (5.2.6.2, the first of its cases).
+    Writethrough,
 }
 
 /// How requests reach the host's disk.
@@ -246,7 +248,11 @@ impl VirtioDevice for Blk {
         let (running, mut sources) = Running::start(active, self.queues.into())?;
         sources.push(Source { fd: self.worker.limiter.fd(), token: TIMER });
         sources.extend(self.worker.ring.as_ref().map(|ring| Source { fd: ring.fd(), token: RING }));
-        self.worker.write_through = self.worker.cache == Cache::Writeback && !knows_flush;
+        self.worker.write_through = match self.worker.cache {
+            Cache::Unsafe => false,
+            Cache::Writeback => !knows_flush,
+            Cache::Writethrough => true,
+        };
         self.running = Some(running);
         self.announce();
         Ok(sources)
@@ -399,7 +405,7 @@ struct Worker {
     read_only: bool,
     cache: Cache,
     serial: [u8; ID_BYTES],
-    /// This driver knows no flushes, so a write has to be stable when it is done.
+    /// A write has to be stable when it is done: by choice, or as this driver knows no flushes.
     write_through: bool,
     limiter: RateLimiter,
     counters: Arc<Counters>,
@@ -480,8 +486,8 @@ impl Worker {
                     .map_err(|_| Failure::Driver("has no room for the serial number"))?;
                 return Ok(Some(ID_BYTES as u32));
             }
-            // Not offered; the operator has chosen not to wait for the host's disk.
-            Request::Disk(Operation::Flush) if self.cache == Cache::Unsafe => return Ok(Some(0)),
+            // Not offered: the operator has chosen not to wait for the host's disk, or all is on it.
+            Request::Disk(Operation::Flush) if self.cache != Cache::Writeback => return Ok(Some(0)),
             Request::Disk(operation) => operation,
         };
         if let Some(ring) = &mut self.ring {

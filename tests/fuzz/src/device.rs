@@ -68,7 +68,11 @@ fn new_blk(disk: &File, flags: u8, state: Option<DeviceState>) -> Blk {
     let config = blk::Config {
         file,
         read_only: flags & 1 != 0,
-        cache: if flags & 2 != 0 { Cache::Unsafe } else { Cache::Writeback },
+        cache: match flags & (2 | 128) {
+            0 => Cache::Writeback,
+            2 => Cache::Unsafe,
+            _ => Cache::Writethrough,
+        },
         engine: if flags & 16 != 0 { Engine::Async } else { Engine::Sync },
         queues: if flags & 32 != 0 { 2 } else { 1 },
         serial: "fuzz".into(),

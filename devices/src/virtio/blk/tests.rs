@@ -253,7 +253,7 @@ fn the_serial_number_is_twenty_bytes_at_most() {
 
 #[test]
 fn a_flush_is_offered_with_writeback_only_and_costs_nothing_without() {
-    for (cache, offered) in [(Cache::Writeback, true), (Cache::Unsafe, false)] {
+    for (cache, offered) in [(Cache::Writeback, true), (Cache::Unsafe, false), (Cache::Writethrough, false)] {
         let mut rig = rig_with(|config| config.cache = cache);
         assert_eq!(rig.slot.device.identity().features & FLUSH != 0, offered);
         assert_eq!(rig.request(spec::VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
@@ -262,16 +262,25 @@ fn a_flush_is_offered_with_writeback_only_and_costs_nothing_without() {
 }
 
 #[test]
-fn for_a_driver_that_knows_no_flush_every_write_is_one() {
-    for (cache, features, expected) in
-        [(Cache::Writeback, 0, IOERR), (Cache::Writeback, FLUSH, OK), (Cache::Unsafe, 0, OK)]
-    {
-        // An empty disk that takes a write of nothing and refuses to be flushed.
-        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
-        let mut rig = rig_with(|config| (config.file, config.cache) = (null, cache));
-        let queues = rig.slot.stop();
-        rig.slot.start(queues, features);
-        assert_eq!(rig.status(spec::VIRTIO_BLK_T_OUT, 0, &[]), expected);
+fn for_a_driver_that_knows_no_flush_and_with_writethrough_every_write_is_one() {
+    for (cache, features, expected) in [
+        (Cache::Writeback, 0, IOERR),
+        (Cache::Writeback, FLUSH, OK),
+        (Cache::Unsafe, 0, OK),
+        (Cache::Writethrough, 0, IOERR),
+        // By a driver that takes what is not offered.
+        (Cache::Writethrough, FLUSH, IOERR),
+    ] {
+        for engine in BOTH {
+            // An empty disk that takes a write of nothing and refuses to be flushed.
+            let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+            let mut rig =
+                rig_with(|config| (config.file, config.cache, config.engine) = (null, cache, engine));
+            let queues = rig.slot.stop();
+            rig.slot.start(queues, features);
+            assert_eq!(rig.status(spec::VIRTIO_BLK_T_OUT, 0, &[]), expected, "{cache:?} {engine:?}");
+            assert_eq!(rig.status(spec::VIRTIO_BLK_T_IN, 0, &[]), OK, "a read is no write");
+        }
     }
 }
 
