@@ -11,6 +11,7 @@
 //! One ring does for all: rings for each would be filled and emptied by this same thread, with a call for each and no
 //! request done earlier, and how much one guest may have under way would grow with its queues.
 
+mod trouble;
 mod turns;
 
 use std::fs::File;
@@ -39,6 +40,7 @@ use crate::virtio::device::{
 use crate::virtio::queue::{Chain, Queue, QueueError, Segments};
 use crate::virtio::running::{Running, Step, count};
 
+use trouble::Troubles;
 use turns::{Turn, Turns};
 
 /// The unit of every sector number, whatever the disk's own is (5.2.4).
@@ -178,6 +180,7 @@ impl Blk {
             ring,
             waits: None,
             ended: Vec::new(),
+            troubles: Troubles::default(),
         };
         worker.warn_of_odd_size();
         let resized = state.is_some_and(|state| state.sectors != worker.sectors());
@@ -295,6 +298,7 @@ impl VirtioDevice for Blk {
         self.drain();
         self.turns.clear();
         self.worker.waits = None;
+        self.worker.forget_troubles();
         self.running.take().map(Running::stop).unwrap_or_default()
     }
 
@@ -378,11 +382,13 @@ struct Answer {
     what: What,
     /// Bytes between the disk and the driver's buffers.
     bytes: u64,
+    /// Where on the disk, in bytes.
+    at: u64,
     begin: Instant,
 }
 
 /// What a request was, for the counters.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum What {
     Read,
     Write,
@@ -402,6 +408,7 @@ struct Worker {
     waits: Option<Wait>,
     /// Requests that have left the ring and are to be given back, never more than it holds.
     ended: Vec<(Answer, io::Result<()>)>,
+    troubles: Troubles,
     read_only: bool,
     cache: Cache,
     serial: [u8; ID_BYTES],
@@ -458,13 +465,15 @@ impl Worker {
         let status_at = chain.writable.take_last_byte().ok_or(QueueError::Short { needed: 1, left: 0 })?;
         let room = chain.writable.bytes();
         let request = self.parse(memory, chain);
-        let (what, bytes) = request.as_ref().map_or((What::Other, 0), |request| request.kind(self.cache));
+        let (what, bytes, at) =
+            request.as_ref().map_or((What::Other, 0, 0), |request| request.kind(self.cache));
         if !self.limiter.take(bytes) {
             count(&self.counters.rate_limiter_throttled_events, 1);
             self.waits = Some(Wait::Limiter);
             return Ok(Step::Later);
         }
-        let answer = Answer { queue, head: chain.head, status_at, room, what, bytes, begin: Instant::now() };
+        let answer =
+            Answer { queue, head: chain.head, status_at, room, what, bytes, at, begin: Instant::now() };
         match request.and_then(|request| self.perform(memory, request, answer)) {
             Ok(None) => Ok(Step::Kept),
             Ok(Some(written)) => self.finish(memory, &answer, Ok(written)).map(Step::Used),
@@ -507,7 +516,7 @@ impl Worker {
 
     /// Counts a request, writes its status and says how many bytes of its buffers are used.
     fn finish(
-        &self,
+        &mut self,
         memory: &GuestRam,
         answer: &Answer,
         result: Result<u32, Failure>,
@@ -522,10 +531,14 @@ impl Worker {
         let written = match result {
             Ok(written) => {
                 self.counters.add(answer);
+                if !self.troubles.is_empty() {
+                    let lines = self.troubles.worked(answer.what, Instant::now());
+                    lines.iter().for_each(|line| log::warn!("{}: {line}", self.name()));
+                }
                 written
             }
             Err(failure) => {
-                self.complain(&failure);
+                self.complain(answer, &failure);
                 0
             }
         };
@@ -541,7 +554,7 @@ impl Worker {
     }
 
     /// All that came back to one queue in one turn of it, so that its driver is interrupted once.
-    fn give_back(&self, running: &mut Running, mut ended: Vec<(Answer, io::Result<()>)>) {
+    fn give_back(&mut self, running: &mut Running, mut ended: Vec<(Answer, io::Result<()>)>) {
         ended.sort_by_key(|(answer, _)| answer.queue);
         let mut ended = ended.into_iter().peekable();
         while let Some(first) = ended.next() {
@@ -565,6 +578,7 @@ impl Worker {
             ring.replace(disk.file())?;
         }
         self.disk = disk;
+        self.forget_troubles();
         Ok(())
     }
 
@@ -668,14 +682,27 @@ impl Worker {
         if self.read_only { Err(Failure::Driver("writes to a read-only disk")) } else { Ok(()) }
     }
 
-    fn complain(&self, failure: &Failure) {
-        let counter = match failure {
-            Failure::Host(_) => &self.counters.execute_fails,
-            _ => &self.counters.invalid_reqs_count,
-        };
-        count(counter, 1);
+    fn complain(&mut self, answer: &Answer, failure: &Failure) {
+        let is_host = matches!(failure, Failure::Host(_));
+        let counters = &self.counters;
+        count(if is_host { &counters.execute_fails } else { &counters.invalid_reqs_count }, 1);
+        let Some(line) = self.troubles.failed(answer.what, failure, Instant::now()) else { return };
+        if is_host {
+            let Answer { what, bytes, at, .. } = answer;
+            log::error!("{}: {what} at sector {} ({bytes} bytes): {line}", self.name(), at / SECTOR_BYTES);
+        } else {
+            log::error!("{}: {line}", self.name());
+        }
+    }
+
+    fn forget_troubles(&mut self) {
+        let lines = self.troubles.clear();
+        lines.iter().for_each(|line| log::warn!("{}: {line}", self.name()));
+    }
+
+    fn name(&self) -> String {
         let serial = String::from_utf8_lossy(&self.serial);
-        log::error!("block device {}: {failure}", serial.trim_end_matches('\0'));
+        format!("block device {}", serial.trim_end_matches('\0'))
     }
 
     fn warn_of_odd_size(&self) {
@@ -694,15 +721,21 @@ impl Worker {
 }
 
 impl Request {
-    /// What it is, and its bytes between the disk and the driver's buffers.
-    fn kind(&self, cache: Cache) -> (What, u64) {
+    /// What it is, its bytes between the disk and the driver's buffers, and where on the disk.
+    fn kind(&self, cache: Cache) -> (What, u64, u64) {
         match self {
-            Request::Disk(Operation::Read { buffers, .. }) => (What::Read, buffers.bytes().into()),
-            Request::Disk(Operation::Write { buffers, .. }) => (What::Write, buffers.bytes().into()),
-            Request::Disk(Operation::Flush) if cache == Cache::Writeback => (What::Flush, 0),
-            Request::Disk(Operation::Discard(_)) => (What::Discard, 0),
-            Request::Disk(Operation::WriteZeroes { .. }) => (What::WriteZeroes, 0),
-            Request::Disk(Operation::Flush) | Request::Id(_) => (What::Other, 0),
+            Request::Disk(Operation::Read { buffers, offset }) => {
+                (What::Read, buffers.bytes().into(), *offset)
+            }
+            Request::Disk(Operation::Write { buffers, offset }) => {
+                (What::Write, buffers.bytes().into(), *offset)
+            }
+            Request::Disk(Operation::Flush) if cache == Cache::Writeback => (What::Flush, 0, 0),
+            Request::Disk(Operation::Discard(ranges)) => {
+                (What::Discard, 0, ranges.first().map_or(0, |range| range.offset))
+            }
+            Request::Disk(Operation::WriteZeroes { range, .. }) => (What::WriteZeroes, 0, range.offset),
+            Request::Disk(Operation::Flush) | Request::Id(_) => (What::Other, 0, 0),
         }
     }
 }

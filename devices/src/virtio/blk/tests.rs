@@ -220,6 +220,23 @@ fn a_file_that_shrank_behind_our_back_is_an_error_of_the_host() {
 }
 
 #[test]
+fn of_many_requests_that_fail_one_is_told_and_the_rest_by_their_number() {
+    for engine in BOTH {
+        let mut rig = rig_with(|config| config.engine = engine);
+        rig.file.set_len(512).unwrap();
+        let room = rig.driver.room(1024);
+        for _ in 0..50 {
+            assert_eq!(rig.status(spec::VIRTIO_BLK_T_IN, 2, &[room]), IOERR);
+        }
+        assert_eq!(rig.counter(|c| &c.execute_fails), 50);
+        let untold = rig.slot.device.worker.troubles.clear();
+        assert!(untold.len() == 1 && untold[0].starts_with("49 more: reading: "), "{untold:?}");
+        rig.slot.stop();
+        assert!(rig.slot.device.worker.troubles.is_empty());
+    }
+}
+
+#[test]
 fn a_read_only_disk_is_not_written_by_anything() {
     let mut rig = rig_with(|config| config.read_only = true);
     let features = rig.slot.device.identity().features;
