@@ -50,6 +50,11 @@ pub const DEFAULT_CONSOLE_COLUMNS: u16 = 80;
 /// `rows` of a console where nothing is said.
 pub const DEFAULT_CONSOLE_ROWS: u16 = 25;
 
+/// Most `ports` of a console.
+pub const MAX_CONSOLE_PORTS: usize = 15;
+/// The longest `name` of a console's port, in bytes.
+pub const MAX_CONSOLE_PORT_NAME: usize = 63;
+
 /// What `guest_cid` may be: the numbers below are taken, the one above means anybody (VIRTIO 1.3, section 5.10.4).
 pub const GUEST_CID: RangeInclusive<u32> = 3..=u32::MAX - 1;
 
@@ -617,16 +622,43 @@ pub struct Console {
     /// As [`Drive::io_thread`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_thread: Option<u8>,
+    /// Ports beside this one, at most [`MAX_CONSOLE_PORTS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<ConsolePort>,
+}
+
+/// A further port of a [`Console`]: another terminal of the guest, or a stream of bytes that its programs find by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsolePort {
+    /// At most [`MAX_CONSOLE_PORT_NAME`] letters, digits, dots, hyphens and underscores; no other port has it.
+    pub name: String,
+    /// A terminal, the guest's `hvc1` and so on.
+    #[serde(default)]
+    pub is_console: bool,
+    /// As that of the console.
+    pub output_path: PathBuf,
+    /// As that of the console.
+    pub input_path: Option<PathBuf>,
+    /// Of a terminal only; absent is [`DEFAULT_CONSOLE_COLUMNS`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<u16>,
+    /// Of a terminal only; absent is [`DEFAULT_CONSOLE_ROWS`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<u16>,
 }
 
 /// Body of `PATCH /console`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleUpdate {
     /// Characters in a line.
     pub columns: u16,
     /// Lines.
     pub rows: u16,
+    /// The name of the port whose size it is; absent is the console itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<String>,
 }
 
 fn default_columns() -> u16 {

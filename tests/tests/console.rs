@@ -7,8 +7,8 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 
-use api_socket::{ActionType, Console, ConsoleUpdate, Request};
-use berth_tests::guest::{Guest, Name, Setup, limits};
+use api_socket::{ActionType, Console, ConsolePort, ConsoleUpdate, Request};
+use berth_tests::guest::{Guest, Name, Setup, limits, md5};
 
 fn pipe(path: &Path) -> File {
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
@@ -53,7 +53,7 @@ fn on(name: Name) {
     assert_eq!(guest.run("cat /run/typed"), "what is 42\n");
 
     for (columns, rows) in [(80, 24), (200, 60)] {
-        guest.apply(Request::PatchConsole(ConsoleUpdate { columns, rows }));
+        guest.apply(Request::PatchConsole(ConsoleUpdate { columns, rows, port: None }));
         let size = format!("{rows} {columns}");
         guest.run(&format!("until [ \"$(stty size < /dev/hvc0)\" = \"{size}\" ]; do sleep 0.1; done"));
         let told = guest.api.vm_config().unwrap().console.unwrap();
@@ -62,10 +62,146 @@ fn on(name: Name) {
     guest.power_off();
 }
 
+/// What goes through a stream in each direction.
+const MIB: usize = 1 << 20;
+const STREAMED: usize = 2 * MIB;
+
+/// Bytes of which no two stretches are alike.
+fn noise(bytes: usize) -> Vec<u8> {
+    let mut data = vec![0; bytes];
+    File::open("/dev/urandom").unwrap().read_exact(&mut data).unwrap();
+    data
+}
+
+#[test]
+fn a_console_has_further_terminals_and_streams_with_names() {
+    further_ports(Name::Berth);
+}
+
+#[test]
+fn a_console_has_further_terminals_and_streams_with_names_without_pci() {
+    further_ports(Name::Firecracker);
+}
+
+fn further_ports(name: Name) {
+    let mut guest = Guest::configured(Setup { name, vcpus: 2, ..Setup::default() });
+    let path = |name: &str| guest.path(name);
+    let (first, second_in, second_out) = (path("first"), path("second in"), path("second out"));
+    let (stream_in, stream_out, unread_out) = (path("stream in"), path("stream out"), path("unread out"));
+    let (mut keyboard, mut screen) = (pipe(&second_in), pipe(&second_out));
+    let (mut to_guest, mut from_guest, mut unread) = (pipe(&stream_in), pipe(&stream_out), pipe(&unread_out));
+    let port =
+        |name: &str, output_path| ConsolePort { name: name.into(), output_path, ..ConsolePort::default() };
+    let ports = vec![
+        ConsolePort {
+            is_console: true,
+            input_path: Some(second_in),
+            columns: Some(100),
+            rows: Some(30),
+            ..port("second", second_out)
+        },
+        ConsolePort { input_path: Some(stream_in), ..port("org.test.stream", stream_out) },
+        port("org.test.unread", unread_out),
+    ];
+    // Nobody reads the first either.
+    let _first = pipe(&first);
+    guest.apply(Request::PutConsole(Console {
+        output_path: first,
+        columns: 132,
+        rows: 43,
+        ports,
+        ..Console::default()
+    }));
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+    guest.console.wait_for("# ", limits::BOOT);
+
+    guest.run("until [ \"$(cat /sys/class/virtio-ports/*/name | wc -l)\" = 3 ]; do sleep 0.1; done");
+    guest.run("cd /sys/class/virtio-ports; for p in *; do ln -s /dev/$p /run/$(cat $p/name 2> /dev/null || echo $p); done");
+    let names = guest.run("cat /sys/class/virtio-ports/*/name");
+    assert_eq!(names, "second\norg.test.stream\norg.test.unread\n");
+    guest.run("until [ -c /dev/hvc0 ] && [ -c /dev/hvc1 ] && [ ! -e /dev/hvc2 ]; do sleep 0.1; done");
+    let sized = |guest: &mut Guest, hvc: &str, size: &str| {
+        guest.run(&format!("until [ \"$(stty size < /dev/{hvc})\" = \"{size}\" ]; do sleep 0.1; done"));
+    };
+    sized(&mut guest, "hvc0", "43 132");
+    sized(&mut guest, "hvc1", "30 100");
+    let resize = |columns, rows, port: Option<&str>| {
+        Request::PatchConsole(ConsoleUpdate { columns, rows, port: port.map(String::from) })
+    };
+    guest.apply(resize(200, 60, Some("second")));
+    sized(&mut guest, "hvc1", "60 200");
+    sized(&mut guest, "hvc0", "43 132");
+    guest.apply(resize(81, 26, None));
+    sized(&mut guest, "hvc0", "26 81");
+    sized(&mut guest, "hvc1", "60 200");
+    let told = guest.api.vm_config().unwrap().console.unwrap();
+    assert_eq!(
+        (told.columns, told.rows, told.ports[0].columns, told.ports[0].rows),
+        (81, 26, Some(200), Some(60))
+    );
+    for (name, words) in [("org.test.stream", "no terminal"), ("other", "no such port")] {
+        let error = guest.api.apply(&resize(1, 1, Some(name))).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+
+    // The second terminal, in both directions.
+    guest.run("(stty raw -echo; head -c 5 > /run/typed; echo said) < /dev/hvc1 > /dev/hvc1 &");
+    keyboard.write_all(b"typed").unwrap();
+    let mut said = [0; 4];
+    screen.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"said");
+    assert_eq!(guest.run("cat /run/typed"), "typed");
+
+    // Nobody reads these: the terminal's output is lost, and who writes to the stream waits.
+    guest.run("yes | head -c 300000 > /dev/hvc0");
+    guest.run("(yes | head -c 500000 > /run/org.test.unread; touch /run/written) 2> /dev/null &");
+
+    // What is written before a program has the port open is not lost.
+    let sent = noise(STREAMED);
+    let sum = md5(&sent);
+    let writer = std::thread::spawn(move || to_guest.write_all(&sent));
+    guest.run(&format!("head -c {STREAMED} < /run/org.test.stream | md5sum > /run/sum &"));
+    for _ in 0..5 {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        guest.pause();
+        guest.resume();
+    }
+    writer.join().unwrap().unwrap();
+    guest.run("until [ -s /run/sum ]; do sleep 0.1; done");
+    assert_eq!(guest.run("cat /run/sum"), sum);
+
+    guest.run(&format!("head -c {STREAMED} /dev/urandom > /run/data; md5sum < /run/data > /run/sum"));
+    guest.run("(cat /run/data > /run/org.test.stream; touch /run/sent) &");
+    let mut received = vec![0; STREAMED];
+    let (begin, rest) = received.split_at_mut(STREAMED / 4);
+    from_guest.read_exact(begin).unwrap();
+    // A reader that takes its time.
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    assert_ne!(guest.shell("[ -e /run/sent ]").code, 0, "it waits for its reader");
+    guest.pause();
+    guest.resume();
+    from_guest.read_exact(rest).unwrap();
+    assert_eq!(guest.run("cat /run/sum"), md5(&received));
+
+    assert_ne!(guest.shell("[ -e /run/written ]").code, 0, "nobody has read it");
+    let mut all = vec![0; 500_000];
+    unread.read_exact(&mut all).unwrap();
+    assert_eq!(all, b"y\n".repeat(250_000));
+    guest.run("until [ -e /run/written ]; do sleep 0.1; done");
+    // Another driver begins from the beginning.
+    guest.run(
+        "cd /sys/bus/virtio/drivers/virtio_console; for way in unbind bind; do echo virtio0 > $way; done",
+    );
+    guest.run("until [ \"$(cat /sys/class/virtio-ports/*/name | wc -l)\" = 3 ]; do sleep 0.1; done");
+    sized(&mut guest, "hvc1", "60 200");
+    guest.power_off();
+}
+
 #[test]
 fn a_guest_without_a_console_has_none_to_resize() {
     let mut guest = Guest::booted(Setup::default());
-    let resize = Request::PatchConsole(ConsoleUpdate { columns: 80, rows: 24 });
+    let resize = Request::PatchConsole(ConsoleUpdate { columns: 80, rows: 24, port: None });
     let error = guest.api.apply(&resize).unwrap_err().to_string();
     assert!(error.contains("PUT /console"), "{error}");
     guest.power_off();

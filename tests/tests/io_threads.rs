@@ -249,6 +249,7 @@ fn every_device_may_have_a_thread_of_its_own() {
     let mut names = vec!["fc_io".to_string()];
     names.extend([1, 15, 2, 3, 4, 5, 6].map(|number| format!("fc_io {number}")));
     assert_eq!(io_threads(&guest), names);
+    guest.run("modprobe virtio_pmem; modprobe nd_pmem");
     guest.take_program("/dev/vdb", "berth-vsock");
     tap.set_up(&mut guest, "eth0", None);
 

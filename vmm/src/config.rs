@@ -7,6 +7,7 @@
 
 mod balloon;
 mod cmdline;
+pub mod console;
 pub mod mmds;
 pub mod network;
 pub mod pmem;
@@ -31,6 +32,7 @@ use devices::backend::direct;
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::{self, Engine};
 
+use self::console::Console;
 use self::mmds::Mmds;
 use self::network::{Interface, Interfaces, there_already};
 use self::pmem::{PmemFile, Pmems, second_root};
@@ -95,13 +97,6 @@ pub struct Drive {
     pub settings: api_socket::Drive,
     /// A raw image or a block device; open for writing too unless it is read-only.
     pub file: File,
-}
-
-/// A virtio console and what it is connected to.
-pub struct Console {
-    pub settings: api_socket::Console,
-    pub input: Option<File>,
-    pub output: Sink,
 }
 
 #[derive(Default)]
@@ -458,18 +453,17 @@ impl Config {
         self.interfaces.updated(update);
     }
 
-    /// Takes down that a running guest's console has another size.
+    /// Takes down that a port of a running guest's console has another size, and says which it is: 0 is the console itself.
     ///
     /// # Errors
-    /// There is no console.
-    pub fn console_resized(&mut self, update: ConsoleUpdate) -> Result<(), Fault> {
+    /// There is no console or no such port, or that is no terminal.
+    pub fn console_resized(&mut self, update: &ConsoleUpdate) -> Result<usize, Fault> {
         let settings = self.console_settings.as_mut().ok_or_else(|| {
             Fault::bad_request(
                 "This guest has no virtio console; PUT /console before the start gives it one.",
             )
         })?;
-        (settings.columns, settings.rows) = (update.columns, update.rows);
-        Ok(())
+        console::resized(settings, update)
     }
 
     /// The persistent memory devices, each with a descriptor of its own.
@@ -752,15 +746,7 @@ impl Config {
         if self.console_settings.is_none() {
             self.check_room("the console")?;
         }
-        let output = Sink::open(&settings.output_path).map_err(|error| {
-            Fault::bad_request(format!(
-                "`output_path` is {}, which cannot be written: {error}. Give a terminal, a named pipe or a file in a \
-                 directory that exists.",
-                settings.output_path.display()
-            ))
-        })?;
-        let input = settings.input_path.as_deref().map(open_input).transpose()?;
-        self.console = Some(Console { input, output, settings: settings.clone() });
+        self.console = Some(console::open(&settings)?);
         self.console_settings = Some(settings);
         Ok(())
     }
@@ -847,21 +833,6 @@ impl Machine {
             },
         }
     }
-}
-
-/// Opens what a console reads from: bytes that come when somebody types them, which an ordinary file has not.
-fn open_input(path: &Path) -> Result<File, Fault> {
-    let mut options = OpenOptions::new();
-    // Writable too, so that a named pipe does not end with its first writer.
-    options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-    let opened = options.open(path).and_then(|file| Ok((file.metadata()?.file_type(), file)));
-    let problem = match opened {
-        Ok((kind, file)) if kind.is_fifo() || kind.is_char_device() => return Ok(file),
-        Ok(_) => "which nobody can type at".to_string(),
-        Err(error) => format!("which cannot be opened: {error}"),
-    };
-    let path = path.display();
-    Err(Fault::bad_request(format!("`input_path` is {path}, {problem}. Give a terminal or a named pipe.")))
 }
 
 fn cannot_open(field: &str, path: &Path, error: &io::Error, advice: &str) -> Fault {

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use api_socket::{ConsoleUpdate, NetworkInterfaceUpdate, RateLimiter};
+use api_socket::{NetworkInterfaceUpdate, RateLimiter};
 use devices::acpi_pm::{self, AcpiPm};
 use devices::bus::BusError;
 use devices::i8042::{self, I8042};
@@ -20,6 +20,7 @@ use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
 use devices::state::StateError;
 use devices::virtio::balloon::Balloon;
+use devices::virtio::console::Size;
 use devices::vmgenid::{self, VmGenId};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -254,9 +255,9 @@ impl Machine {
         self.virtio.balloon()
     }
 
-    /// Gives the console another size while the guest runs.
-    pub fn resize_console(&self, update: ConsoleUpdate) {
-        self.virtio.resize_console(update);
+    /// Gives a port of the console another size while the guest runs; 0 is the console itself.
+    pub fn resize_console(&self, port: usize, size: Size) {
+        self.virtio.resize_console(port, size);
     }
 
     /// Stops every device; see [`devices::virtio::transport::Transport::pause`]. Only while no vCPU runs.

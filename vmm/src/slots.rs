@@ -3,14 +3,14 @@
 //! A new kind of device has its line in `machine.rs` and one `add_…` here.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use api_socket::{ConsoleUpdate, NetworkInterfaceUpdate, RateLimiter};
+use api_socket::{NetworkInterfaceUpdate, RateLimiter};
 use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::bus::{Bus, BusError};
 use devices::pci::root::{AddError, Root, Windows};
@@ -26,6 +26,7 @@ use devices::virtio::transport::{NewError, Shared, SharedDevice};
 use devices::virtio::vsock::Vsock;
 
 use crate::balloon::pages;
+use crate::config::console::Ends;
 use crate::config::network::Interface;
 use crate::config::pmem::PmemFile;
 use crate::config::vsock::Socket;
@@ -253,14 +254,26 @@ impl Slots {
     /// A console.
     pub fn add_console(
         &mut self,
-        console: &config::Console,
+        console: &config::console::Console,
         board: &Board,
     ) -> Result<Option<usize>, SlotsError> {
         let host = board.hosts.of(console.settings.io_thread)?;
+        let settings = &console.settings;
+        let ends = |ends: &Ends| -> io::Result<(_, Box<dyn Write + Send>)> {
+            let input = ends.input.as_ref().map(File::try_clone).transpose()?.map(OwnedFd::from);
+            Ok((input, Box::new(ends.output.try_clone()?)))
+        };
+        let ports = settings.ports.iter().zip(&console.ports).map(|(port, connected)| {
+            let (input, output) = ends(connected)?;
+            let (name, size) = (port.name.clone(), config::console::size(port));
+            Ok(console::PortConfig { name, size, input, output })
+        });
+        let (input, output) = ends(&console.ends)?;
         let config = console::Config {
-            input: console.input.as_ref().map(File::try_clone).transpose()?.map(OwnedFd::from),
-            output: Box::new(console.output.try_clone()?),
-            size: console::Size { columns: console.settings.columns, rows: console.settings.rows },
+            input,
+            output,
+            size: console::Size { columns: settings.columns, rows: settings.rows },
+            ports: ports.collect::<io::Result<_>>()?,
         };
         let device = Arc::new(Mutex::new(Console::new(config, None)?));
         let slot = self.plug(device.clone(), host, board)?;
@@ -352,10 +365,10 @@ impl Slots {
         }
     }
 
-    /// Gives the console another size.
-    pub fn resize_console(&self, update: ConsoleUpdate) {
+    /// Gives a port of the console another size.
+    pub fn resize_console(&self, port: usize, size: console::Size) {
         if let Some(console) = &self.console {
-            lock(console).resize(console::Size { columns: update.columns, rows: update.rows });
+            lock(console).resize(port, size);
         }
     }
 

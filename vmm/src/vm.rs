@@ -12,6 +12,7 @@ use api_socket::{
     Version, VmState,
 };
 use devices::virtio::balloon::Balloon;
+use devices::virtio::console::Size;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::admit::{Verdict, admit};
@@ -188,7 +189,7 @@ impl Vm {
                 let stopped = self.hinting_balloon()?.stop_hinting();
                 balloon::check_hinting(true, stopped)?;
             }
-            Request::PatchConsole(update) => self.resize_console(update)?,
+            Request::PatchConsole(update) => self.resize_console(&update)?,
             other => return Err(Fault::bad_request(format!("{other:?} is not supported by this version"))),
         }
         Ok(Reply::Empty)
@@ -362,9 +363,9 @@ impl Vm {
         self.guest()?.machine.balloon().ok_or_else(not_started)
     }
 
-    fn resize_console(&mut self, update: ConsoleUpdate) -> Result<(), Fault> {
-        self.config.console_resized(update)?;
-        self.guest()?.machine.resize_console(update);
+    fn resize_console(&mut self, update: &ConsoleUpdate) -> Result<(), Fault> {
+        let port = self.config.console_resized(update)?;
+        self.guest()?.machine.resize_console(port, Size { columns: update.columns, rows: update.rows });
         Ok(())
     }
 

@@ -182,6 +182,9 @@ fn the_described_limits_are_those_in_force() {
             (&json!(IO_THREAD.start()), &json!(IO_THREAD.end()))
         );
     }
+    assert_eq!(description.schema("Console")["properties"]["ports"]["maxItems"], json!(MAX_CONSOLE_PORTS));
+    let name = &description.schema("ConsolePort")["properties"]["name"]["description"];
+    assert!(name.as_str().unwrap().contains(&format!("1 to {MAX_CONSOLE_PORT_NAME} letters")));
     for name in ["MachineConfig", "MachineConfigUpdate"] {
         let properties = &description.schema(name)["properties"];
         assert_eq!(properties["vcpu_count"]["minimum"], json!(VCPU_COUNT.start()));

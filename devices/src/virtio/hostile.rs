@@ -174,6 +174,7 @@ fn console() -> Subject {
         input: Some(input.into()),
         output: Box::new(std::io::sink()),
         size: Size { columns: 80, rows: 25 },
+        ports: Vec::new(),
     };
     let device = Arc::new(Mutex::new(Console::new(config, None).unwrap()));
     let requests: Requests =

@@ -204,10 +204,20 @@ fn pmem_that_is_held_back() {
 }
 
 fn console(state: Option<DeviceState>) -> Console {
+    console_with(Vec::new(), state)
+}
+
+fn console_of_two_ports(state: Option<DeviceState>) -> Console {
+    let (name, size, output) = ("second".into(), None, Box::new(std::io::sink()));
+    console_with(vec![console::PortConfig { name, size, input: None, output }], state)
+}
+
+fn console_with(ports: Vec<console::PortConfig>, state: Option<DeviceState>) -> Console {
     let config = console::Config {
         input: Some(File::open("/dev/zero").unwrap().into()),
         output: Box::new(std::io::sink()),
         size: Size { columns: 80, rows: 25 },
+        ports,
     };
     let state = state.map(|state| match state {
         DeviceState::Console(state) => state,
@@ -224,6 +234,16 @@ fn console_input() {
 #[test]
 fn console_output() {
     nothing_is_lost(console, 1, |driver| vec![driver.data(b"a line\n")]);
+}
+
+#[test]
+fn output_of_a_further_port_of_a_console() {
+    nothing_is_lost(console_of_two_ports, 5, |driver| vec![driver.data(b"a line\n")]);
+}
+
+#[test]
+fn control_messages_of_a_console() {
+    nothing_is_lost(console_of_two_ports, 3, |driver| vec![driver.data(&[0; 8])]);
 }
 
 /// A device whose tap never runs out of packets and takes some or none.

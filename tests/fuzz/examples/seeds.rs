@@ -40,7 +40,9 @@ fn seeds() -> Vec<Seed> {
         ("rng", "broken", hostile(&[0])),
         ("console", "in-and-out", console_in_and_out(0)),
         ("console", "typed", console_in_and_out(1)),
+        ("console", "ports", console_of_ports(2)),
         ("console", "broken", hostile(&[0])),
+        ("console", "broken-ports", hostile(&[2])),
         ("net", "mergeable", net_both_ways(1)),
         ("net", "plain", net_both_ways(0)),
         ("net", "limited", net_both_ways(13)),
@@ -212,6 +214,22 @@ fn rng_requests(flags: u8) -> Vec<u8> {
 
 fn console_in_and_out(flags: u8) -> Vec<u8> {
     [vec![flags], chains(&[(0, &[(0x2000, 64, true)]), (1, &[(0x3000, 500, false)])], &[])].concat()
+}
+
+/// A driver that listens, says that it and its ports are there and open, and uses each.
+fn console_of_ports(flags: u8) -> Vec<u8> {
+    let message =
+        |id: u32, event: u16| [&id.to_le_bytes()[..], &event.to_le_bytes(), &1u16.to_le_bytes()].concat();
+    let said = [message(u32::MAX, 0), message(1, 3), message(2, 3), message(2, 6), message(1, 6)].concat();
+    let listen: (u8, &[Buffer]) = (2, &[(0x4000, 64, true)]);
+    let say = [0x3000, 0x3008, 0x3010, 0x3018, 0x3020].map(|address| [(address, 8, false)]);
+    let mut all = vec![listen; 6];
+    all.extend(say.iter().map(|message| (3, &message[..])));
+    for queue in [0, 4, 6] {
+        all.push((queue, &[(0x5000, 64, true)]));
+        all.push((queue + 1, &[(0x6000, 500, false)]));
+    }
+    [vec![flags], chains(&all, &[(0x3000, &said)])].concat()
 }
 
 fn blk_requests(flags: u8) -> Vec<u8> {

@@ -109,16 +109,30 @@ fn limits(flags: u8) -> Limits {
 
 pub fn console(data: &[u8]) {
     crate::log_to_nowhere();
+    let flags = data.first().copied().unwrap_or(0);
     // Input that is always readable, or typed in advance and then at its end.
-    let typed = data.first().is_some_and(|flags| flags & 1 != 0);
-    let input = || if typed { keyboard() } else { File::open("/dev/zero").unwrap().into() };
-    drive(
+    let input = || if flags & 1 != 0 { keyboard() } else { File::open("/dev/zero").unwrap().into() };
+    let several = flags & 2 != 0;
+    let port = |name: &str, size| console::PortConfig {
+        name: name.into(),
+        size,
+        input: Some(input()),
+        output: Box::new(Moody(0)),
+    };
+    let size = Size { columns: 80, rows: 25 };
+    drive_with(
         data.get(1..).unwrap_or_default(),
+        if several { MULTIPORT } else { 0 },
         |state| {
             let config = console::Config {
                 input: Some(input()),
                 output: Box::new(Moody(0)),
-                size: Size { columns: 80, rows: 25 },
+                size,
+                ports: if several {
+                    vec![port("second", Some(size)), port("stream", None)]
+                } else {
+                    Vec::new()
+                },
             };
             let state = state.map(|state| match state {
                 DeviceState::Console(state) => state,
@@ -126,9 +140,12 @@ pub fn console(data: &[u8]) {
             });
             Console::new(config, state).unwrap()
         },
-        |_| {},
+        |console, number| console.resize(usize::from(number % 4), Size { columns: number.into(), rows: 1 }),
     );
 }
+
+/// VIRTIO_CONSOLE_F_MULTIPORT
+const MULTIPORT: u64 = 1 << 1;
 
 fn keyboard() -> OwnedFd {
     let (reader, mut writer) = io::pipe().unwrap();

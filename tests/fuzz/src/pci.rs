@@ -161,6 +161,7 @@ fn new_console(state: Option<DeviceState>) -> Arc<Mutex<Console>> {
         input: Some(File::open("/dev/zero").unwrap().into()),
         output: Box::new(std::io::sink()),
         size: Size { columns: 80, rows: 25 },
+        ports: Vec::new(),
     };
     Arc::new(Mutex::new(Console::new(config, state).unwrap()))
 }

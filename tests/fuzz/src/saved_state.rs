@@ -83,7 +83,10 @@ pub fn blk(state: Option<blk::State>) -> Blk {
 
 pub fn console(state: Option<console::State>) -> Console {
     let size = Size { columns: 80, rows: 25 };
-    let config = console::Config { input: None, output: Box::new(std::io::sink()), size };
+    let port =
+        console::PortConfig { name: "p".into(), size: None, input: None, output: Box::new(std::io::sink()) };
+    let output = Box::new(std::io::sink());
+    let config = console::Config { input: None, output, size, ports: vec![port] };
     Console::new(config, state).unwrap()
 }
 

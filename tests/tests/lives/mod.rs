@@ -64,7 +64,8 @@ fn busy() -> Vec<Call> {
         "/entropy",
         json!({"rate_limiter": {"bandwidth": {"size": 1000, "refill_time": 100}}}),
     );
-    put(&mut guest.api, "/console", json!({"input_path": input, "output_path": output}));
+    let stream = json!({"name": "stream", "input_path": input, "output_path": output});
+    put(&mut guest.api, "/console", json!({"input_path": input, "output_path": output, "ports": [stream]}));
     let tracer = Tracer::attach(guest.vmm.pid());
     guest.apply(Request::Action(ActionType::InstanceStart));
     guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);

@@ -2,7 +2,7 @@ use std::io::{Read, Seek};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use api_socket::{CacheType, LogLevel, RateLimiter, VmState};
+use api_socket::{CacheType, ConsolePort, LogLevel, RateLimiter, VmState};
 
 use super::*;
 
@@ -752,18 +752,19 @@ fn every_field_of_the_console_arrives_and_is_told_back() {
         columns: 132,
         rows: 43,
         io_thread: Some(2),
+        ports: Vec::new(),
     };
     fixture.accept(Request::PutConsole(console.clone()));
     assert_eq!(fixture.config.wire().console, Some(console.clone()));
 
     let open = fixture.config.console.as_ref().unwrap();
     assert_eq!(open.settings, console);
-    open.output.try_clone().unwrap().write_all(b"said").unwrap();
+    open.ends.output.try_clone().unwrap().write_all(b"said").unwrap();
     assert_eq!(std::fs::read_to_string(output).unwrap(), "said");
     // The pipe is open for reading: a writer finds its reader and does not wait.
     File::options().write(true).open(input).unwrap().write_all(b"typed").unwrap();
     let mut typed = [0; 5];
-    open.input.as_ref().unwrap().read_exact(&mut typed).unwrap();
+    open.ends.input.as_ref().unwrap().read_exact(&mut typed).unwrap();
     assert_eq!(&typed, b"typed");
 
     fixture.config.started();
@@ -787,6 +788,86 @@ fn a_console_that_cannot_be_opened_is_named_and_the_one_before_stays() {
         fixture.refuse(console(output.clone(), Some(input)), &["`input_path`", word, "named pipe"]);
     }
     assert_eq!(fixture.config.console.unwrap().settings.output_path, output);
+}
+
+fn console_of(fixture: &Fixture, ports: Vec<ConsolePort>) -> api_socket::Console {
+    api_socket::Console {
+        output_path: fixture.path("out"),
+        columns: 80,
+        rows: 25,
+        ports,
+        ..Default::default()
+    }
+}
+
+fn port(fixture: &Fixture, name: &str) -> ConsolePort {
+    ConsolePort { name: name.to_string(), output_path: fixture.path("port"), ..ConsolePort::default() }
+}
+
+#[test]
+fn every_port_of_the_console_is_opened_and_told_back() {
+    let mut fixture = fixture();
+    let input = fixture.path("in");
+    make_fifo(&input);
+    let ports = vec![
+        ConsolePort { is_console: true, columns: Some(1), rows: Some(2), ..port(&fixture, "second") },
+        ConsolePort { input_path: Some(input), ..port(&fixture, "org.test.stream-1_0") },
+    ];
+    let settings = console_of(&fixture, ports);
+    fixture.accept(Request::PutConsole(settings.clone()));
+    assert_eq!(fixture.config.wire().console, Some(settings.clone()));
+    let open = fixture.config.console.as_ref().unwrap();
+    assert_eq!(open.ports.iter().map(|port| port.input.is_some()).collect::<Vec<_>>(), [false, true]);
+    open.ports[1].output.try_clone().unwrap().write_all(b"said").unwrap();
+    assert_eq!(std::fs::read_to_string(fixture.path("port")).unwrap(), "said");
+    let sizes: Vec<_> = settings.ports.iter().map(super::console::size).collect();
+    assert_eq!(sizes, [Some(devices::virtio::console::Size { columns: 1, rows: 2 }), None]);
+}
+
+#[test]
+fn a_port_that_the_guest_could_not_find_or_use_is_refused() {
+    let mut fixture = fixture();
+    let before = console_of(&fixture, vec![port(&fixture, "kept")]);
+    fixture.accept(Request::PutConsole(before));
+    let long = "n".repeat(64);
+    for name in ["", "a/b", "two words", "..", ".", "\n", "\u{e9}", &long] {
+        let ports = vec![port(&fixture, name)];
+        fixture.refuse(Request::PutConsole(console_of(&fixture, ports)), &["`name`", "1 to 63"]);
+    }
+    let twice = vec![port(&fixture, "a"), port(&fixture, "b"), port(&fixture, "a")];
+    fixture.refuse(Request::PutConsole(console_of(&fixture, twice)), &["`name` is \"a\" twice"]);
+    let sized = vec![ConsolePort { rows: Some(25), ..port(&fixture, "a") }];
+    fixture.refuse(Request::PutConsole(console_of(&fixture, sized)), &["`rows`", "\"a\"", "`is_console`"]);
+    let lost = ConsolePort { output_path: fixture.path("no/out"), ..port(&fixture, "a") };
+    fixture.refuse(Request::PutConsole(console_of(&fixture, vec![lost])), &["`output_path`", "no/out"]);
+    let typed = ConsolePort { input_path: Some(fixture.file("file")), ..port(&fixture, "a") };
+    fixture
+        .refuse(Request::PutConsole(console_of(&fixture, vec![typed])), &["`input_path`", "nobody can type"]);
+    let many = |count: usize| (0..count).map(|number| port(&fixture, &number.to_string())).collect();
+    let (most, more) = (console_of(&fixture, many(15)), console_of(&fixture, many(16)));
+    fixture.refuse(Request::PutConsole(more), &["`ports` has 16", "at most 15"]);
+    fixture.accept(Request::PutConsole(most));
+}
+
+#[test]
+fn a_terminal_among_the_ports_is_resized_by_its_name() {
+    let mut fixture = fixture();
+    let resize = |port: Option<&str>| ConsoleUpdate { columns: 7, rows: 8, port: port.map(String::from) };
+    let message = fixture.config.console_resized(&resize(None)).unwrap_err().message;
+    assert!(message.contains("PUT /console"), "{message}");
+    let terminal = ConsolePort { is_console: true, ..port(&fixture, "terminal") };
+    let settings = console_of(&fixture, vec![port(&fixture, "stream"), terminal]);
+    fixture.accept(Request::PutConsole(settings));
+    assert_eq!(fixture.config.console_resized(&resize(None)), Ok(0));
+    assert_eq!(fixture.config.console_resized(&resize(Some("terminal"))), Ok(2));
+    for (name, words) in [("stream", "no terminal"), ("other", "no such port")] {
+        let message = fixture.config.console_resized(&resize(Some(name))).unwrap_err().message;
+        assert!(message.contains("`port` is") && message.contains(words), "{message}");
+    }
+    let told = fixture.config.wire().console.unwrap();
+    assert_eq!((told.columns, told.rows), (7, 8));
+    assert_eq!((told.ports[1].columns, told.ports[1].rows), (Some(7), Some(8)));
+    assert_eq!(told.ports[0].columns, None);
 }
 
 #[test]
