@@ -72,8 +72,10 @@ type MakeDevice = fn() -> Subject;
 
 const DEVICES: &[(&str, MakeDevice)] = &[
     ("rng", rng),
-    ("blk", || blk(Engine::Sync)),
-    ("blk with a ring", || blk(Engine::Async)),
+    ("blk", || blk(Engine::Sync, 1)),
+    ("blk with a ring", || blk(Engine::Async, 1)),
+    ("blk with three queues", || blk(Engine::Sync, 3)),
+    ("blk with a ring for three queues", || blk(Engine::Async, 3)),
     ("net", || net(1)),
     ("net with two pairs of queues", || net(2)),
     ("vsock", vsock),
@@ -91,10 +93,11 @@ fn rng() -> Subject {
     quiet(Arc::new(Mutex::new(device)), vec![(0, |driver| vec![driver.room(64)])])
 }
 
-fn blk(engine: Engine) -> Subject {
-    let device = round_trip::blk_of(engine, 1, Limits::default())(None);
+fn blk(engine: Engine, queues: u16) -> Subject {
+    let device = round_trip::blk_of(engine, queues, Limits::default())(None);
     let read = |driver: &mut Driver| round_trip::blk_request(VIRTIO_BLK_T_IN)(driver);
-    quiet(Arc::new(Mutex::new(device)), vec![(0, read)])
+    let requests = (0..queues.into()).map(|queue| (queue, read as fn(&mut Driver) -> Vec<Buffer>));
+    quiet(Arc::new(Mutex::new(device)), requests.collect())
 }
 
 fn pmem() -> Subject {
