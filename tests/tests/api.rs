@@ -133,6 +133,89 @@ const MALFORMED: &[Case] = &[
     ("PUT", "/metrics", "{}", 400, &["missing field `metrics_path`"]),
     ("PUT", "/metrics", r#"{"metrics_path":false}"#, 400, &["`metrics_path`", "a path"]),
     ("PUT", "/metrics", r#"{"metrics_path":"m","every":1}"#, 400, &["unknown field `every`"]),
+    ("PUT", "/network-interfaces/n", r#"{"iface_id":"n"}"#, 400, &["missing field `host_dev_name`"]),
+    (
+        "PUT",
+        "/network-interfaces/n",
+        r#"{"iface_id":"m","host_dev_name":"t"}"#,
+        400,
+        &["`iface_id`", "\"n\"", "\"m\""],
+    ),
+    (
+        "PUT",
+        "/network-interfaces/n",
+        r#"{"iface_id":"n","host_dev_name":"t","guest_mac":"06:00"}"#,
+        400,
+        &["`guest_mac`", "06:00"],
+    ),
+    (
+        "PUT",
+        "/network-interfaces/n",
+        r#"{"iface_id":"n","host_dev_name":"t","mtu":70000}"#,
+        400,
+        &["`mtu`", "`70000`"],
+    ),
+    (
+        "PUT",
+        "/network-interfaces/n",
+        r#"{"iface_id":"n","host_dev_name":"t","vlan":1}"#,
+        400,
+        &["unknown field `vlan`"],
+    ),
+    ("PATCH", "/network-interfaces/n", "{}", 400, &["missing field `iface_id`"]),
+    (
+        "PATCH",
+        "/network-interfaces/n",
+        r#"{"iface_id":"n","host_dev_name":"t"}"#,
+        400,
+        &["unknown field `host_dev_name`"],
+    ),
+    ("GET", "/network-interfaces/n", "", 400, &["GET /network-interfaces/n"]),
+    ("PUT", "/pmem/p", r#"{"id":"p"}"#, 400, &["missing field `path_on_host`"]),
+    ("PUT", "/pmem/p", r#"{"id":"q","path_on_host":"/p"}"#, 400, &["`id`", "\"p\"", "\"q\""]),
+    (
+        "PUT",
+        "/pmem/p",
+        r#"{"id":"p","path_on_host":"/p","read_only":"yes"}"#,
+        400,
+        &["`read_only`", "true or false"],
+    ),
+    ("PUT", "/pmem/p", r#"{"id":"p","path_on_host":"/p","size":1}"#, 400, &["unknown field `size`"]),
+    ("PATCH", "/pmem/p", r#"{"id":"p","path_on_host":"/p"}"#, 400, &["unknown field `path_on_host`"]),
+    ("PUT", "/vsock", r#"{"guest_cid":3}"#, 400, &["missing field `uds_path`"]),
+    ("PUT", "/vsock", r#"{"guest_cid":"3","uds_path":"v"}"#, 400, &["`guest_cid`", "an integer"]),
+    ("PUT", "/vsock", r#"{"guest_cid":3,"uds_path":"v","port":1}"#, 400, &["unknown field `port`"]),
+    ("GET", "/vsock", "", 400, &["GET /vsock"]),
+    ("PUT", "/balloon", r#"{"amount_mib":1}"#, 400, &["missing field `deflate_on_oom`"]),
+    ("PUT", "/balloon", r#"{"deflate_on_oom":true}"#, 400, &["missing field `amount_mib`"]),
+    ("PUT", "/balloon", r#"{"amount_mib":-1,"deflate_on_oom":true}"#, 400, &["`amount_mib`", "`-1`"]),
+    ("PUT", "/balloon", r#"{"amount_mib":1,"deflate_on_oom":true,"size":1}"#, 400, &["unknown field `size`"]),
+    ("PATCH", "/balloon", "{}", 400, &["missing field `amount_mib`"]),
+    ("PATCH", "/balloon/statistics", "{}", 400, &["missing field `stats_polling_interval_s`"]),
+    ("PATCH", "/balloon/hinting/start", r#"{"acknowledge":true}"#, 400, &["unknown field `acknowledge`"]),
+    ("PATCH", "/balloon/hinting/pause", "{}", 400, &["/balloon/hinting/pause"]),
+    ("GET", "/balloon/hinting/start", "", 400, &["GET /balloon/hinting/start"]),
+    ("PUT", "/mmds", "", 400, &["Empty PUT request"]),
+    ("PUT", "/mmds", "[1]", 400, &["an object"]),
+    ("PATCH", "/mmds", "", 400, &["Empty PATCH request"]),
+    ("PUT", "/mmds/config", "{}", 400, &["missing field `network_interfaces`"]),
+    (
+        "PUT",
+        "/mmds/config",
+        r#"{"network_interfaces":["n"],"version":"V3"}"#,
+        400,
+        &["`version`", "`V3`", "`V1`"],
+    ),
+    (
+        "PUT",
+        "/mmds/config",
+        r#"{"network_interfaces":["n"],"ipv4_address":"nowhere"}"#,
+        400,
+        &["`ipv4_address`"],
+    ),
+    ("PUT", "/mmds/config", r#"{"network_interfaces":["n"],"ttl":1}"#, 400, &["unknown field `ttl`"]),
+    ("PUT", "/console", "{}", 400, &["missing field `output_path`"]),
+    ("PATCH", "/console", r#"{"columns":80}"#, 400, &["missing field `rows`"]),
 ];
 
 /// Refused before the start: values out of range or that do not fit, and what only a started guest can do.
@@ -235,6 +318,45 @@ const REFUSED_BEFORE: &[Case] = &[
     ("PATCH", "/vm", r#"{"state":"Resumed"}"#, 400, &[BEFORE_START]),
     ("PATCH", "/drives/d", r#"{"drive_id":"d"}"#, 400, &[BEFORE_START]),
     ("DELETE", "/drives/d", "", 400, &[BEFORE_START]),
+    (
+        "PUT",
+        "/network-interfaces/n",
+        r#"{"iface_id":"n","host_dev_name":"no-such-tap","mtu":67}"#,
+        400,
+        &["`mtu`", "67", "68"],
+    ),
+    ("PATCH", "/network-interfaces/n", r#"{"iface_id":"n"}"#, 400, &[BEFORE_START]),
+    ("DELETE", "/network-interfaces/n", "", 400, &[BEFORE_START]),
+    (
+        "PUT",
+        "/pmem/p",
+        r#"{"id":"p","path_on_host":"/no/such/file"}"#,
+        400,
+        &["`path_on_host`", "/no/such/file"],
+    ),
+    ("PATCH", "/pmem/p", r#"{"id":"p"}"#, 400, &[BEFORE_START]),
+    ("DELETE", "/pmem/p", "", 400, &[BEFORE_START]),
+    ("PUT", "/vsock", r#"{"guest_cid":2,"uds_path":"v"}"#, 400, &["`guest_cid`", "2", "3"]),
+    ("PUT", "/vsock", r#"{"guest_cid":4294967295,"uds_path":"v"}"#, 400, &["`guest_cid`"]),
+    (
+        "PUT",
+        "/vsock",
+        r#"{"guest_cid":3,"uds_path":"/no/such/place/v"}"#,
+        400,
+        &["`uds_path`", "/no/such/place/v"],
+    ),
+    ("PUT", "/balloon", r#"{"amount_mib":129,"deflate_on_oom":true}"#, 400, &["`amount_mib`", "129", "128"]),
+    ("GET", "/balloon", "", 400, &["balloon"]),
+    ("PATCH", "/balloon", r#"{"amount_mib":1}"#, 400, &[BEFORE_START]),
+    ("GET", "/balloon/statistics", "", 400, &[BEFORE_START]),
+    ("PATCH", "/balloon/statistics", r#"{"stats_polling_interval_s":1}"#, 400, &[BEFORE_START]),
+    ("PATCH", "/balloon/hinting/start", "", 400, &[BEFORE_START]),
+    ("PATCH", "/balloon/hinting/stop", "", 400, &[BEFORE_START]),
+    ("GET", "/balloon/hinting/status", "", 400, &[BEFORE_START]),
+    ("PUT", "/mmds/config", r#"{"network_interfaces":[]}"#, 400, &["`network_interfaces`"]),
+    ("PUT", "/mmds/config", r#"{"network_interfaces":["n"]}"#, 400, &["`network_interfaces`", "n"]),
+    ("PUT", "/console", r#"{"output_path":"/no/such/place"}"#, 400, &["`output_path`", "/no/such/place"]),
+    ("PATCH", "/console", r#"{"columns":80,"rows":25}"#, 400, &[BEFORE_START]),
 ];
 
 /// Refused after the start, running or paused: what belongs before it, and what there is not.
@@ -249,6 +371,27 @@ const REFUSED_AFTER: &[Case] = &[
     ("PUT", "/metrics", r#"{"metrics_path":"m2"}"#, 400, &[AFTER_START]),
     ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, 400, &[AFTER_START]),
     ("PATCH", "/drives/other", r#"{"drive_id":"other"}"#, 400, &["`drive_id`", "\"other\""]),
+    ("PUT", "/vsock", r#"{"guest_cid":3,"uds_path":"v"}"#, 400, &[AFTER_START]),
+    ("PUT", "/balloon", r#"{"amount_mib":1,"deflate_on_oom":true}"#, 400, &[AFTER_START]),
+    ("PUT", "/mmds/config", r#"{"network_interfaces":["n"]}"#, 400, &[AFTER_START]),
+    ("PUT", "/console", r#"{"output_path":"c"}"#, 400, &[AFTER_START]),
+    // Of devices that this guest has not.
+    ("PATCH", "/network-interfaces/n", r#"{"iface_id":"n"}"#, 400, &["`iface_id`", "\"n\""]),
+    ("DELETE", "/network-interfaces/n", "", 400, &["`iface_id`", "\"n\""]),
+    ("PATCH", "/pmem/p", r#"{"id":"p"}"#, 400, &["`id`", "\"p\""]),
+    ("DELETE", "/pmem/p", "", 400, &["`id`", "\"p\""]),
+    ("DELETE", "/drives/other", "", 400, &["`drive_id`", "\"other\""]),
+    ("GET", "/balloon", "", 400, &["balloon"]),
+    ("PATCH", "/balloon", r#"{"amount_mib":1}"#, 400, &["balloon"]),
+    ("GET", "/balloon/statistics", "", 400, &["balloon"]),
+    ("PATCH", "/balloon/statistics", r#"{"stats_polling_interval_s":1}"#, 400, &["balloon"]),
+    ("PATCH", "/balloon/hinting/start", "", 400, &["balloon"]),
+    ("PATCH", "/balloon/hinting/stop", "", 400, &["balloon"]),
+    ("GET", "/balloon/hinting/status", "", 400, &["balloon"]),
+    ("GET", "/mmds", "", 400, &["/mmds/config"]),
+    ("PUT", "/mmds", "{}", 400, &["/mmds/config"]),
+    ("PATCH", "/mmds", "{}", 400, &["/mmds/config"]),
+    ("PATCH", "/console", r#"{"columns":80,"rows":25}"#, 400, &["/console"]),
     (
         "PATCH",
         "/drives/disk",
@@ -288,6 +431,95 @@ fn answers(client: &mut Client, cases: &[Case]) {
         }
     }
 }
+
+/// What is deprecated is taken, with a header that says so; and then the same again, in its present form, without.
+const DEPRECATED: &[(&str, &str, &str)] = &[
+    (
+        "/machine-config",
+        r#"{"vcpu_count":1,"mem_size_mib":128,"cpu_template":"None"}"#,
+        r#"{"vcpu_count":1,"mem_size_mib":128}"#,
+    ),
+    (
+        "/vsock",
+        r#"{"vsock_id":"v","guest_cid":3,"uds_path":"v.sock"}"#,
+        r#"{"guest_cid":3,"uds_path":"v.sock"}"#,
+    ),
+];
+
+#[test]
+fn what_is_deprecated_is_taken_and_said() {
+    let vmm = Vmm::spawn(Name::Firecracker, &[]);
+    let mut client = vmm.client();
+    for (path, deprecated, present) in DEPRECATED {
+        for (body, said) in [(deprecated, true), (present, false)] {
+            let response = client.request("PUT", path, Some(body)).unwrap();
+            let is_said = response.headers.iter().any(|(name, _)| name == "deprecation");
+            assert_eq!((response.status, is_said), (204, said), "{path} {body}: {response:?}");
+        }
+    }
+}
+
+/// Where nothing is said, it is what Firecracker takes.
+#[test]
+fn defaults_are_those_that_clients_know() {
+    let vmm = Vmm::spawn(Name::Firecracker, &[]);
+    let mut client = vmm.client();
+    let machine = json!({"vcpu_count": 1, "mem_size_mib": 128, "smt": false, "track_dirty_pages": false,
+                         "huge_pages": "None"});
+    let told = |client: &mut Client, path: &str| -> Value {
+        let response = client.request("GET", path, None).unwrap();
+        assert_eq!(response.status, 200, "{path}: {}", response.body);
+        serde_json::from_str(&response.body).unwrap()
+    };
+    assert_eq!(told(&mut client, "/machine-config"), machine);
+    let disk = blank_disk(vmm.path("disk"), 1 << 20);
+    let file = blank_disk(vmm.path("file"), 4 << 20);
+    for (path, body) in [
+        ("/drives/d", json!({"drive_id": "d", "is_root_device": false, "path_on_host": disk})),
+        ("/pmem/p", json!({"id": "p", "path_on_host": file})),
+        ("/balloon", json!({"amount_mib": 1, "deflate_on_oom": false})),
+        ("/vsock", json!({"guest_cid": 3, "uds_path": "v.sock"})),
+        ("/entropy", json!({})),
+    ] {
+        let response = client.request("PUT", path, Some(&body.to_string())).unwrap();
+        assert_eq!(response.status, 204, "{path}: {}", response.body);
+    }
+    let all = told(&mut client, "/vm/config");
+    let sections: Vec<_> = all.as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(sections, SECTIONS);
+    assert_eq!(all["machine-config"], machine);
+    let drive = json!({"drive_id": "d", "partuuid": null, "is_root_device": false, "cache_type": "Unsafe",
+                       "is_read_only": false, "path_on_host": disk, "rate_limiter": null, "io_engine": "Sync",
+                       "socket": null});
+    assert_eq!(all["drives"], json!([drive]));
+    let pmem = json!({"id": "p", "path_on_host": file, "root_device": false, "read_only": false,
+                      "rate_limiter": null});
+    assert_eq!(all["pmem"], json!([pmem]));
+    let balloon = json!({"amount_mib": 1, "deflate_on_oom": false, "stats_polling_interval_s": 0,
+                         "free_page_hinting": false, "free_page_reporting": false});
+    assert_eq!(all["balloon"], balloon);
+    assert_eq!(told(&mut client, "/balloon"), balloon);
+    assert_eq!(all["vsock"], json!({"guest_cid": 3, "uds_path": "v.sock"}));
+    assert_eq!(all["entropy"], json!({"rate_limiter": null}));
+    assert_eq!(all["network-interfaces"], json!([]));
+}
+
+/// Sorted, as JSON's objects are here.
+const SECTIONS: &[&str] = &[
+    "balloon",
+    "boot-source",
+    "cpu-config",
+    "drives",
+    "entropy",
+    "logger",
+    "machine-config",
+    "memory-hotplug",
+    "metrics",
+    "mmds-config",
+    "network-interfaces",
+    "pmem",
+    "vsock",
+];
 
 fn configuration(client: &mut Client) -> Value {
     serde_json::from_str(&client.request("GET", "/vm/config", None).unwrap().body).unwrap()

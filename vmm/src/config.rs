@@ -520,7 +520,7 @@ impl Config {
     /// The reply of `GET /vm/config`.
     pub fn wire(&self) -> VmConfig {
         VmConfig {
-            drives: self.drives.iter().map(|(drive, _)| drive.clone()).collect(),
+            drives: self.drives.iter().map(|(drive, _)| told(drive)).collect(),
             network_interfaces: self.interfaces.settings().cloned().collect(),
             pmem: self.pmems.settings().cloned().collect(),
             boot_source: self.boot_source.clone().unwrap_or_default(),
@@ -833,6 +833,17 @@ impl Machine {
             },
         }
     }
+}
+
+/// A drive as replies tell it: what was left out has its default, as Firecracker's clients compare it. With a `socket` it is
+/// not ours to know.
+fn told(drive: &api_socket::Drive) -> api_socket::Drive {
+    let mut drive = drive.clone();
+    if drive.socket.is_none() {
+        drive.is_read_only.get_or_insert(false);
+        drive.io_engine.get_or_insert_default();
+    }
+    drive
 }
 
 fn cannot_open(field: &str, path: &Path, error: &io::Error, advice: &str) -> Fault {

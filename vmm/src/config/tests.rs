@@ -634,6 +634,10 @@ fn a_change_of_a_running_guests_drive_is_told() {
     let rate_limiter = Some(RateLimiter { bandwidth: limit(1), ops: limit(2) });
     let drive = api_socket::Drive { rate_limiter, ..fixture.drive("a", false) };
     fixture.accept(Request::PutDrive(drive.clone()));
+    // What was left out is told as what it is.
+    let (is_read_only, io_engine) = (Some(false), Some(IoEngine::Sync));
+    let drive = api_socket::Drive { is_read_only, io_engine, ..drive };
+    assert_eq!(fixture.config.wire().drives, std::slice::from_ref(&drive));
     let update =
         |path_on_host, rate_limiter| DriveUpdate { drive_id: "a".to_string(), path_on_host, rate_limiter };
 
