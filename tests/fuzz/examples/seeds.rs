@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use berth_fuzz::saved_state::{balloon, blk, console, net, pmem, rng, vsock};
+use berth_fuzz::saved_state::{KINDS, balloon, blk, console, net, pmem, rng, vsock};
 use devices::testing::FakeHost;
 use devices::virtio::pci::Pci;
 use devices::virtio::testing;
@@ -70,8 +70,6 @@ fn seeds() -> Vec<Seed> {
         ("ports", "uart", ports_uart()),
         ("ports", "others", ports_others()),
         ("pci_config", "scan", pci_scan()),
-        ("virtio_pci", "driver", pci_driver()),
-        ("virtio_mmio", "driver", mmio_driver()),
         ("kernel_loader", "bzimage", bzimage()),
         ("kernel_loader", "elf", elf(false)),
         ("kernel_loader", "elf-pvh", elf(true)),
@@ -79,6 +77,10 @@ fn seeds() -> Vec<Seed> {
     seeds.extend(http());
     seeds.extend(json());
     seeds.extend(saved_states());
+    for (kind, name) in (0..KINDS).zip(["console", "rng", "blk", "net", "vsock", "balloon", "pmem"]) {
+        seeds.push(("virtio_pci", name, [&[kind], &pci_driver()[..]].concat()));
+        seeds.push(("virtio_mmio", name, [&[kind], &mmio_driver()[..]].concat()));
+    }
     seeds
 }
 

@@ -1,7 +1,6 @@
 //! PCI as a hostile guest uses it: configuration space, and the registers of virtio devices behind BARs, in any order,
 //! width and alignment, in between paused, saved and built again.
 
-use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use devices::bus::BusDevice;
@@ -10,8 +9,6 @@ use devices::memory::Memory;
 use devices::pci::Function;
 use devices::pci::root::{Root, Windows};
 use devices::testing::FakeHost;
-use devices::virtio::console::{self, Console, Size};
-use devices::virtio::device::DeviceState;
 use devices::virtio::mmio::{self, Mmio};
 use devices::virtio::pci::{self, Pci};
 use devices::virtio::testing;
@@ -19,6 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::input::Input;
+use crate::saved_state::{fresh, restored};
 
 const RAM: usize = 1 << 16;
 const LOW: u64 = 0xd000_0000;
@@ -27,19 +25,20 @@ const WINDOW: u64 = 1 << 20;
 /// Turns the devices get at a time; they may have more to do then.
 const TURNS: usize = 8;
 
-/// Every access goes to configuration space or to the windows, wherever the BARs are then.
+/// Every access goes to configuration space or to the windows, wherever the BARs are then. The device is a console.
 pub fn pci_config(data: &[u8]) {
     crate::log_to_nowhere();
-    let mut machine = PciMachine::new();
+    let mut machine = PciMachine::new(0);
     let mut input = Input::new(data);
     while machine.config_step(&mut input).is_some() {}
 }
 
-/// The registers of one device at a BAR that is decoded, its rings and its interrupts.
+/// The registers of one device at a BAR that is decoded, its rings and its interrupts. The first byte says which device.
 pub fn virtio_pci(data: &[u8]) {
     crate::log_to_nowhere();
-    let mut machine = PciMachine::new();
     let mut input = Input::new(data);
+    let Some(kind) = input.u8() else { return };
+    let mut machine = PciMachine::new(kind);
     // Memory decoding and bus mastering on, as a driver does first.
     machine.root.write_config(machine.slot << 15 | 4, &[6, 0]);
     while machine.register_step(&mut input).is_some() {}
@@ -54,10 +53,10 @@ struct PciMachine {
 }
 
 impl PciMachine {
-    fn new() -> Self {
+    fn new(kind: u8) -> Self {
         let windows = Windows { below_4g: LOW..LOW + WINDOW, above_4g: Some(HIGH..HIGH + WINDOW) };
         let (host, memory, root) = (FakeHost::new(), testing::ram(RAM), Root::new(windows));
-        let function = Arc::new(Mutex::new(new_pci(&host, &memory, None)));
+        let function = Arc::new(Mutex::new(new_pci(&host, &memory, kind, None)));
         let slot = root.add(None, function.clone()).unwrap() as u64;
         Self { host, memory, root, slot, function }
     }
@@ -139,39 +138,27 @@ impl PciMachine {
         let state: pci::State = postcard::from_bytes(&bytes).unwrap();
         assert_eq!(state, saved);
         self.root.remove(self.slot as usize);
-        self.function = Arc::new(Mutex::new(new_pci(&self.host, &self.memory, Some(state))));
+        self.function = Arc::new(Mutex::new(new_pci(&self.host, &self.memory, 0, Some(state))));
         self.slot = self.root.add(Some(self.slot as usize), self.function.clone()).unwrap() as u64;
         self.function.lock().unwrap().resume();
     }
 }
 
-/// A console: two queues and a configuration space.
-pub fn new_pci(host: &FakeHost, memory: &Memory, state: Option<pci::State>) -> Pci {
-    let device = new_console(state.as_ref().map(|state| state.transport.device.clone()));
+/// A function with a device of this kind ([`fresh`]), or with the one that was saved.
+pub fn new_pci(host: &FakeHost, memory: &Memory, kind: u8, state: Option<pci::State>) -> Pci {
+    let device =
+        state.as_ref().map_or_else(|| fresh(kind), |state| restored(state.transport.device.clone()));
     let host: Arc<dyn Host> = Arc::new(host.clone());
     Pci::new(device, host, memory.clone(), state).unwrap()
-}
-
-fn new_console(state: Option<DeviceState>) -> Arc<Mutex<Console>> {
-    let state = state.map(|state| match state {
-        DeviceState::Console(state) => state,
-        other => panic!("{other:?}"),
-    });
-    let config = console::Config {
-        input: Some(File::open("/dev/zero").unwrap().into()),
-        output: Box::new(std::io::sink()),
-        size: Size { columns: 80, rows: 25 },
-        ports: Vec::new(),
-    };
-    Arc::new(Mutex::new(Console::new(config, state).unwrap()))
 }
 
 /// The registers of virtio-mmio, likewise.
 pub fn virtio_mmio(data: &[u8]) {
     crate::log_to_nowhere();
-    let mut machine = MmioMachine { host: FakeHost::new(), memory: testing::ram(RAM), mmio: None };
-    machine.mmio = Some(machine.new_mmio(None));
     let mut input = Input::new(data);
+    let Some(kind) = input.u8() else { return };
+    let mut machine = MmioMachine { host: FakeHost::new(), memory: testing::ram(RAM), mmio: None };
+    machine.mmio = Some(machine.new_mmio(kind, None));
     while machine.step(&mut input).is_some() {}
 }
 
@@ -182,8 +169,9 @@ struct MmioMachine {
 }
 
 impl MmioMachine {
-    fn new_mmio(&self, state: Option<mmio::State>) -> Mmio {
-        let device = new_console(state.as_ref().map(|state| state.transport.device.clone()));
+    fn new_mmio(&self, kind: u8, state: Option<mmio::State>) -> Mmio {
+        let device =
+            state.as_ref().map_or_else(|| fresh(kind), |state| restored(state.transport.device.clone()));
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         Mmio::new(LOW, device, Arc::new(self.host.clone()), self.memory.clone(), line, state).unwrap()
     }
@@ -217,7 +205,7 @@ impl MmioMachine {
                 let bytes = postcard::to_stdvec(&saved).unwrap();
                 let state: mmio::State = postcard::from_bytes(&bytes).unwrap();
                 assert_eq!(state, saved);
-                let mut mmio = self.new_mmio(Some(state));
+                let mut mmio = self.new_mmio(0, Some(state));
                 mmio.resume();
                 self.mmio = Some(mmio);
             }

@@ -1,5 +1,6 @@
 //! Saved state from a damaged or hostile file: refused, or a device that runs.
 
+use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
@@ -25,15 +26,7 @@ const TURNS: usize = 8;
 pub fn saved_state(data: &[u8]) {
     crate::log_to_nowhere();
     let Ok(state) = postcard::from_bytes::<pci::State>(data) else { return };
-    let device: SharedDevice = match state.transport.device.clone() {
-        DeviceState::Balloon(state) => Arc::new(Mutex::new(balloon(Some(state)))),
-        DeviceState::Block(state) => Arc::new(Mutex::new(blk(Some(state)))),
-        DeviceState::Console(state) => Arc::new(Mutex::new(console(Some(state)))),
-        DeviceState::Entropy(state) => Arc::new(Mutex::new(rng(Some(state)))),
-        DeviceState::Network(state) => Arc::new(Mutex::new(net(Some(state)))),
-        DeviceState::PersistentMemory(state) => Arc::new(Mutex::new(pmem(Some(state)))),
-        DeviceState::Socket(_) => Arc::new(Mutex::new(vsock(Some(state.transport.device.clone())))),
-    };
+    let device = restored(state.transport.device.clone());
     let host = FakeHost::new();
     let memory = testing::ram(RAM);
     let Ok(mut pci) = Pci::new(device, Arc::new(host.clone()), memory, Some(state)) else { return };
@@ -45,6 +38,35 @@ pub fn saved_state(data: &[u8]) {
     }
     pci.pause();
     let _ = postcard::to_stdvec(&pci.save()).unwrap();
+}
+
+/// How many kinds of devices [`fresh`] knows.
+pub const KINDS: u8 = 7;
+
+/// A device of the kind with this number.
+pub fn fresh(kind: u8) -> SharedDevice {
+    match kind % KINDS {
+        0 => Arc::new(Mutex::new(console(None))),
+        1 => Arc::new(Mutex::new(rng(None))),
+        2 => Arc::new(Mutex::new(blk(None))),
+        3 => Arc::new(Mutex::new(net(None))),
+        4 => Arc::new(Mutex::new(vsock(None))),
+        5 => Arc::new(Mutex::new(balloon(None))),
+        _ => Arc::new(Mutex::new(pmem(None))),
+    }
+}
+
+/// The device that was saved so.
+pub fn restored(state: DeviceState) -> SharedDevice {
+    match state {
+        DeviceState::Balloon(state) => Arc::new(Mutex::new(balloon(Some(state)))),
+        DeviceState::Block(state) => Arc::new(Mutex::new(blk(Some(state)))),
+        DeviceState::Console(state) => Arc::new(Mutex::new(console(Some(state)))),
+        DeviceState::Entropy(state) => Arc::new(Mutex::new(rng(Some(state)))),
+        DeviceState::Network(state) => Arc::new(Mutex::new(net(Some(state)))),
+        DeviceState::PersistentMemory(state) => Arc::new(Mutex::new(pmem(Some(state)))),
+        socket @ DeviceState::Socket(_) => Arc::new(Mutex::new(vsock(Some(socket)))),
+    }
 }
 
 pub fn vsock(state: Option<DeviceState>) -> Vsock {
@@ -83,10 +105,11 @@ pub fn blk(state: Option<blk::State>) -> Blk {
 
 pub fn console(state: Option<console::State>) -> Console {
     let size = Size { columns: 80, rows: 25 };
+    let input = Some(File::open("/dev/zero").unwrap().into());
     let port =
         console::PortConfig { name: "p".into(), size: None, input: None, output: Box::new(std::io::sink()) };
     let output = Box::new(std::io::sink());
-    let config = console::Config { input: None, output, size, ports: vec![port] };
+    let config = console::Config { input, output, size, ports: vec![port] };
     Console::new(config, state).unwrap()
 }
 
@@ -95,7 +118,9 @@ pub fn rng(state: Option<rng::State>) -> Rng {
 }
 
 pub fn net(state: Option<net::State>) -> Net {
-    let (tap, _) = Tap::fake(2);
+    let (tap, ends) = Tap::fake(2);
+    // They wait, although nobody is there any more.
+    ends.iter().for_each(|end| _ = end.send(&[0; 72]));
     let limits = Limits::default();
     let config = net::Config {
         tap,
