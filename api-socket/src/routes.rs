@@ -410,7 +410,8 @@ mod tests {
             "PUT",
             "/network-interfaces/eth_0",
             r#"{"iface_id":"eth_0","host_dev_name":"tap0","guest_mac":"06:00:AC:10:00:02","mtu":1500,"queue_pairs":2,
-                "rx_rate_limiter":{"ops":{"size":1,"refill_time":2}},"tx_rate_limiter":{}}"#,
+                "rx_rate_limiter":{"ops":{"size":1,"refill_time":2}},"tx_rate_limiter":{},"vhost":false,
+                "vhost_fds":"fd:a,fd:b"}"#,
             &["iface_id", "host_dev_name"],
         ),
         (

@@ -394,6 +394,13 @@ pub struct NetworkInterface {
     /// As [`Drive::io_thread`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_thread: Option<u8>,
+    /// The host's kernel moves the packets. Not with limits, nor on an interface of the metadata service. Ours too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<bool>,
+    /// With `vhost`: `fd:NAME` of /dev/vhost-net that was handed over, one for each queue pair with commas between them;
+    /// absent, it is opened. Ours too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_fds: Option<String>,
 }
 
 /// Body of `PATCH /network-interfaces/{iface_id}`: `None` leaves a limit as it is.

@@ -179,6 +179,8 @@ fn one_of_each() -> Vec<Request> {
             tx_rate_limiter: rate_limiter,
             queue_pairs: Some(4),
             io_thread: Some(2),
+            vhost: Some(true),
+            vhost_fds: Some("fd:a,fd:b,fd:c,fd:d".to_string()),
         }),
         Request::PatchNetworkInterface(NetworkInterfaceUpdate {
             iface_id: "eth_0".to_string(),

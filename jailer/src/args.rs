@@ -122,6 +122,8 @@ pub struct Args {
     pub new_pid_ns: bool,
     pub cgroups: Cgroups,
     pub limits: Limits,
+    /// The cell has /dev/vhost-net too.
+    pub vhost_net: bool,
     /// At most [`MAX_HANDED`], names and numbers all different.
     pub handed: Vec<Handed>,
     /// What comes after `--`.
@@ -239,6 +241,7 @@ fn args(given: Given) -> Result<Args, ArgsError> {
         new_pid_ns: given.has("new-pid-ns") || rootless,
         cgroups: cgroups(&given, &program_name)?,
         limits: limits(&given)?,
+        vhost_net: given.has("vhost-net"),
         handed: handed(&given)?,
         program,
         program_name,

@@ -28,6 +28,8 @@ const PLACE: u32 = 0o600;
 const KVM: Node = Node { name: "kvm", major: 10, minor: 232 };
 const URANDOM: Node = Node { name: "urandom", major: 1, minor: 9 };
 const TUN: Node = Node { name: "tun", major: 10, minor: 200 };
+const VHOST_NET: Node = Node { name: "vhost-net", major: 10, minor: 238 };
+const VHOST_NET_PATH: &str = "/dev/vhost-net";
 /// Its minor number is the running kernel's choice.
 const USERFAULTFD: &str = "userfaultfd";
 /// The major number of the devices in /proc/misc.
@@ -99,16 +101,18 @@ pub struct Cell {
     pub to_mount: Vec<PathBuf>,
 }
 
-/// Puts devices into the directories of a cell.
+/// Puts devices into the directories of a cell; /dev/vhost-net only where it is asked for, since it is more of the kernel
+/// than a VMM needs.
 ///
 /// # Errors
 /// One cannot be made; or the caller may not use KVM, where the host's nodes are used.
-pub fn furnish(claim: &Claim, devices: Devices, user: &User) -> Result<Cell> {
+pub fn furnish(claim: &Claim, devices: Devices, vhost_net: bool, user: &User) -> Result<Cell> {
     let [dev, net, run] = [claim.directory(DEV)?, claim.directory(NET)?, claim.directory(RUN)?];
     let mut to_mount = Vec::new();
     match devices {
         Devices::Own => {
-            for node in [Some(KVM), Some(URANDOM), userfaultfd()].into_iter().flatten() {
+            let vhost_net = vhost_net.then_some(VHOST_NET);
+            for node in [Some(KVM), Some(URANDOM), userfaultfd(), vhost_net].into_iter().flatten() {
                 dev.create_node(node, user.uid, user.gid)?;
             }
             net.create_node(TUN, user.uid, user.gid)?;
@@ -120,7 +124,8 @@ pub fn furnish(claim: &Claim, devices: Devices, user: &User) -> Result<Cell> {
                 (&dev, "/dev/userfaultfd"),
                 (&net, "/dev/net/tun"),
             ];
-            for (directory, path) in places.into_iter().filter(|(_, path)| is_usable(path)) {
+            let vhost_net = vhost_net.then_some((&dev, VHOST_NET_PATH));
+            for (directory, path) in places.into_iter().filter(|(_, path)| is_usable(path)).chain(vhost_net) {
                 let path = PathBuf::from(path);
                 directory.create(path.file_name().unwrap_or_default(), PLACE)?;
                 to_mount.push(path);
@@ -137,6 +142,19 @@ pub fn furnish(claim: &Claim, devices: Devices, user: &User) -> Result<Cell> {
 pub fn check_kvm() -> Result<()> {
     rustix::fs::access("/dev/kvm", Access::READ_OK | Access::WRITE_OK).during(|| {
         "--rootless: you may not use /dev/kvm; join the group it belongs to (kvm), and log in anew".into()
+    })
+}
+
+/// Refuses an ordinary user who asks for the kernel's back-end of networks and may not use it.
+///
+/// # Errors
+/// The kernel's answer to that user.
+pub fn check_vhost_net() -> Result<()> {
+    rustix::fs::access(VHOST_NET_PATH, Access::READ_OK | Access::WRITE_OK).during(|| {
+        format!(
+            "--vhost-net: you may not use {VHOST_NET_PATH}; is the module vhost_net loaded, and are you in the group that \
+             the file belongs to (kvm)?"
+        )
     })
 }
 

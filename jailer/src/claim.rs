@@ -38,7 +38,8 @@ pub const NET: &str = "root/dev/net";
 pub const RUN: &str = "root/run";
 const DIRECTORIES: [&str; 4] = [ROOT, DEV, NET, RUN];
 /// The files in it that have the same name in each cell.
-pub const FILES: [&str; 4] = ["root/dev/kvm", "root/dev/urandom", "root/dev/userfaultfd", "root/dev/net/tun"];
+pub const FILES: [&str; 5] =
+    ["root/dev/kvm", "root/dev/urandom", "root/dev/userfaultfd", "root/dev/vhost-net", "root/dev/net/tun"];
 
 /// How often a file is locked anew that its last holder has removed in between.
 const MAX_TRIES: usize = 64;

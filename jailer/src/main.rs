@@ -58,6 +58,9 @@ fn confine(args: &Args, times: &mut Times, voice: &mut Voice, undo: &mut Undo) -
     // is made.
     if user.is_own {
         cell::check_kvm()?;
+        if args.vhost_net {
+            cell::check_vhost_net()?;
+        }
         voice.note(&ids::weaknesses(args, &user));
     }
     let program = cell::open_program(&args.program)?;
@@ -77,7 +80,7 @@ fn confine(args: &Args, times: &mut Times, voice: &mut Voice, undo: &mut Undo) -
     mounts::check(&root, !user.is_own)?;
     cell::copy_program(program, &root, program_name)?;
     let devices = if user.is_own { Devices::Hosts } else { Devices::Own };
-    let cell = cell::furnish(claim, devices, &user)?;
+    let cell = cell::furnish(claim, devices, args.vhost_net, &user)?;
 
     // We are root in the host, in the VMM's network, in the VMM's control group.
     if let Some(network) = network {

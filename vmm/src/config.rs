@@ -25,8 +25,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use api_socket::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, ConsoleUpdate, CpuConfig, CpuTemplate,
     DriveUpdate, Entropy, Fault, HugePages, IO_THREAD, IoEngine, MachineConfig, MachineConfigUpdate,
-    NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, QUEUES, Reply, Request, TokenBucket,
-    VCPU_COUNT, VmConfig,
+    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, QUEUES, Reply, Request,
+    TokenBucket, VCPU_COUNT, VmConfig,
 };
 use devices::backend::direct;
 use devices::backend::rate_limiter::{self, Bucket, Limits};
@@ -34,7 +34,7 @@ use devices::virtio::blk::{self, Engine};
 
 use self::console::Console;
 use self::mmds::Mmds;
-use self::network::{Interface, Interfaces, there_already};
+use self::network::{Interface, Interfaces, metadata_and_vhost, there_already};
 use self::pmem::{PmemFile, Pmems, second_root};
 use self::vsock::{Socket, Vsock};
 use crate::args::Identity;
@@ -163,9 +163,7 @@ impl Config {
             Request::GetMmds => return Ok(self.mmds.get().unwrap_or_else(Reply::Fault)),
             Request::PutMmds(value) => self.mmds.put(value),
             Request::PatchMmds(patch) => self.mmds.patch(patch),
-            Request::PutMmdsConfig(settings) => {
-                self.mmds.configure(settings, |id| self.interfaces.find(id).is_ok())
-            }
+            Request::PutMmdsConfig(settings) => self.put_mmds_config(settings),
             other => return Err(other),
         };
         Ok(done.map_or_else(Reply::Fault, |()| Reply::Empty))
@@ -706,7 +704,19 @@ impl Config {
         if self.interfaces.find(&settings.iface_id).is_err() {
             self.check_room(&format!("`iface_id` is {:?}, which", settings.iface_id))?;
         }
+        let has_metadata = |mmds: MmdsConfig| mmds.network_interfaces.contains(&settings.iface_id);
+        if settings.vhost == Some(true) && self.mmds.settings().is_some_and(has_metadata) {
+            return Err(metadata_and_vhost(&settings.iface_id));
+        }
         self.interfaces.put(settings, &self.handed)
+    }
+
+    fn put_mmds_config(&mut self, settings: MmdsConfig) -> Result<(), Fault> {
+        let is_kernels = |id: &&String| self.interfaces.find(id).is_ok_and(|found| found.vhost == Some(true));
+        if let Some(id) = settings.network_interfaces.iter().find(is_kernels) {
+            return Err(metadata_and_vhost(id));
+        }
+        self.mmds.configure(settings, |id| self.interfaces.find(id).is_ok())
     }
 
     fn put_entropy(&mut self, settings: Entropy) -> Result<(), Fault> {

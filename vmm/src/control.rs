@@ -35,7 +35,7 @@ pub struct Call {
 
 /// What reaches a guest from outside its vCPUs, and from its vCPUs when it ends.
 enum Event {
-    Call(Call),
+    Call(Box<Call>),
     Ended(Ending),
     /// The terminal has bytes for the serial port.
     Input,
@@ -123,7 +123,7 @@ impl Control {
     fn woken(&mut self) -> Option<Event> {
         let next = |sources: &Sources| {
             let ended = sources.endings.try_recv().map(Event::Ended);
-            ended.or_else(|_| sources.calls.try_recv().map(Event::Call)).ok()
+            ended.or_else(|_| sources.calls.try_recv().map(|call| Event::Call(Box::new(call)))).ok()
         };
         next(&self.sources).or_else(|| {
             let _ = self.sources.wake.read();
@@ -133,7 +133,8 @@ impl Control {
 
     fn handle(&mut self, event: Event, ops: &mut EventOps) {
         match event {
-            Event::Call(Call { request, reply }) => {
+            Event::Call(call) => {
+                let Call { request, reply } = *call;
                 let answer = self.vm.handle(request);
                 self.listen(ops);
                 match (reply, answer) {

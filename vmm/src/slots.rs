@@ -190,7 +190,7 @@ impl Slots {
         interface: Interface,
         board: &Board,
     ) -> Result<Option<usize>, SlotsError> {
-        let Interface { settings, tap, neighbour } = interface;
+        let Interface { settings, tap, vhost, neighbour } = interface;
         let host = board.hosts.of(settings.io_thread)?;
         let config = net::Config {
             tap,
@@ -199,6 +199,7 @@ impl Slots {
             receive_limits: limits(settings.rx_rate_limiter.as_ref()),
             transmit_limits: limits(settings.tx_rate_limiter.as_ref()),
             neighbour,
+            vhost,
         };
         let net = Arc::new(Mutex::new(Net::new(config, None)?));
         let slot = self.plug(net.clone(), host, board)?;

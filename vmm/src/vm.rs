@@ -19,7 +19,7 @@ use crate::admit::{Verdict, admit};
 use crate::args::{Args, COMPATIBLE_VERSION, Identity};
 use crate::balloon;
 use crate::config::Config;
-use crate::config::network::changed;
+use crate::config::network::{changed, check_limits};
 use crate::guest::{Guest, Surroundings};
 use crate::handed::Handed;
 use crate::logger::LOGGER;
@@ -301,6 +301,9 @@ impl Vm {
 
     fn update_interface(&mut self, update: NetworkInterfaceUpdate) -> Result<(), Fault> {
         let interface = self.config.interface(&update.iface_id)?;
+        if interface.vhost == Some(true) {
+            check_limits(update.rx_rate_limiter, update.tx_rate_limiter)?;
+        }
         // Limits that the update leaves out stay as they are.
         let whole = |before, change: Option<_>| change.and_then(|change| changed(before, Some(change)));
         let update = NetworkInterfaceUpdate {

@@ -9,3 +9,4 @@ pub mod tap;
 pub(crate) mod uring;
 pub(crate) mod vectored;
 pub mod vhost;
+pub mod vhost_net;

@@ -127,6 +127,8 @@ pub enum DeviceState {
 pub enum StartError {
     #[error("the driver enabled {got} queues, the device needs {needed}")]
     Queues { got: usize, needed: usize },
+    #[error("the rings of queue {index} are not in guest memory")]
+    Ring { index: u16 },
     #[error("host: {0}")]
     Host(#[from] std::io::Error),
 }

@@ -114,6 +114,7 @@ fn net(pairs: usize) -> Subject {
         receive_limits: Limits::default(),
         transmit_limits: Limits::default(),
         neighbour: None,
+        vhost: Vec::new(),
     };
     let device = Arc::new(Mutex::new(Net::new(config, None).unwrap()));
     let packet = move || {

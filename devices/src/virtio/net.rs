@@ -3,10 +3,11 @@
 //! Looks into a frame no further than its sender's address, and with a [`Neighbour`] whether it is for that, and keeps none but the one for which the driver has no room
 //! (`receive.rs`). Checksums and segmentation are the host kernel's, which sees the driver's headers only when they have
 //! been checked (`header.rs`). No filter, no VLAN and no link state: frames for others do not come through a tap, and its
-//! link is up.
+//! link is up. With a back-end in the kernel (`kernel.rs`) nothing of this is done here but the control queue.
 
 mod control;
 mod header;
+mod kernel;
 mod neighbour;
 mod receive;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::backend::rate_limiter::{Limits, RateLimiter, RateLimiterState};
 use crate::backend::tap::Tap;
+use crate::backend::vhost_net::VhostNet;
 use crate::host::Source;
 use crate::times::Times;
 use crate::virtio::device::{Active, DeviceState, DeviceType, Identity, StartError, VirtioDevice};
@@ -32,6 +34,7 @@ use crate::virtio::running::{Running, count};
 pub use neighbour::{LOOK, Neighbour};
 
 use control::Control;
+use kernel::Kernel;
 use neighbour::Beside;
 use receive::Receiver;
 use transmit::Transmitter;
@@ -63,6 +66,8 @@ pub struct Config {
     /// Who else is on the driver's network. Its connections are not saved with the device: it is as if it had been started
     /// anew.
     pub neighbour: Option<Box<dyn Neighbour>>,
+    /// One for each queue pair, and the kernel moves the packets: then there are no limits and no neighbour. Or none.
+    pub vhost: Vec<VhostNet>,
 }
 
 /// The network device.
@@ -75,6 +80,7 @@ pub struct Net {
     transmitter: Transmitter,
     control: Control,
     beside: Option<Beside>,
+    kernel: Option<Kernel>,
     counters: Arc<Counters>,
     running: Option<Running>,
 }
@@ -82,7 +88,7 @@ pub struct Net {
 impl Net {
     /// A stopped device, or, with a state, the one that was saved.
     pub fn new(config: Config, state: Option<State>) -> io::Result<Net> {
-        let Config { tap, mac, mtu, receive_limits, transmit_limits, neighbour } = config;
+        let Config { tap, mac, mtu, receive_limits, transmit_limits, neighbour, vhost } = config;
         let state = state.unwrap_or_default();
         let counters = Arc::<Counters>::default();
         let mut waiting = state.waiting.into_iter();
@@ -102,6 +108,7 @@ impl Net {
             mac,
             mtu,
             beside: neighbour.map(Beside::new).transpose()?,
+            kernel: (!vhost.is_empty()).then(|| Kernel::new(vhost)).transpose()?,
             counters,
             running: None,
         })
@@ -167,6 +174,9 @@ impl Net {
             running.ring(receive_queue(pair));
             running.ring(receive_queue(pair) + 1);
         }
+        if self.kernel.is_some() {
+            return;
+        }
         for pair in self.control.pairs()..before {
             if let Some(receiver) = self.receivers.get_mut(pair) {
                 receiver.rest(&self.tap);
@@ -189,6 +199,9 @@ impl VirtioDevice for Net {
         if pairs > 1 {
             bits.extend([spec::VIRTIO_NET_F_CTRL_VQ, spec::VIRTIO_NET_F_MQ]);
             queue_sizes.push(CONTROL_QUEUE_SIZE);
+        }
+        if let Some(kernel) = &self.kernel {
+            bits.retain(|&feature| !OF_RINGS.contains(&feature) || kernel.knows(bit(feature)));
         }
         let features = bits.into_iter().map(bit).sum();
         Identity { device_type: DeviceType::Network, features, queue_sizes }
@@ -216,10 +229,23 @@ impl VirtioDevice for Net {
 
     fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError> {
         let features = active.features;
-        let (running, mut sources) = Running::start(active, self.identity().queue_sizes.len())?;
+        let (mut running, mut sources) = Running::start(active, self.identity().queue_sizes.len())?;
         self.control.start(features);
         self.tap.set_offloads(header::offloads(features, self.tap.segments_udp()))?;
         self.tap.attach_queues(self.control.pairs())?;
+        if let Some(kernel) = &mut self.kernel {
+            let control = self.control.queue();
+            sources.retain(|source| source.token == u32::from(control));
+            match kernel.start(&running, &self.tap, features, usize::from(control / 2)) {
+                Ok(more) => sources.extend(more),
+                Err(error) => {
+                    kernel.stop(&mut running);
+                    return Err(error);
+                }
+            }
+            self.running = Some(running);
+            return Ok(sources);
+        }
         self.transmitter.start(features);
         for (receiver, token) in self.receivers.iter_mut().zip(TAP..) {
             receiver.start(features);
@@ -235,6 +261,16 @@ impl VirtioDevice for Net {
     fn handle(&mut self, token: u32) {
         let (pairs, counters) = (self.control.pairs(), &self.counters);
         match token {
+            kernel::CALL..kernel::ERROR => {
+                if let (Some(kernel), Some(running)) = (&self.kernel, &self.running) {
+                    kernel.called((token - kernel::CALL) as usize, running);
+                }
+            }
+            kernel::ERROR..RECEIVE_TIMER => {
+                if let (Some(kernel), Some(running)) = (&self.kernel, &mut self.running) {
+                    kernel.failed((token - kernel::ERROR) as usize, running);
+                }
+            }
             RECEIVE_TIMER => {
                 self.receive_limiter.clear();
                 count(&counters.rx_event_rate_limiter_count, 1);
@@ -266,12 +302,22 @@ impl VirtioDevice for Net {
         }
         if self.running.as_ref().is_some_and(Running::is_broken) {
             // Nothing takes packets any more until the driver resets the device.
+            self.kernel.iter_mut().for_each(Kernel::rest);
             self.receivers.iter_mut().for_each(|receiver| receiver.rest(&self.tap));
+        }
+    }
+
+    fn memory_changed(&mut self) {
+        if let (Some(kernel), Some(running)) = (&self.kernel, &self.running) {
+            kernel.memory_changed(running.memory());
         }
     }
 
     fn stop(&mut self) -> Vec<Queue> {
         let Some(mut running) = self.running.take() else { return Vec::new() };
+        if let Some(kernel) = &mut self.kernel {
+            kernel.stop(&mut running);
+        }
         for (pair, receiver) in self.receivers.iter_mut().enumerate() {
             running.undo_pops(receive_queue(pair), receiver.stop(&self.tap));
         }
@@ -358,7 +404,11 @@ const OFFERED: [u32; 13] = [
     VIRTIO_RING_F_EVENT_IDX,
 ];
 
-/// Tokens. Queues have their index; the tap's queues have theirs from here on.
+/// Of these, those about rings and what is in them: the kernel must know them if it serves the queues.
+const OF_RINGS: [u32; 3] =
+    [spec::VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX];
+
+/// Tokens. Queues have their index; what the kernel says of them is in `kernel.rs`; the tap's queues have theirs from here on.
 const TAP: u32 = 0x1_0000;
 const RECEIVE_TIMER: u32 = 0x8000;
 const TRANSMIT_TIMER: u32 = 0x8001;

@@ -261,6 +261,7 @@ fn net_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Net {
             receive_limits: limits,
             transmit_limits: limits,
             neighbour: None,
+            vhost: Vec::new(),
         };
         let state = state.map(|state| match state {
             DeviceState::Network(state) => state,

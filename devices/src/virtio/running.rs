@@ -3,6 +3,7 @@
 //!
 //! Does not know what a request means. One turn is one call: nothing here waits or keeps a thread.
 
+use std::fmt::Display;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -65,6 +66,27 @@ impl Running {
     /// The driver broke the rules: nothing is served any more.
     pub fn is_broken(&self) -> bool {
         self.broken
+    }
+
+    /// The driver broke the rules in a way that is seen elsewhere than in [`Running::turn`].
+    pub fn fail(&mut self, reason: &dyn Display) {
+        self.broken = true;
+        self.interrupt.needs_reset(reason);
+    }
+
+    /// Where the chains are.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The queue with this index if the driver has enabled it; for a device that has it served by somebody else.
+    pub fn queue(&self, index: u16) -> Option<&Queue> {
+        self.queues.get(usize::from(index)).filter(|queue| queue.ring.ready())
+    }
+
+    /// The same, to say how far that one has come.
+    pub fn queue_mut(&mut self, index: u16) -> Option<&mut Queue> {
+        self.queues.get_mut(usize::from(index)).filter(|queue| queue.ring.ready())
     }
 
     /// The driver has enabled the queue with this index, and it is served.

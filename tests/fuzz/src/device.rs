@@ -183,6 +183,7 @@ fn new_net(tap: Tap, flags: u8, state: Option<DeviceState>) -> Net {
         receive_limits: limits(flags),
         transmit_limits: limits(flags),
         neighbour: (flags & 16 != 0).then(|| Box::new(crate::metadata::stack(flags)) as _),
+        vhost: Vec::new(),
     };
     let state = state.map(|state| match state {
         DeviceState::Network(state) => state,

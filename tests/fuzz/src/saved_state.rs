@@ -129,6 +129,7 @@ pub fn net(state: Option<net::State>) -> Net {
         receive_limits: limits,
         transmit_limits: limits,
         neighbour: None,
+        vhost: Vec::new(),
     };
     Net::new(config, state).unwrap()
 }

@@ -58,6 +58,12 @@ impl Tap {
         }
     }
 
+    /// The same, with the host's kernel to move the packets.
+    pub fn interface_with_vhost(&self) -> NetworkInterface {
+        let _ = Command::new("modprobe").arg("vhost_net").output();
+        NetworkInterface { vhost: Some(true), ..self.interface() }
+    }
+
     /// Sets the MTU of the host's end.
     pub fn set_mtu(&self, mtu: u16) {
         host("ip", &["link", "set", &self.name(), "mtu", &mtu.to_string()]);
@@ -79,6 +85,42 @@ impl Drop for Tap {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["link", "delete", &self.name()]).output();
     }
+}
+
+/// A driver in the guest's shell: takes a network device on PCI, the one of the interface whose directory it is in, and starts
+/// its transmit queue and, if `both` is set, its receive queue (VIRTIO 1.3, 4.1.4.3). `$avail` is where the available rings
+/// are, and so what is in them. `devmem` writes what nobody else has.
+const OWN_DRIVER: &str = "\
+    pci=$(basename $(readlink -f device/..)); echo $pci > /sys/bus/pci/drivers/virtio-pci/unbind; \
+    cd /sys/bus/pci/devices/$pci; echo 1 > enable; \
+    printf '\\006' | dd of=config bs=1 seek=4 conv=notrunc 2> /dev/null; read -r bar rest < resource; cd /; \
+    put() { devmem $((bar + $1)) $2 $3; }; \
+    for status in 0 1 3; do put 0x14 8 $status; done; \
+    put 0x08 32 0; put 0x0c 32 0; put 0x08 32 1; put 0x0c 32 1; put 0x14 8 11; \
+    for queue in $queues; do \
+    put 0x16 16 $queue; put 0x20 32 0x31000; put 0x24 32 0; put 0x28 32 $avail; put 0x2c 32 0; \
+    put 0x30 32 0x30000; put 0x34 32 0; put 0x1c 16 1; done; put 0x14 8 15";
+
+/// Gives it back to the driver that it had.
+const OWN_DRIVER_ENDS: &str = "put 0x14 8 0; echo $pci > /sys/bus/pci/drivers/virtio-pci/bind";
+
+/// Puts a driver that breaks the rules in the place of the one that the guest's `device` has on PCI, until it is told that the
+/// device needs a reset; then the right one finds it again.
+#[track_caller]
+pub fn bad_driver(guest: &mut Guest, device: &str) {
+    // The kernel's command line, which no ring looks like.
+    guest.run(&format!("cd /sys/class/net/{device}; queues=1; avail=0x20000; {OWN_DRIVER}"));
+    guest.run("until [ $(($(devmem $((bar + 0x14)) 8) & 64)) = 64 ]; do sleep 0.1; done");
+    guest.run(OWN_DRIVER_ENDS);
+    guest.run(&format!("until [ -e /sys/class/net/{device} ]; do sleep 0.1; done"));
+}
+
+/// Puts a driver that has no buffers for packets in the place of the one that the guest's `device` has on PCI.
+#[track_caller]
+pub fn driver_without_buffers(guest: &mut Guest, device: &str) {
+    // Low memory that nobody has used.
+    guest.run(&format!("cd /sys/class/net/{device}; queues='0 1'; avail=0x32000; {OWN_DRIVER}"));
+    assert_eq!(guest.run("echo $(($(devmem $((bar + 0x14)) 8)))"), "15\n", "it runs");
 }
 
 /// Runs a command of the host that must succeed, and gives what it printed.

@@ -44,12 +44,13 @@ impl Status {
     }
 }
 
-/// Of each thread of a process but KVM's own, which run nothing but the kernel.
+/// Of each thread of a process but those of KVM and vhost, which run nothing but the kernel.
 pub fn thread_statuses(pid: u32) -> Vec<Status> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process's threads");
     let status = |task: fs::DirEntry| fs::read_to_string(task.path().join("status")).map(Status);
     let statuses = tasks.flatten().map(|task| status(task).expect("a thread's status"));
-    statuses.filter(|status| !status.field("Name").starts_with("kvm-")).collect()
+    let is_kernels = |name: &str| name.starts_with("kvm-") || name.starts_with("vhost-");
+    statuses.filter(|status| !is_kernels(status.field("Name"))).collect()
 }
 
 /// Sends a signal to the thread of this name.

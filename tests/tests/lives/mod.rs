@@ -11,7 +11,7 @@ use super::*;
 use api_socket::{Balloon, Client, Drive, IoEngine, MachineConfig, Serial};
 use berth_tests::guest::huge_pages::HugePages;
 use berth_tests::guest::setup::{VSOCK, disk_drive};
-use berth_tests::guest::tap::Tap;
+use berth_tests::guest::tap::{self, Tap};
 use berth_tests::guest::{asset, blank_disk, debian_drive, program, program_drive};
 use berth_tests::host::{process, provide};
 use rustix::process::Signal;
@@ -29,6 +29,7 @@ pub const ALL: &[(&str, Life)] = &[
     ("told to be quiet", told_to_be_quiet),
     ("on a terminal", on_a_terminal),
     ("on the network", on_the_network),
+    ("served by the kernel", served_by_the_kernel),
     ("over sockets", over_sockets),
     ("with a balloon", with_a_balloon),
     ("busy", busy),
@@ -185,6 +186,30 @@ fn on_the_network() -> Vec<Call> {
     guest.pause();
     guest.resume();
     guest.run("for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_net/$way; done");
+    tap.set_up(&mut guest, "eth0", None);
+    guest.run(&format!("ping -c 3 -W 30 {}", tap.host()));
+    guest.say("poweroff");
+    guest.ended();
+    tracer.calls()
+}
+
+/// An interface whose packets the kernel moves, from when it is plugged in; a driver that comes and goes, and one that breaks
+/// the rules.
+fn served_by_the_kernel() -> Vec<Call> {
+    let tap = Tap::new(11, &["user", "root"]);
+    let mut guest = Guest::configured(Setup::default());
+    let tracer = Tracer::attach(guest.vmm.pid());
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+    guest.console.wait_for("# ", limits::BOOT);
+    guest.run("modprobe virtio_net");
+    guest.apply(Request::PutNetworkInterface(tap.interface_with_vhost()));
+    guest.run("until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done");
+    tap.set_up(&mut guest, "eth0", None);
+    guest.run(&format!("ping -c 3 -W 30 {}", tap.host()));
+    guest.pause();
+    guest.resume();
+    tap::bad_driver(&mut guest, "eth0");
     tap.set_up(&mut guest, "eth0", None);
     guest.run(&format!("ping -c 3 -W 30 {}", tap.host()));
     guest.say("poweroff");

@@ -1,5 +1,6 @@
 //! Network interfaces: what a client says of one becomes an attached tap.
 
+use std::fmt::Display;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,6 +10,7 @@ use api_socket::{
     Fault, MTU, MacAddress, NetworkInterface, NetworkInterfaceUpdate, QUEUE_PAIRS, RateLimiter,
 };
 use devices::backend::tap::{self, Tap};
+use devices::backend::vhost_net::VhostNet;
 use devices::virtio::net::Neighbour;
 
 use super::check_io_thread;
@@ -17,17 +19,28 @@ use crate::handed::Handed;
 /// Where taps come from.
 pub const TUN: &str = "/dev/net/tun";
 
+/// Where the kernel's back-ends come from.
+pub const VHOST: &str = "/dev/vhost-net";
+
 /// A network interface and its tap.
 pub struct Interface {
     pub settings: NetworkInterface,
     pub tap: Tap,
+    /// The kernel's back-ends, one for each queue pair, if it moves the packets.
+    pub vhost: Vec<VhostNet>,
     /// Who answers on it beside the tap.
     pub neighbour: Option<Box<dyn Neighbour>>,
 }
 
 /// The interfaces, in the order in which the guest gets them.
 #[derive(Default)]
-pub struct Interfaces(Vec<(NetworkInterface, Option<Tap>)>);
+pub struct Interfaces(Vec<(NetworkInterface, Option<Backing>)>);
+
+/// What is behind an interface on the host's side.
+struct Backing {
+    tap: Tap,
+    vhost: Vec<VhostNet>,
+}
 
 impl Interfaces {
     /// Adds an interface, or puts it in the place of the one with its id.
@@ -37,20 +50,20 @@ impl Interfaces {
     pub fn put(&mut self, settings: NetworkInterface, handed: &Handed) -> Result<(), Fault> {
         let place = self.0.iter().position(|(known, _)| known.iface_id == settings.iface_id);
         self.check(&settings)?;
-        let Some((before, tap)) = place.and_then(|place| self.0.get_mut(place)) else {
-            let tap = open(&settings, handed)?;
-            self.0.push((settings, Some(tap)));
+        let Some((before, backing)) = place.and_then(|place| self.0.get_mut(place)) else {
+            let backing = open(&settings, handed)?;
+            self.0.push((settings, Some(backing)));
             return Ok(());
         };
         if before.host_dev_name == settings.host_dev_name {
             // A tap has one user at a time, and that is us.
-            *tap = None;
+            *backing = None;
         }
         match open(&settings, handed) {
-            Ok(new) => (*before, *tap) = (settings, Some(new)),
+            Ok(new) => (*before, *backing) = (settings, Some(new)),
             Err(fault) => {
-                if tap.is_none() {
-                    *tap = open(before, handed).ok();
+                if backing.is_none() {
+                    *backing = open(before, handed).ok();
                 }
                 return Err(fault);
             }
@@ -67,8 +80,8 @@ impl Interfaces {
             return Err(there_already("iface_id", &settings.iface_id));
         }
         self.check(&settings)?;
-        let tap = open(&settings, handed)?;
-        Ok(Interface { settings, tap, neighbour: None })
+        let Backing { tap, vhost } = open(&settings, handed)?;
+        Ok(Interface { settings, tap, vhost, neighbour: None })
     }
 
     /// Takes down that a running guest has got an interface.
@@ -103,17 +116,18 @@ impl Interfaces {
     /// # Errors
     /// Those of `dup`; and after [`Interfaces::close`].
     pub fn open(&self) -> io::Result<Vec<Interface>> {
-        let open = |(settings, tap): &(NetworkInterface, Option<Tap>)| {
+        let open = |(settings, backing): &(NetworkInterface, Option<Backing>)| {
             let lost = || format!("network interface {:?} has lost its tap; put it again", settings.iface_id);
-            let tap = tap.as_ref().ok_or_else(|| io::Error::other(lost()))?;
-            Ok(Interface { settings: settings.clone(), tap: tap.try_clone()?, neighbour: None })
+            let Backing { tap, vhost } = backing.as_ref().ok_or_else(|| io::Error::other(lost()))?;
+            let vhost = vhost.iter().map(VhostNet::try_clone).collect::<io::Result<_>>()?;
+            Ok(Interface { settings: settings.clone(), tap: tap.try_clone()?, vhost, neighbour: None })
         };
         self.0.iter().map(open).collect()
     }
 
     /// Closes the taps: the guest has its own.
     pub fn close(&mut self) {
-        self.0.iter_mut().for_each(|(_, tap)| *tap = None);
+        self.0.iter_mut().for_each(|(_, backing)| *backing = None);
     }
 
     /// Takes down that a running guest's interface has been changed. For one that does not exist it does nothing.
@@ -140,7 +154,36 @@ impl Interfaces {
                 QUEUE_PAIRS.end()
             )));
         }
+        self.check_vhost(settings)?;
         settings.guest_mac.map_or(Ok(()), |mac| self.check_mac(mac, &settings.iface_id))
+    }
+
+    fn check_vhost(&self, settings: &NetworkInterface) -> Result<(), Fault> {
+        if settings.vhost != Some(true) {
+            return match &settings.vhost_fds {
+                Some(fds) => Err(Fault::bad_request(format!(
+                    "`vhost_fds` is {fds:?}, and `vhost` is not true; set it, or leave `vhost_fds` out."
+                ))),
+                None => Ok(()),
+            };
+        }
+        check_limits(settings.rx_rate_limiter, settings.tx_rate_limiter)?;
+        let names = |fds: &Option<String>| {
+            fds.iter().flat_map(|fds| fds.split(',').map(String::from)).collect::<Vec<_>>()
+        };
+        let ours = names(&settings.vhost_fds);
+        let others = self.settings().filter(|other| other.iface_id != settings.iface_id);
+        let taken: Vec<_> = others.flat_map(|other| names(&other.vhost_fds)).collect();
+        let is_twice = |(place, name): &(usize, &String)| {
+            taken.contains(name) || ours.iter().take(*place).any(|other| other == *name)
+        };
+        match ours.iter().enumerate().find(is_twice) {
+            Some((_, name)) => Err(Fault::bad_request(format!(
+                "`vhost_fds` has {name:?} twice, or another network interface has it; each queue pair needs a descriptor of \
+                 {VHOST} that was opened for it alone."
+            ))),
+            None => Ok(()),
+        }
     }
 
     fn check_mac(&self, mac: MacAddress, id: &str) -> Result<(), Fault> {
@@ -175,8 +218,74 @@ pub fn changed(before: Option<RateLimiter>, change: Option<RateLimiter>) -> Opti
     Some(RateLimiter { bandwidth: change.bandwidth.or(before.bandwidth), ops: change.ops.or(before.ops) })
 }
 
+/// An interface that the kernel serves has no limits, which are this process's.
+///
+/// # Errors
+/// There is one that holds something back.
+pub fn check_limits(receive: Option<RateLimiter>, transmit: Option<RateLimiter>) -> Result<(), Fault> {
+    for (field, limiter) in [("rx_rate_limiter", receive), ("tx_rate_limiter", transmit)] {
+        if limiter.is_some() {
+            return Err(Fault::bad_request(format!(
+                "`vhost` is true and there is `{field}`: the host's kernel moves the packets and knows no such limit; leave \
+                 one of the two out, or limit the tap on the host (tc)."
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// What is said of an interface that the kernel serves and the metadata service is to be on.
+pub fn metadata_and_vhost(id: &str) -> Fault {
+    Fault::bad_request(format!(
+        "`vhost` is true for network interface {id:?}, and `network_interfaces` of /mmds/config has it: the metadata service \
+         answers in this process, which packets then do not come through; give the guest another interface for it."
+    ))
+}
+
+/// Opens what is behind an interface.
+fn open(settings: &NetworkInterface, handed: &Handed) -> Result<Backing, Fault> {
+    let tap = open_tap(settings, handed)?;
+    let vhost =
+        if settings.vhost == Some(true) { open_vhost(settings, tap.queues(), handed)? } else { Vec::new() };
+    Ok(Backing { tap, vhost })
+}
+
+/// Opens as many back-ends of the kernel's, or takes over those that were handed to us.
+fn open_vhost(settings: &NetworkInterface, pairs: usize, handed: &Handed) -> Result<Vec<VhostNet>, Fault> {
+    let Some(names) = &settings.vhost_fds else {
+        return (0..pairs)
+            .map(|_| {
+                let file = open_device(VHOST).map_err(|error| {
+                    Fault::bad_request(format!(
+                        "`vhost` is true, and {VHOST} cannot be opened: {error}. Is the module vhost_net loaded (`modprobe \
+                         vhost_net`), may this process's user read and write it, and is it there, seen from this process's \
+                         root directory (berth-jailer has --vhost-net)? Or hand over a descriptor of it (`vhost_fds`)."
+                    ))
+                })?;
+                VhostNet::new(file)
+                    .map_err(|error| Fault::bad_request(format!("`vhost` is true, and with {VHOST} {error}.")))
+            })
+            .collect();
+    };
+    let refused = |why: &dyn Display| Fault::bad_request(format!("`vhost_fds` is {names:?}: {why}."));
+    let parts: Vec<_> = names.split(',').collect();
+    if parts.len() != pairs {
+        return Err(refused(&format_args!(
+            "it names {} descriptors, and the interface has {pairs} queue pairs; give one for each",
+            parts.len()
+        )));
+    }
+    let found = parts.into_iter().map(|part| {
+        let file = handed.find("vhost_fds", Path::new(part), true).unwrap_or_else(|| {
+            Err(refused(&"it must be `fd:NAME`, of a descriptor that this process was started with (--fd NAME=NUMBER)"))
+        })?;
+        VhostNet::new(file).map_err(|error| refused(&error))
+    });
+    found.collect()
+}
+
 /// Attaches the tap, or takes over the one that was handed to us.
-fn open(settings: &NetworkInterface, handed: &Handed) -> Result<Tap, Fault> {
+fn open_tap(settings: &NetworkInterface, handed: &Handed) -> Result<Tap, Fault> {
     let name = &settings.host_dev_name;
     let refused = |error: tap::TapError| Fault::bad_request(format!("`host_dev_name` is {name:?}: {error}."));
     let files: Option<Result<Vec<File>, Fault>> =
@@ -203,13 +312,18 @@ fn open(settings: &NetworkInterface, handed: &Handed) -> Result<Tap, Fault> {
 }
 
 fn open_tun() -> Result<File, Fault> {
-    // What it would be set to anyway; and the form of opening that a running guest's process may use.
-    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN).map_err(|error| {
+    open_device(TUN).map_err(|error| {
         Fault::bad_request(format!(
             "`host_dev_name` is a tap, and {TUN} cannot be opened: {error}. Is it there, seen from this process's root \
              directory, and is the module tun loaded?"
         ))
     })
+}
+
+fn open_device(path: &str) -> io::Result<File> {
+    // Non-blocking is what a tap would be set to anyway; and this is the form of opening that a running guest's process may
+    // use.
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
 #[cfg(test)]
@@ -271,6 +385,31 @@ mod tests {
         // The one that is replaced may keep it; this one fails later, for want of a tap of that name.
         let first = NetworkInterface { guest_mac, host_dev_name: "no/tap".into(), ..interface("a") };
         refused(&mut interfaces, first, &["host_dev_name"]);
+    }
+
+    #[test]
+    fn a_kernel_that_moves_the_packets_knows_no_limits_and_a_descriptor_of_it_serves_one_queue_pair() {
+        let vhost = |id| NetworkInterface { vhost: Some(true), ..interface(id) };
+        let fds = |id, fds: &str| NetworkInterface { vhost_fds: Some(fds.into()), ..vhost(id) };
+        let mut interfaces = with(fds("a", "fd:one"));
+        let limiter = Some(RateLimiter::default());
+        let receive = NetworkInterface { rx_rate_limiter: limiter, ..vhost("b") };
+        refused(&mut interfaces, receive, &["`vhost` is true", "`rx_rate_limiter`"]);
+        let transmit = NetworkInterface { tx_rate_limiter: limiter, ..vhost("b") };
+        refused(&mut interfaces, transmit, &["`vhost` is true", "`tx_rate_limiter`"]);
+        let without = NetworkInterface { vhost: None, ..fds("b", "fd:two") };
+        refused(&mut interfaces, without, &["`vhost_fds` is \"fd:two\"", "`vhost` is not true"]);
+        refused(&mut interfaces, fds("b", "fd:one"), &["`vhost_fds` has \"fd:one\" twice", "for it alone"]);
+        refused(&mut interfaces, fds("b", "fd:two,fd:two"), &["`vhost_fds` has \"fd:two\" twice"]);
+        // The one that is replaced may keep it; this one fails later.
+        let first = NetworkInterface { host_dev_name: "no/tap".into(), ..fds("a", "fd:one") };
+        refused(&mut interfaces, first, &["host_dev_name"]);
+        let message = |fds: &str, pairs| {
+            let settings = NetworkInterface { vhost_fds: Some(fds.into()), ..vhost("b") };
+            open_vhost(&settings, pairs, &Handed::default()).err().unwrap().message
+        };
+        assert!(message("fd:two", 2).contains("names 1 descriptors, and the interface has 2 queue pairs"));
+        assert!(message("/dev/vhost-net", 1).contains("must be `fd:NAME`"));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What requests after the start may open again: the files of the drives and what is beside them, which is where
 //! `PATCH /drives` finds a drive's next file; with PCI, where devices come later, also those of persistent memory, and
-//! where taps come from.
+//! where taps and the kernel's back-ends for them come from.
 //!
 //! A drive's path may be a link to elsewhere, so its file is named too, and not only its directory.
 
@@ -11,22 +11,22 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::Config;
-use super::network::TUN;
+use super::network::{TUN, VHOST};
 use crate::sandbox::landlock::Allowed;
 
 /// Open directories and files; those of drives that were handed over are not among them.
 pub struct Reach<'a> {
     directories: BTreeMap<PathBuf, (File, bool)>,
     files: Vec<(&'a File, bool)>,
-    /// Where taps come from.
-    taps: Option<File>,
+    /// Where taps come from, and the kernel's back-ends for them.
+    devices: Vec<File>,
 }
 
 impl Config {
     /// What the drives as they are now make reachable. Before [`Config::started`]. A directory that cannot be reached
     /// itself is left out.
     pub fn reach(&self) -> Reach<'_> {
-        let mut reach = Reach { directories: BTreeMap::new(), files: Vec::new(), taps: None };
+        let mut reach = Reach { directories: BTreeMap::new(), files: Vec::new(), devices: Vec::new() };
         for (settings, file) in &self.drives {
             let (Some(path), Some(file)) = (&settings.path_on_host, file) else { continue };
             let is_writable = !settings.is_read_only.unwrap_or(false);
@@ -39,8 +39,9 @@ impl Config {
             for pmem in self.pmems.settings().filter(|pmem| !self.handed.stands_for(&pmem.path_on_host)) {
                 reach.add_directory(directory_of(&pmem.path_on_host), !pmem.read_only);
             }
-            // Where there is no such file, no tap can be had by its name.
-            reach.taps = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(TUN).ok();
+            // Where there is no such file, no tap can be had by its name, and no back-end.
+            let open = |path: &&str| OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).ok();
+            reach.devices = [TUN, VHOST].iter().filter_map(open).collect();
         }
         reach
     }
@@ -54,8 +55,8 @@ impl Reach<'_> {
         files
             .chain(directories)
             .map(|(file, is_writable)| Allowed { place: file.as_fd(), is_writable, is_device: false })
-            .chain(self.taps.iter().map(|tun| Allowed {
-                place: tun.as_fd(),
+            .chain(self.devices.iter().map(|device| Allowed {
+                place: device.as_fd(),
                 is_writable: true,
                 is_device: true,
             }))

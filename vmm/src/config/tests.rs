@@ -1053,3 +1053,26 @@ fn a_running_balloon_changes_in_size_but_not_in_what_it_can_do() {
     assert!(fault.message.contains("cannot be switched off"), "{fault}");
     assert_eq!(fixture.config.wire().balloon.unwrap().stats_polling_interval_s, 7);
 }
+
+#[test]
+fn the_metadata_service_and_the_kernels_back_end_are_not_on_one_interface() {
+    let mut fixture = fixture();
+    let interface = |id: &str, vhost| NetworkInterface {
+        iface_id: id.into(),
+        host_dev_name: "tap0".into(),
+        vhost,
+        ..NetworkInterface::default()
+    };
+    fixture.config.interfaces.plugged(interface("plain", None));
+    fixture.config.interfaces.plugged(interface("fast", Some(true)));
+    let mmds = |ids: &[&str]| {
+        let ids: Vec<_> = ids.iter().map(|id| format!("{id:?}")).collect();
+        let text = format!(r#"{{"version": "V2", "network_interfaces": [{}]}}"#, ids.join(","));
+        Request::PutMmdsConfig(serde_json::from_str(&text).unwrap())
+    };
+    let words = ["`vhost` is true", "\"fast\"", "`network_interfaces` of /mmds/config"];
+    fixture.refuse(mmds(&["plain", "fast"]), &words);
+    fixture.accept(mmds(&["plain"]));
+    let words = ["`vhost` is true", "\"plain\"", "`network_interfaces` of /mmds/config"];
+    fixture.refuse(Request::PutNetworkInterface(interface("plain", Some(true))), &words);
+}

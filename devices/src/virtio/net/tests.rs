@@ -1,12 +1,20 @@
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::header::MAX_PACKET;
 use super::*;
 use crate::backend::rate_limiter::Bucket;
 use crate::backend::tap::HEADER_BYTES;
+use crate::backend::vhost;
+use crate::backend::vhost_net::fake::Pair;
+use crate::backend::vhost_net::{RECEIVE, TRANSMIT};
+use crate::memory::GuestRam;
 use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -31,6 +39,7 @@ fn config(tap: Tap) -> Config {
         receive_limits: Limits::default(),
         transmit_limits: Limits::default(),
         neighbour: None,
+        vhost: Vec::new(),
     }
 }
 
@@ -675,4 +684,207 @@ fn a_neighbour_is_woken_when_it_wants_and_forgets_a_driver_that_goes() {
     rig.slot.stop();
     rig.slot.device.reset();
     assert!(!rig.slot.device.beside.as_ref().unwrap().neighbour.has_frames());
+}
+
+/// A device whose queues a kernel serves, and what that kernel was told of each pair.
+fn served_by_kernel(pairs: usize, extra: u64) -> (Rig, Vec<Arc<Mutex<Pair>>>) {
+    let (tap, wires) = Tap::fake(pairs);
+    let known = EVENT_IDX | MERGEABLE | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+    let (vhost, told) = (0..pairs).map(|_| VhostNet::fake(known)).unzip();
+    let net = Net::new(Config { vhost, ..config(tap) }, None).unwrap();
+    let memory = testing::ram(16 << 20);
+    let queues = net.identity().queue_sizes.len() as u64;
+    let features = EVENT_IDX | extra;
+    let drivers = (0..queues).map(|queue| Driver::new(&memory, (queue + 1) << 20, 16, features)).collect();
+    (Rig { slot: Slot::new(net, &memory), drivers, wires, features }, told)
+}
+
+/// The kernel gives back what it finds in a queue of the driver's, as long as it has it; gives how much that was.
+fn kernel_works(told: &Mutex<Pair>, side: usize, driver: &Driver, memory: &GuestRam) -> usize {
+    let mut told = told.lock().unwrap();
+    if !told.serves[side] {
+        return 0;
+    }
+    let mut queue = driver.queue(0);
+    let next = told.rings[side].unwrap().next_available.wrapping_add(told.taken[side]);
+    vhost::take_back(&mut queue, next, memory);
+    let mut given = 0;
+    while let Some(chain) = queue.pop(memory).unwrap() {
+        queue.push(memory, chain.head, 1).unwrap();
+        given += 1;
+    }
+    told.taken[side] = told.taken[side].wrapping_add(given);
+    if given > 0 {
+        told.ends[side].as_ref().unwrap()[1].write(1).unwrap();
+    }
+    given.into()
+}
+
+#[test]
+fn a_kernel_gets_each_queue_with_its_ends_and_calls_the_driver_through_the_device_where_it_must() {
+    let (mut rig, told) = served_by_kernel(1, MERGEABLE);
+    rig.start();
+    let memory = rig.slot.memory.memory();
+    for side in [RECEIVE, TRANSMIT] {
+        let room = rig.drivers[side].room(1526);
+        rig.drivers[side].add(&[room]);
+        let told = &told[0];
+        assert!(
+            told.lock().unwrap().ends[side].as_ref().unwrap()[0].read().unwrap() > 0,
+            "the kick is the kernel's"
+        );
+        assert_eq!(kernel_works(told, side, &rig.drivers[side], &memory), 1);
+        rig.settle();
+        assert_eq!(rig.slot.calls.take_queue(), 1);
+        assert_eq!(rig.drivers[side].reap_all().len(), 1);
+    }
+    let pair = told[0].lock().unwrap();
+    assert_eq!((pair.features & MERGEABLE, pair.memory.len()), (MERGEABLE, 1));
+    let counters = rig.slot.device.counters();
+    for counter in [&counters.rx_packets_count, &counters.tx_packets_count, &counters.tx_queue_event_count] {
+        assert_eq!(counter.load(Ordering::Relaxed), 0, "nothing of it is seen here");
+    }
+}
+
+#[test]
+fn a_kernel_calls_the_driver_directly_where_the_transport_allows_it() {
+    let (mut rig, told) = served_by_kernel(1, 0);
+    let vectors = [(); 2].map(|()| EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    let ours = vectors.iter().map(|vector| vector.try_clone().unwrap()).collect();
+    rig.slot.calls.triggers.set(ours).unwrap();
+    rig.start();
+    rig.drivers[1].add_indirect(&[Buffer { address: 0x10_0000, len: 16, writable: false }]);
+    assert_eq!(kernel_works(&told[0], TRANSMIT, &rig.drivers[1], &rig.slot.memory.memory()), 1);
+    rig.settle();
+    assert_eq!((vectors[1].read().unwrap(), rig.slot.calls.take_queue()), (1, 0));
+    assert!(vectors[0].read().is_err());
+}
+
+#[test]
+fn what_a_kernel_has_not_done_is_done_after_the_device_went_on() {
+    let (mut rig, told) = served_by_kernel(1, 0);
+    rig.start();
+    let mut seen = 0;
+    for round in 0..300 {
+        let driver = &mut rig.drivers[0];
+        (0..round % 4).for_each(|_| {
+            let room = Buffer { address: 0x80_0000, len: 64, writable: true };
+            driver.add(&[room]);
+        });
+        let mut calls = 0;
+        if round % 3 > 0 {
+            kernel_works(&told[0], RECEIVE, driver, &rig.slot.memory.memory());
+        }
+        if round % 5 > 2 {
+            // Nothing in between: what the kernel has called last must not be lost.
+            let queues = rig.slot.stop();
+            calls += rig.slot.calls.take_queue();
+            let given = rig.drivers[0].reap_all().len();
+            assert!(
+                given == 0 || calls > 0,
+                "round {round}: a machine that is saved now would forget to call"
+            );
+            seen += given;
+            assert!(rig.slot.stop().is_empty() && told[0].lock().unwrap().serves == [false; 2]);
+            assert!(told[0].lock().unwrap().ends.iter().all(Option::is_none), "it has let go of everything");
+            rig.slot.start(queues, rig.features);
+        }
+        rig.settle();
+        let given = rig.drivers[0].reap_all().len();
+        calls += rig.slot.calls.take_queue();
+        assert!(given == 0 || calls > 0, "round {round}: the driver was not called");
+        seen += given;
+    }
+    kernel_works(&told[0], RECEIVE, &rig.drivers[0], &rig.slot.memory.memory());
+    seen += rig.drivers[0].reap_all().len();
+    assert_eq!(seen, 300 / 4 * (1 + 2 + 3));
+    assert_eq!(rig.drivers[0].free_descriptors(), 16);
+}
+
+#[test]
+fn a_driver_that_a_kernel_finds_breaking_the_rules_is_told_and_nothing_is_served() {
+    let (mut rig, told) = served_by_kernel(1, 0);
+    rig.start();
+    told[0].lock().unwrap().ends[TRANSMIT].as_ref().unwrap()[2].write(1).unwrap();
+    rig.settle();
+    assert!(rig.slot.calls.broken());
+    assert_eq!(told[0].lock().unwrap().serves, [false; 2]);
+    rig.slot.stop();
+    rig.slot.device.reset();
+    let memory = rig.slot.memory.clone();
+    rig.drivers = (1..3).map(|queue| Driver::new(&memory, queue << 20, 16, EVENT_IDX)).collect();
+    rig.start();
+    assert_eq!(told[0].lock().unwrap().serves, [true; 2], "after a reset all is well");
+}
+
+#[test]
+fn rings_that_are_not_in_guest_memory_are_not_given_to_a_kernel() {
+    let (mut rig, told) = served_by_kernel(1, 0);
+    let end = testing::ram(32 << 20);
+    // Its rings are beyond what the device is told of.
+    let beyond = Driver::new(&end, 24 << 20, 16, EVENT_IDX);
+    let queues = vec![rig.drivers[0].queue(0), beyond.queue(1)];
+    let memory = rig.slot.memory.clone();
+    let interrupt = rig.slot.calls.clone();
+    let active = Active { memory, queues, features: EVENT_IDX, interrupt };
+    let error = rig.slot.device.start(active).unwrap_err();
+    assert!(matches!(error, StartError::Ring { index: 1 }), "{error}");
+    assert_eq!(told[0].lock().unwrap().serves, [false; 2], "nor are the others");
+    rig.start();
+    assert_eq!(told[0].lock().unwrap().serves, [true; 2]);
+}
+
+#[test]
+fn a_kernel_that_refuses_leaves_nothing_behind() {
+    let (mut rig, told) = served_by_kernel(2, SEVERAL);
+    told[1].lock().unwrap().refuse = true;
+    let queues = (0..).zip(&rig.drivers).map(|(index, driver)| driver.queue(index)).collect();
+    let (memory, interrupt) = (rig.slot.memory.clone(), rig.slot.calls.clone());
+    let active = Active { memory, queues, features: rig.features, interrupt };
+    assert!(rig.slot.device.start(active).is_err());
+    assert!(told.iter().all(|pair| pair.lock().unwrap().serves == [false; 2]));
+    assert!(rig.slot.device.stop().is_empty());
+}
+
+#[test]
+fn the_control_queue_stays_the_devices_when_a_kernel_has_the_others() {
+    let (mut rig, told) = served_by_kernel(2, SEVERAL);
+    rig.start();
+    assert!(told.iter().all(|pair| pair.lock().unwrap().serves == [true; 2]));
+    assert_eq!(rig.slot.device.tap.attached(), 1);
+    assert_eq!(rig.set_pairs(2), 0);
+    assert_eq!(rig.slot.device.tap.attached(), 2);
+    let kicks = told[1].lock().unwrap().ends.each_ref().map(|ends| ends.as_ref().unwrap()[0].read().is_ok());
+    assert_eq!(kicks, [true; 2], "both have something to look at");
+    rig.slot.stop();
+
+    // A driver that knows nothing of several pairs has its control queue where the second pair would be.
+    rig.features &= !SEVERAL;
+    rig.start();
+    let serves = [0, 1].map(|pair: usize| told[pair].lock().unwrap().serves);
+    assert_eq!(serves, [[true; 2], [false; 2]]);
+}
+
+#[test]
+fn what_a_kernel_does_not_know_of_rings_is_not_offered() {
+    let (tap, _wires) = Tap::fake(1);
+    let (vhost, _) = VhostNet::fake(EVENT_IDX);
+    let features = Net::new(Config { vhost: vec![vhost], ..config(tap) }, None).unwrap().identity().features;
+    assert_eq!(features & (EVENT_IDX | MERGEABLE | 1 << VIRTIO_RING_F_INDIRECT_DESC), EVENT_IDX);
+    assert_ne!(features & 1 << spec::VIRTIO_NET_F_HOST_TSO4, 0, "segments are the tap's business");
+}
+
+#[test]
+fn a_kernel_hears_of_guest_memory_that_comes_while_it_has_queues() {
+    let (mut rig, told) = served_by_kernel(1, 0);
+    rig.slot.device.memory_changed();
+    assert_eq!(told[0].lock().unwrap().memory.len(), 0, "it is told at the start");
+    rig.start();
+    assert_eq!(told[0].lock().unwrap().memory.len(), 1);
+    let more = vm_memory::GuestRegionMmap::from_range(vm_memory::GuestAddress(1 << 32), 4096, None).unwrap();
+    let with = rig.slot.memory.memory().insert_region(Arc::new(more)).unwrap();
+    rig.slot.memory.lock().unwrap().replace(with);
+    rig.slot.device.memory_changed();
+    let regions = &told[0].lock().unwrap().memory;
+    assert_eq!((regions.len(), regions[1].guest, regions[1].size), (2, 1 << 32, 4096));
 }
