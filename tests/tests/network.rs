@@ -2,13 +2,17 @@
 //! transport, the MTU and the limits; and what is wrong with a tap is said.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
+use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::process::{Command, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use api_socket::{NetworkInterface, NetworkInterfaceUpdate, RateLimiter, Request, TokenBucket};
-use berth_tests::guest::tap::{Tap, host};
-use berth_tests::guest::{Guest, Name, Setup, limits, md5};
+use berth_tests::footprint::Footprint;
+use berth_tests::guest::tap::{self, Tap, host};
+use berth_tests::guest::{Guest, Name, Setup, debian_drive, limits, md5, times};
 
 /// Of a tap.
 const LARGEST_MTU: u16 = 65521;
@@ -146,4 +150,126 @@ fn what_is_wrong_with_a_tap_is_said() {
     let mut second = Guest::configured(Setup::default());
     let error = second.api.apply(&Request::PutNetworkInterface(tap.interface())).unwrap_err().to_string();
     assert!(error.contains("`host_dev_name`") && error.contains("tap3"), "{error}");
+}
+
+/// Packets for a guest that does not read.
+const UNREAD: u32 = 20_000;
+
+/// How often the VMM's threads, vCPUs aside, may wake up for them; what it may grow by.
+const WAKE_UPS: u64 = 500;
+const GROWTH_KIB: u64 = 1024;
+
+/// How often the threads of a VMM that are not vCPUs have been given a CPU.
+fn wake_ups(guest: &Guest) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{}/task", guest.vmm.pid())).unwrap();
+    let of = |task: fs::DirEntry| {
+        let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        if field("Name").is_none_or(|name| name.contains("vcpu") || name.contains("kvm-")) {
+            return 0;
+        }
+        let number = |name: &str| field(name).and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
+        number("voluntary_ctxt_switches") + number("nonvoluntary_ctxt_switches")
+    };
+    tasks.flatten().map(of).sum()
+}
+
+#[test]
+fn a_guest_that_does_not_read_costs_the_host_no_work_and_no_memory() {
+    unread(false, 50);
+}
+
+#[test]
+fn a_guest_that_does_not_read_costs_the_host_no_work_and_no_memory_with_the_kernel() {
+    unread(true, 51);
+}
+
+fn unread(vhost: bool, number: u8) {
+    let tap = Tap::new(number, &[]);
+    let settings = if vhost { tap.interface_with_vhost() } else { tap.interface() };
+    let mut guest = Guest::booted(Setup { interfaces: vec![settings], ..Setup::default() });
+    tap.set_up(&mut guest, "eth0", None);
+    host("ping", &["-c", "1", "-W", "30", &tap.guest()]);
+    let mac = tap.interface().guest_mac.unwrap().to_string();
+    let flood = |guest: &mut Guest, state: &str| {
+        host(
+            "ip",
+            &["neigh", "replace", &tap.guest(), "lladdr", &mac, "dev", &tap.name(), "nud", "permanent"],
+        );
+        let own_kib = |guest: &Guest| {
+            Footprint::beyond_guest(guest.vmm.pid(), guest.setup().memory_mib).unwrap().rss_kib
+        };
+        let (woken, memory) = (wake_ups(guest), own_kib(guest));
+        let socket = UdpSocket::bind((tap.host(), 0)).unwrap();
+        for number in 0..times(UNREAD, 50 * UNREAD) {
+            // What finds no room is dropped, which is no error of the sender's.
+            let _ = socket.send_to(&[number as u8; 1000], (tap.guest(), 9));
+        }
+        let woken = wake_ups(guest) - woken;
+        assert!(woken < WAKE_UPS, "{state}: the VMM was woken {woken} times");
+        let memory = own_kib(guest).saturating_sub(memory);
+        assert!(memory < GROWTH_KIB, "{state}: the VMM has grown by {memory} KiB");
+    };
+    guest.run("ip link set eth0 down");
+    flood(&mut guest, "the interface is down");
+    tap::driver_without_buffers(&mut guest, "eth0");
+    flood(&mut guest, "there are no buffers");
+    guest.run("put 0x14 8 0");
+    flood(&mut guest, "there is no driver");
+    guest.run("echo $pci > /sys/bus/pci/drivers/virtio-pci/bind; until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done");
+    tap.set_up(&mut guest, "eth0", None);
+    host("ping", &["-c", "1", "-W", "30", &tap.guest()]);
+    guest.power_off();
+}
+
+/// Of what two interfaces send together, the one with one stream gets this part at least, whatever the other has.
+const SHARE: u64 = 10;
+
+#[test]
+fn an_interface_that_is_flooded_leaves_another_its_share() {
+    let taps = [Tap::new(52, &[]), Tap::new(53, &[])];
+    let interfaces = taps.iter().map(Tap::interface).collect();
+    let setup =
+        Setup { vcpus: 2, memory_mib: 256, drives: vec![debian_drive()], interfaces, ..Setup::default() };
+    let mut guest = Guest::booted(setup);
+    guest.mount_debian();
+    for (tap, device) in taps.iter().zip(["eth0", "eth1"]) {
+        tap.set_up(&mut guest, device, None);
+    }
+    let seconds = times(4, 60);
+    // Both ways: packets for the guest take the io thread as much as those from it.
+    for (round, direction) in ["", "-R"].into_iter().enumerate() {
+        let bytes = |tap: &Tap| {
+            let count = |side: &str| {
+                let path = format!("/sys/class/net/{}/statistics/{side}_bytes", tap.name());
+                fs::read_to_string(path).unwrap().trim().parse::<u64>().unwrap()
+            };
+            count("rx") + count("tx")
+        };
+        let before = taps.each_ref().map(bytes);
+        let mut servers = Vec::new();
+        for (tap, streams) in taps.iter().zip([8, 1]) {
+            let port = (5900 + round).to_string();
+            let mut server = Command::new("iperf3");
+            server.args(["-s", "-1", "-B", &tap.host(), "-p", &port]).stdout(Stdio::null());
+            servers.push(server.spawn().unwrap());
+            let address = tap.host();
+            guest.run(&format!(
+                "(until chroot /debian iperf3 -c {address} -p {port} -t {seconds} -P {streams} {direction} > /dev/null 2>&1; \
+                 do sleep 0.2; done; touch /run/done-{round}-{streams}) &"
+            ));
+        }
+        thread::sleep(Duration::from_secs(1));
+        host("ping", &["-c", "5", "-i", "0.2", "-W", "30", &taps[1].guest()]);
+        guest.run(&format!(
+            "until [ -e /run/done-{round}-8 ] && [ -e /run/done-{round}-1 ]; do sleep 0.2; done"
+        ));
+        for mut server in servers {
+            server.wait().unwrap();
+        }
+        let [flooded, other] = [0, 1].map(|place: usize| bytes(&taps[place]) - before[place]);
+        println!("{direction}: {flooded} bytes on the one and {other} on the other");
+        assert!(other * SHARE > flooded + other, "{direction}: {other} bytes beside {flooded}");
+    }
+    guest.power_off();
 }
