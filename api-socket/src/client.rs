@@ -14,8 +14,8 @@ use serde::de::DeserializeOwned;
 use crate::json;
 use crate::routes::Method;
 use crate::types::{
-    Balloon, BalloonHintingStatus, BalloonStats, Fault, InstanceAction, InstanceInfo, MachineConfig, Reply,
-    Request, Version, Vm, VmConfig,
+    Balloon, BalloonHintingStatus, BalloonStats, Fault, InstanceAction, InstanceInfo, MachineConfig,
+    MemoryHotplugStatus, Reply, Request, Version, Vm, VmConfig,
 };
 
 /// The longest status line and headers of a reply, in bytes.
@@ -171,6 +171,14 @@ impl Client {
         }
     }
 
+    /// `GET /hotplug/memory`; errors as for [`apply`](Client::apply).
+    pub fn memory_hotplug(&mut self) -> Result<MemoryHotplugStatus, ClientError> {
+        match self.send(&Request::GetMemoryHotplug)? {
+            Reply::MemoryHotplug(status) => Ok(status),
+            other => unexpected(&other),
+        }
+    }
+
     /// Makes a request and waits for its reply, which is never [`Reply::Fault`].
     ///
     /// # Errors
@@ -285,6 +293,9 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         Request::StartBalloonHinting(command) => with_body(Method::Patch, "/balloon/hinting/start", command),
         Request::StopBalloonHinting => Ok((Method::Patch, "/balloon/hinting/stop".to_string(), None)),
         Request::GetBalloonHintingStatus => get("/balloon/hinting/status"),
+        Request::GetMemoryHotplug => get("/hotplug/memory"),
+        Request::PutMemoryHotplug(config) => with_body(Method::Put, "/hotplug/memory", config),
+        Request::PatchMemoryHotplug(update) => with_body(Method::Patch, "/hotplug/memory", update),
         Request::PutConsole(console) => with_body(Method::Put, "/console", console),
         Request::PatchConsole(update) => with_body(Method::Patch, "/console", update),
         Request::PutVsock(vsock) => with_body(Method::Put, "/vsock", vsock),
@@ -333,6 +344,7 @@ fn decode(request: &Request, response: &Response) -> Result<Reply, ClientError> 
         Request::GetBalloon => parse(response).map(Reply::Balloon),
         Request::GetBalloonStats => parse(response).map(|stats| Reply::BalloonStats(Box::new(stats))),
         Request::GetBalloonHintingStatus => parse(response).map(Reply::BalloonHintingStatus),
+        Request::GetMemoryHotplug => parse(response).map(Reply::MemoryHotplug),
         Request::GetVmConfig => parse(response).map(|config| Reply::VmConfig(Box::new(config))),
         Request::GetMmds => serde_json::from_str(&response.body)
             .map(Reply::Mmds)

@@ -70,6 +70,7 @@ pub fn requests(config: VmConfig) -> Result<Vec<Request>, Fault> {
         requests.push(Request::PutPmem(pmem));
     }
     requests.extend(config.balloon.map(Request::PutBalloon));
+    requests.extend(config.memory_hotplug.map(Request::PutMemoryHotplug));
     requests.extend(config.console.map(Request::PutConsole));
     requests.extend(config.vsock.map(Request::PutVsock));
     requests.extend(config.entropy.map(Request::PutEntropy));
@@ -129,7 +130,7 @@ mod tests {
             "machine-config":{"vcpu_count":2,"mem_size_mib":512},
             "network-interfaces":[{"iface_id":"eth0","host_dev_name":"tap0"}],
             "mmds-config":{"network_interfaces":["eth0"],"version":"V2"},
-            "pmem":[{"id":"p","path_on_host":"/p"}],
+            "pmem":[{"id":"p","path_on_host":"/p"}],"memory-hotplug":{"total_size_mib":256},
             "metrics":{"metrics_path":"/m"},"logger":{"level":"Debug"}}"#;
         let drive = |id: &str, root| Drive {
             drive_id: id.to_string(),
@@ -158,6 +159,10 @@ mod tests {
                 ..MmdsConfig::default()
             }),
             Request::PutPmem(Pmem { id: "p".to_string(), path_on_host: "/p".into(), ..Pmem::default() }),
+            Request::PutMemoryHotplug(MemoryHotplugConfig {
+                total_size_mib: 256,
+                ..MemoryHotplugConfig::default()
+            }),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "/v".into(), ..Vsock::default() }),
             Request::PutEntropy(Entropy::default()),
         ];
@@ -212,14 +217,6 @@ mod tests {
             &format!(r#"{{{boot},"network-interfaces":[{{"iface_id":"a-b","host_dev_name":"t"}}]}}"#),
             &["iface_id", "a-b", "letters"],
         );
-    }
-
-    #[test]
-    fn a_section_of_a_device_that_does_not_exist_is_refused_by_its_name() {
-        let boot = r#""boot-source":{"kernel_image_path":"/k"}"#;
-        for (section, value) in [("memory-hotplug", "{}"), ("memory-hotplug", "[]")] {
-            refused_with(&format!(r#"{{{boot},"{section}":{value}}}"#), &[section, "does not have"]);
-        }
     }
 
     #[test]

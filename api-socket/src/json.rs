@@ -32,6 +32,7 @@ pub fn write_reply(reply: &Reply) -> (u16, Option<String>) {
         Reply::Balloon(balloon) => serde_json::to_string(balloon),
         Reply::BalloonStats(stats) => serde_json::to_string(stats),
         Reply::BalloonHintingStatus(status) => serde_json::to_string(status),
+        Reply::MemoryHotplug(status) => serde_json::to_string(status),
     };
     match written {
         Ok(body) => (200, Some(body)),

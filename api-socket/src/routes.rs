@@ -72,6 +72,7 @@ pub enum Endpoint {
     BalloonHintingStart,
     BalloonHintingStop,
     BalloonHintingStatus,
+    MemoryHotplug,
     Console,
     Vsock,
     Entropy,
@@ -104,6 +105,7 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::BalloonHintingStart, "/balloon/hinting/start", &[Method::Patch]),
     (Endpoint::BalloonHintingStop, "/balloon/hinting/stop", &[Method::Patch]),
     (Endpoint::BalloonHintingStatus, "/balloon/hinting/status", &[Method::Get]),
+    (Endpoint::MemoryHotplug, "/hotplug/memory", &[Method::Get, Method::Put, Method::Patch]),
     (Endpoint::Console, "/console", &[Method::Put, Method::Patch]),
     (Endpoint::Vsock, "/vsock", &[Method::Put]),
     (Endpoint::Entropy, "/entropy", &[Method::Put]),
@@ -192,6 +194,9 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
         // Firecracker does not look at what is in it.
         (Method::Patch, Endpoint::BalloonHintingStop) => Request::StopBalloonHinting,
         (Method::Get, Endpoint::BalloonHintingStatus) => Request::GetBalloonHintingStatus,
+        (Method::Get, Endpoint::MemoryHotplug) => Request::GetMemoryHotplug,
+        (Method::Put, Endpoint::MemoryHotplug) => Request::PutMemoryHotplug(at.parse(body)?),
+        (Method::Patch, Endpoint::MemoryHotplug) => Request::PatchMemoryHotplug(at.parse(body)?),
         (Method::Put, Endpoint::Console) => Request::PutConsole(at.parse::<Console>(body)?),
         (Method::Patch, Endpoint::Console) => Request::PatchConsole(at.parse::<ConsoleUpdate>(body)?),
         (Method::Put, Endpoint::Vsock) => return Ok(put_vsock(at.parse(body)?)),
@@ -438,6 +443,13 @@ mod tests {
         ("PATCH", "/balloon", r#"{"amount_mib":1}"#, &["amount_mib"]),
         ("PATCH", "/balloon/statistics", r#"{"stats_polling_interval_s":1}"#, &["stats_polling_interval_s"]),
         ("PATCH", "/balloon/hinting/start", r#"{"acknowledge_on_stop":false}"#, &[]),
+        (
+            "PUT",
+            "/hotplug/memory",
+            r#"{"total_size_mib":1024,"slot_size_mib":256,"block_size_mib":4}"#,
+            &["total_size_mib"],
+        ),
+        ("PATCH", "/hotplug/memory", r#"{"requested_size_mib":512}"#, &["requested_size_mib"]),
         ("PUT", "/vsock", r#"{"vsock_id":"v","guest_cid":3,"uds_path":"/v"}"#, &["guest_cid", "uds_path"]),
         ("PUT", "/entropy", r#"{"rate_limiter":{"ops":{"size":1,"refill_time":2}}}"#, &[]),
         (
@@ -638,7 +650,7 @@ mod tests {
         refused_with("GET", "/vm", "", &["GET /vm", "/vm has PATCH"]);
         refused_with("GET", "/version/x", "", &["no such path"]);
         refused_with("PUT", "/drives/a/b", "{}", &["no such path"]);
-        for later in ["/hotplug/memory", "/snapshot/load"] {
+        for later in ["/snapshot/create", "/snapshot/load"] {
             refused_with("PUT", later, "{}", &["Invalid request method", later]);
         }
     }

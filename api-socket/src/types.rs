@@ -112,6 +112,12 @@ pub enum Request {
     StopBalloonHinting,
     /// `GET /balloon/hinting/status`
     GetBalloonHintingStatus,
+    /// `GET /hotplug/memory`
+    GetMemoryHotplug,
+    /// `PUT /hotplug/memory`
+    PutMemoryHotplug(MemoryHotplugConfig),
+    /// `PATCH /hotplug/memory`
+    PatchMemoryHotplug(MemoryHotplugSizeUpdate),
     /// `PUT /console`
     PutConsole(Console),
     /// `PATCH /console`
@@ -161,6 +167,8 @@ pub enum Reply {
     BalloonStats(Box<BalloonStats>),
     /// To [`Request::GetBalloonHintingStatus`]; 200.
     BalloonHintingStatus(BalloonHintingStatus),
+    /// To [`Request::GetMemoryHotplug`]; 200.
+    MemoryHotplug(MemoryHotplugStatus),
     /// Not done, and nothing was changed.
     Fault(Fault),
 }
@@ -602,6 +610,58 @@ pub struct BalloonHintingStatus {
     pub guest_cmd: Option<u32>,
 }
 
+/// Body of `PUT /hotplug/memory`. All in MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryHotplugConfig {
+    /// As much as can be plugged, beside the memory that the guest starts with; whole slots.
+    pub total_size_mib: u64,
+    /// What the guest reaches as a whole or not at all; whole blocks.
+    #[serde(default = "MemoryHotplugConfig::slot_size_mib")]
+    pub slot_size_mib: u64,
+    /// What the guest plugs and unplugs.
+    #[serde(default = "MemoryHotplugConfig::block_size_mib")]
+    pub block_size_mib: u64,
+}
+
+impl MemoryHotplugConfig {
+    fn slot_size_mib() -> u64 {
+        128
+    }
+
+    fn block_size_mib() -> u64 {
+        2
+    }
+}
+
+impl Default for MemoryHotplugConfig {
+    fn default() -> MemoryHotplugConfig {
+        let (slot_size_mib, block_size_mib) = (Self::slot_size_mib(), Self::block_size_mib());
+        MemoryHotplugConfig { total_size_mib: slot_size_mib, slot_size_mib, block_size_mib }
+    }
+}
+
+/// Body of `PATCH /hotplug/memory`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryHotplugSizeUpdate {
+    /// MiB that the guest is to have plugged from now on; whole blocks.
+    pub requested_size_mib: u64,
+}
+
+/// Reply of `GET /hotplug/memory`. All in MiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryHotplugStatus {
+    pub total_size_mib: u64,
+    pub slot_size_mib: u64,
+    pub block_size_mib: u64,
+    /// What the guest has plugged.
+    pub plugged_size_mib: u64,
+    /// What it is to have plugged.
+    pub requested_size_mib: u64,
+}
+
 /// Body of `PUT /entropy`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -836,24 +896,8 @@ pub struct VmConfig {
     pub entropy: Option<Entropy>,
     pub mmds_config: Option<MmdsConfig>,
     pub balloon: Option<Balloon>,
+    pub memory_hotplug: Option<MemoryHotplugConfig>,
     /// Left out of a reply where there is none: Firecracker's clients know no such section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<Console>,
-    // Sections of devices that this VMM does not have. They are in the reply because clients expect every section,
-    // and may be in a configuration file as they are in the reply.
-    #[serde(default)]
-    pub memory_hotplug: Absent,
-}
-
-/// A device that this VMM does not have: `null`, and nothing else may be read into it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Absent;
-
-impl<'de> Deserialize<'de> for Absent {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Absent, D::Error> {
-        match Option::<de::IgnoredAny>::deserialize(deserializer)? {
-            None => Ok(Absent),
-            Some(_) => Err(de::Error::custom("this VMM does not have this device; leave it out")),
-        }
-    }
 }

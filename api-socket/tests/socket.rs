@@ -105,6 +105,7 @@ fn answer(request: &Request) -> Reply {
             Reply::BalloonStats(Box::new(BalloonStats { swap_in, ..BalloonStats::default() }))
         }
         Request::GetBalloonHintingStatus => Reply::BalloonHintingStatus(BalloonHintingStatus::default()),
+        Request::GetMemoryHotplug => Reply::MemoryHotplug(MemoryHotplugStatus::default()),
         Request::DeleteDrive(id) => Fault::bad_request(format!("there is no drive {id}")).into(),
         _ => Reply::Empty,
     }
@@ -211,6 +212,13 @@ fn one_of_each() -> Vec<Request> {
         Request::StartBalloonHinting(BalloonStartCmd { acknowledge_on_stop: false }),
         Request::StopBalloonHinting,
         Request::GetBalloonHintingStatus,
+        Request::GetMemoryHotplug,
+        Request::PutMemoryHotplug(MemoryHotplugConfig {
+            total_size_mib: 1024,
+            slot_size_mib: 256,
+            block_size_mib: 4,
+        }),
+        Request::PatchMemoryHotplug(MemoryHotplugSizeUpdate { requested_size_mib: 512 }),
         Request::PutVsock(Vsock {
             vsock_id: Some("v".to_string()),
             guest_cid: 3,
@@ -301,7 +309,7 @@ fn requests_and_faults_are_counted_by_endpoint() {
     client.instance_info().unwrap();
     client.request("PUT", "/entropy", Some("{}")).unwrap();
     client.request("PUT", "/entropy", Some("{")).unwrap();
-    client.request("GET", "/hotplug/memory", None).unwrap();
+    client.request("GET", "/snapshot/create", None).unwrap();
     let counts = |method, endpoint| {
         let count = fixture.counters.of(method, endpoint);
         (count.requests.load(Ordering::Relaxed), count.faults.load(Ordering::Relaxed))

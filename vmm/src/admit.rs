@@ -42,6 +42,7 @@ pub fn admit(state: InstanceState, pci: bool, request: &Request) -> Verdict {
         | Request::PutBootSource(_)
         | Request::PutCpuConfig(_)
         | Request::PutBalloon(_)
+        | Request::PutMemoryHotplug(_)
         | Request::PutConsole(_)
         | Request::PutVsock(_)
         | Request::PutEntropy(_)
@@ -60,6 +61,8 @@ pub fn admit(state: InstanceState, pci: bool, request: &Request) -> Verdict {
         | Request::StartBalloonHinting(_)
         | Request::StopBalloonHinting
         | Request::GetBalloonHintingStatus
+        | Request::GetMemoryHotplug
+        | Request::PatchMemoryHotplug(_)
         | Request::PatchConsole(_)
         | Request::Action(ActionType::FlushMetrics | ActionType::SendCtrlAltDel) => {
             after_start(state, Accept)
@@ -99,8 +102,9 @@ mod tests {
     use super::*;
     use api_socket::{
         Balloon, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, ConsoleUpdate,
-        CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate, Metrics,
-        MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial, Vsock,
+        CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate,
+        MemoryHotplugConfig, MemoryHotplugSizeUpdate, Metrics, MmdsConfig, NetworkInterface,
+        NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial, Vsock,
     };
 
     /// Each request with its verdict when not started, running and paused.
@@ -151,6 +155,9 @@ mod tests {
             (Request::StartBalloonHinting(BalloonStartCmd::default()), post),
             (Request::StopBalloonHinting, post),
             (Request::GetBalloonHintingStatus, post),
+            (Request::GetMemoryHotplug, post),
+            (Request::PutMemoryHotplug(MemoryHotplugConfig::default()), pre),
+            (Request::PatchMemoryHotplug(MemoryHotplugSizeUpdate::default()), post),
         ]
     }
 
@@ -234,10 +241,13 @@ mod tests {
             Request::DeleteNetworkInterface(_) => 38,
             Request::DeletePmem(_) => 39,
             Request::PatchConsole(_) => 40,
+            Request::GetMemoryHotplug => 41,
+            Request::PutMemoryHotplug(_) => 42,
+            Request::PatchMemoryHotplug(_) => 43,
         };
         let mut places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
         places.sort_unstable();
-        assert_eq!(places, (0..41).collect::<Vec<_>>());
+        assert_eq!(places, (0..44).collect::<Vec<_>>());
     }
 
     #[test]

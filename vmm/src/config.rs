@@ -8,6 +8,7 @@
 mod balloon;
 mod cmdline;
 pub mod console;
+pub mod memory_hotplug;
 pub mod mmds;
 pub mod network;
 pub mod pmem;
@@ -25,7 +26,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use api_socket::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, ConsoleUpdate, CpuConfig, CpuTemplate,
     DriveUpdate, Entropy, Fault, HugePages, IO_THREAD, IoEngine, MachineConfig, MachineConfigUpdate,
-    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, QUEUES, Reply, Request,
+    MemoryHotplugConfig, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, QUEUES, Reply, Request,
     TokenBucket, VCPU_COUNT, VmConfig,
 };
 use devices::backend::direct;
@@ -33,6 +34,7 @@ use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::{self, Engine};
 
 use self::console::Console;
+use self::memory_hotplug::MemoryHotplug;
 use self::mmds::Mmds;
 use self::network::{Interface, Interfaces, metadata_and_vhost, there_already};
 use self::pmem::{PmemFile, Pmems, second_root};
@@ -57,6 +59,7 @@ pub struct Config {
     pub cpu: CpuConfig,
     pub entropy: Option<Entropy>,
     balloon: Option<Balloon>,
+    memory_hotplug: Option<MemoryHotplug>,
     /// Until the guest has started; the settings are in `console_settings`.
     pub console: Option<Console>,
     console_settings: Option<api_socket::Console>,
@@ -121,6 +124,7 @@ impl Config {
             cpu: CpuConfig::default(),
             entropy: None,
             balloon: None,
+            memory_hotplug: None,
             console: None,
             console_settings: None,
             vsock: None,
@@ -156,6 +160,7 @@ impl Config {
             Request::PutNetworkInterface(interface) if !self.has_started => self.put_interface(interface),
             Request::PutPmem(pmem) if !self.has_started => self.put_pmem(pmem),
             Request::PutBalloon(balloon) => self.put_balloon(balloon),
+            Request::PutMemoryHotplug(settings) => self.put_memory_hotplug(settings),
             Request::PutConsole(console) => self.put_console(console),
             Request::PutVsock(settings) => self.put_vsock(settings),
             Request::PutEntropy(entropy) => self.put_entropy(entropy),
@@ -515,6 +520,14 @@ impl Config {
         Ok(())
     }
 
+    /// The sizes of memory that comes and goes.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn memory_hotplug(&self) -> Result<MemoryHotplug, Fault> {
+        self.memory_hotplug.ok_or_else(memory_hotplug::none)
+    }
+
     /// The reply of `GET /vm/config`.
     pub fn wire(&self) -> VmConfig {
         VmConfig {
@@ -527,6 +540,7 @@ impl Config {
             entropy: self.entropy,
             mmds_config: self.mmds.settings(),
             balloon: self.balloon,
+            memory_hotplug: self.memory_hotplug.map(|memory| memory.settings),
             console: self.console_settings.clone(),
             ..VmConfig::default()
         }
@@ -685,6 +699,7 @@ impl Config {
             + usize::from(self.vsock.is_some())
             + usize::from(self.entropy.is_some())
             + usize::from(self.balloon.is_some())
+            + usize::from(self.memory_hotplug.is_some())
             + usize::from(self.console_settings.is_some());
         let capacity = slots::capacity(self.pci);
         if taken < capacity {
@@ -696,7 +711,8 @@ impl Config {
         };
         Err(Fault::bad_request(format!(
             "{device} would be one device too many: the guest has room for {capacity}, drives, network \
-             interfaces, persistent memories, socket device, balloon, entropy device and console together.{advice}"
+             interfaces, persistent memories, socket device, balloon, memory device, entropy device and console \
+             together.{advice}"
         )))
     }
 
@@ -735,6 +751,15 @@ impl Config {
             self.check_room("the balloon")?;
         }
         self.balloon = Some(settings);
+        Ok(())
+    }
+
+    fn put_memory_hotplug(&mut self, settings: MemoryHotplugConfig) -> Result<(), Fault> {
+        let memory = MemoryHotplug::new(settings)?;
+        if self.memory_hotplug.is_none() {
+            self.check_room("the memory device")?;
+        }
+        self.memory_hotplug = Some(memory);
         Ok(())
     }
 

@@ -5,18 +5,22 @@
 use std::io;
 use std::sync::Arc;
 
+use devices::virtio::mem;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::args::Identity;
 use crate::boot::{self, BootError};
-use crate::config::Config;
+use crate::config::memory_hotplug::MemoryHotplug;
+use crate::config::{self, Config};
 use crate::file_memory::FileMemory;
 use crate::host::Hosts;
+use crate::hotplug_memory::HotplugMemory;
 use crate::machine::{self, Board, Machine, MachineError};
-use crate::memory::{GuestMemory, MemoryError};
+use crate::memory::{ByteSize, GuestMemory, MemoryError};
 use crate::sandbox::Sandbox;
+use crate::slots::MAX_PCI;
 use crate::vcpu::{EndingSender, ExitCounters, Vcpu};
 use crate::x86_64::acpi::{self, AcpiError};
 use crate::x86_64::capabilities::{self, MissingCapability};
@@ -65,7 +69,9 @@ impl Guest {
         let vm = Arc::new(create_vm(&kvm)?);
         let interrupts = Interrupts::new(vm.clone())?;
         ports::swallow(&vm)?;
-        let memory = GuestMemory::new(settings.memory, settings.pages)?;
+        let plug = config.memory_hotplug().ok();
+        let more = plug.map_or(ByteSize::NONE, |plug| plug.total);
+        let mut memory = GuestMemory::new(settings.memory, more, settings.pages)?;
         map(&vm, &memory, settings.track_dirty_pages)?;
 
         let vcpu_count = u32::from(settings.vcpus);
@@ -80,15 +86,19 @@ impl Guest {
         let (hosts, idle) = Hosts::new(&vm, &interrupts, &config.io_threads())?;
         let ram = memory.handle();
         let bits = cpuid.physical_bits();
+        let mut slots = memory.regions().len() as u32;
+        let plug =
+            plug.map(|plug| lend(&kvm, &vm, settings, &plug, &mut memory, bits, &mut slots)).transpose()?;
+        let hotplug = plug.as_ref().map(|plug| plug.region.clone());
         // A guest without room for PCI has none for files either, and is refused below.
-        let space = layout::file_memory(settings.memory.bytes(), bits).unwrap_or_default();
-        let slots = memory.regions().len() as u32;
+        let space = layout::file_memory(settings.memory.bytes(), hotplug.as_ref(), bits).unwrap_or_default();
         let files = FileMemory::new(vm.clone(), ram.clone(), space, slots);
         let board = Board {
             hosts,
             interrupts,
             ram: ram.clone(),
             ram_size: settings.memory,
+            room: memory.room().map(|room| room.told()),
             ram_page: settings.pages.size(),
             physical_bits: bits,
             pci: around.pci,
@@ -98,7 +108,7 @@ impl Guest {
         };
         // RAM alone, as what is loaded goes by its size: there will be files above it.
         let ram = vm_memory::GuestAddressSpace::memory(&ram);
-        let machine = machine::build(config, board, files)?;
+        let machine = machine::build(config, board, files, plug)?;
 
         let cmdline = config.command_line("")?;
         let entry = boot::load(&ram, &source.kernel, source.initrd.as_ref(), &cmdline)?;
@@ -161,6 +171,39 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, StartError> {
     }
 }
 
+/// Memory that comes and goes, with none of it there yet. Adds KVM's memory slots that it may take to `slots`.
+fn lend(
+    kvm: &Kvm,
+    vm: &Arc<VmFd>,
+    settings: &config::Machine,
+    plug: &MemoryHotplug,
+    memory: &mut GuestMemory,
+    physical_bits: u8,
+    slots: &mut u32,
+) -> Result<mem::Config, StartError> {
+    let (ram, total, block_size) = (settings.memory.bytes(), plug.total.bytes(), plug.block.bytes());
+    let region = layout::hotplug_memory(ram, total, block_size, physical_bits)
+        .ok_or(StartError::NoPlace { mib: plug.total.mib(), bits: physical_bits })?;
+    let (room, slot_size) = (memory.make_room(region.clone())?, plug.slot.bytes());
+    let first = *slots;
+    *slots += HotplugMemory::slots(total, slot_size);
+    let most = kvm.get_nr_memslots();
+    if *slots as usize + MAX_PCI > most {
+        return Err(StartError::Slots { mib: plug.slot.mib(), most });
+    }
+    let handle = memory.handle();
+    let backing =
+        HotplugMemory::new(vm.clone(), handle.clone(), room, slot_size, first, settings.track_dirty_pages);
+    Ok(mem::Config {
+        region,
+        slot_size,
+        block_size,
+        page: settings.pages.size(),
+        memory: handle,
+        backing: Box::new(backing),
+    })
+}
+
 /// Gives the guest its RAM, one slot per region.
 fn map(vm: &VmFd, memory: &GuestMemory, track_dirty_pages: bool) -> Result<(), StartError> {
     for (slot, region) in (0..).zip(memory.regions()) {
@@ -187,6 +230,16 @@ pub enum StartError {
     CreateVm(kvm_ioctls::Error),
     #[error("KVM_SET_USER_MEMORY_REGION: {0}")]
     Slot(kvm_ioctls::Error),
+    #[error(
+        "`total_size_mib` is {mib}: the guest's CPUs address {bits} bits, which do not reach so far above its other \
+         memory and PCI; give it less of either"
+    )]
+    NoPlace { mib: u64, bits: u8 },
+    #[error(
+        "`slot_size_mib` is {mib}: these are more slots than this host's KVM has, which is {most} with those for files; \
+         give larger ones"
+    )]
+    Slots { mib: u64, most: usize },
     #[error("vcpu_count: a vCPU cannot be made: {0}")]
     Vcpu(kvm_ioctls::Error),
     #[error("{0}")]

@@ -14,6 +14,7 @@ pub mod guest;
 pub mod handed;
 pub mod heap;
 pub mod host;
+pub mod hotplug_memory;
 pub mod io_thread;
 pub mod logger;
 pub mod machine;

@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use api_socket::{NetworkInterfaceUpdate, RateLimiter};
 use devices::acpi_pm::{self, AcpiPm};
+use devices::backend::vhost;
 use devices::bus::BusError;
 use devices::i8042::{self, I8042};
 use devices::memory::Memory;
@@ -21,6 +22,7 @@ use devices::serial::{self, Serial};
 use devices::state::StateError;
 use devices::virtio::balloon::Balloon;
 use devices::virtio::console::Size;
+use devices::virtio::mem::{self, Mem};
 use devices::vmgenid::{self, VmGenId};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -44,6 +46,9 @@ pub struct Board {
     pub interrupts: Arc<Interrupts>,
     pub ram: Memory,
     pub ram_size: ByteSize,
+    /// Where memory comes and goes, if it does: what back-ends outside of this process are told, see
+    /// [`devices::backend::vhost::all_regions`].
+    pub room: Option<vhost::Region>,
     /// Bytes of the pages that back RAM.
     pub ram_page: u64,
     /// Address lines of the guest's CPUs.
@@ -73,8 +78,14 @@ pub struct Machine {
     files: FileMemory,
 }
 
-/// Puts every device in its place, and what must be in guest memory into `files`.
-pub fn build(config: &Config, board: Board, mut files: FileMemory) -> Result<Machine, MachineError> {
+/// Puts every device in its place, and what must be in guest memory into `files`; `memory` is for the device that has it
+/// come and go.
+pub fn build(
+    config: &Config,
+    board: Board,
+    mut files: FileMemory,
+    memory: Option<mem::Config>,
+) -> Result<Machine, MachineError> {
     let mut buses = Buses::default();
     let line = |gsi| board.interrupts.line(gsi);
 
@@ -117,6 +128,9 @@ pub fn build(config: &Config, board: Board, mut files: FileMemory) -> Result<Mac
     }
     if let Ok(balloon) = config.balloon() {
         virtio.add_balloon(balloon, &board)?;
+    }
+    if let Some(memory) = memory {
+        virtio.add_memory(memory, &board)?;
     }
     if let Some(entropy) = &config.entropy {
         virtio.add_entropy(entropy, &board)?;
@@ -253,6 +267,11 @@ impl Machine {
     /// The balloon, if there is one, held until this is dropped.
     pub fn balloon(&self) -> Option<MutexGuard<'_, Balloon>> {
         self.virtio.balloon()
+    }
+
+    /// The memory device, if there is one, held until this is dropped.
+    pub fn memory_device(&self) -> Option<MutexGuard<'_, Mem>> {
+        self.virtio.memory_device()
     }
 
     /// Gives a port of the console another size while the guest runs; 0 is the console itself.

@@ -4,11 +4,13 @@
 //! policy: a memfd's pages are mapped into the guest one by one, which costs a boot of Debian's kernel in 128 MiB some
 //! 15 000 more exits and twice the time. A memfd is for what needs one: 2 MiB pages of hugetlbfs, and sharing.
 //!
-//! Bytes are reached through [`Memory`] alone. Does not tell KVM, does not track dirty pages.
+//! Bytes are reached through [`Memory`] alone. Does not tell KVM, does not track dirty pages; what comes and goes while the
+//! guest runs has its room here and its slots in `hotplug_memory.rs`.
 
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 use std::sync::Arc;
@@ -19,6 +21,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestRegionMmap, MmapRegion,
 };
 
+use crate::hotplug_memory::Room;
 use crate::x86_64::layout;
 
 /// A number of bytes. MiB become bytes here and nowhere else, with an error in place of an overflow.
@@ -28,9 +31,15 @@ pub struct ByteSize(u64);
 impl ByteSize {
     /// Guest RAM of `mib` MiB, if it is more than none and the guest-physical map has room for it.
     pub fn ram_of_mib(mib: u64) -> Result<ByteSize, MemoryError> {
-        let size = mib.checked_mul(1 << 20).filter(|size| (1..=layout::MAX_RAM).contains(size));
-        size.map(ByteSize).ok_or(MemoryError::Size { mib })
+        ByteSize::of_mib(mib).filter(|size| *size > ByteSize::NONE).ok_or(MemoryError::Size { mib })
     }
+
+    /// `mib` MiB, if no guest-physical map is too small for them.
+    pub fn of_mib(mib: u64) -> Option<ByteSize> {
+        mib.checked_mul(1 << 20).filter(|size| *size <= layout::MAX_RAM).map(ByteSize)
+    }
+
+    pub const NONE: ByteSize = ByteSize(0);
 
     pub fn bytes(self) -> u64 {
         self.0
@@ -83,6 +92,8 @@ pub enum MemoryError {
         .size.mib()
     )]
     NoHugePages { size: ByteSize },
+    #[error("`total_size_mib` is {} of memory that can be plugged: there is no room for it: {error}", .size.mib())]
+    Room { size: ByteSize, error: io::Error },
     #[error("mem_size_mib is {}: cannot {what}: {error}", .size.mib())]
     Host { size: ByteSize, what: &'static str, error: io::Error },
 }
@@ -92,6 +103,9 @@ pub struct GuestMemory {
     size: ByteSize,
     pages: Pages,
     regions: Vec<Region>,
+    /// What RAM is in, and after it the room; `None` for anonymous memory.
+    file: Option<Arc<File>>,
+    room: Option<Arc<Room>>,
     memory: Memory,
 }
 
@@ -108,12 +122,12 @@ pub struct Region {
 }
 
 impl GuestMemory {
-    /// Makes and maps `size` of zeroed RAM.
-    pub fn new(size: ByteSize, pages: Pages) -> Result<GuestMemory, MemoryError> {
+    /// Makes and maps `size` of zeroed RAM. There may be as much as `more` later: see [`GuestMemory::make_room`].
+    pub fn new(size: ByteSize, more: ByteSize, pages: Pages) -> Result<GuestMemory, MemoryError> {
         if !size.bytes().is_multiple_of(pages.size()) {
             return Err(MemoryError::NotHuge { size });
         }
-        let file = (pages == Pages::Huge2M).then(|| sealed_memfd(size).map(Arc::new)).transpose()?;
+        let file = (pages == Pages::Huge2M).then(|| sealed_memfd(size, more).map(Arc::new)).transpose()?;
         let mut regions = Vec::new();
         let mut mappings = Vec::new();
         let mut offset = 0;
@@ -131,7 +145,17 @@ impl GuestMemory {
             what: "lay it out",
             error: io::Error::other(e),
         })?;
-        Ok(GuestMemory { size, pages, regions, memory: Memory::new(ram) })
+        Ok(GuestMemory { size, pages, regions, file, room: None, memory: Memory::new(ram) })
+    }
+
+    /// Makes room for memory that comes and goes at these guest addresses, as much as was said at first. None of it is there
+    /// yet.
+    pub fn make_room(&mut self, guest: Range<u64>) -> Result<Arc<Room>, MemoryError> {
+        let more = ByteSize(guest.end - guest.start);
+        let room = Room::new(guest, self.file.clone(), self.size.bytes(), self.pages);
+        let room = Arc::new(room.map_err(|error| MemoryError::Room { size: more, error })?);
+        self.room = Some(room.clone());
+        Ok(room)
     }
 
     /// A handle for devices; all handles see the same memory.
@@ -147,15 +171,31 @@ impl GuestMemory {
         self.pages
     }
 
-    /// Lowest guest address first.
+    /// What is there from the start to the end. Lowest guest address first.
     pub fn regions(&self) -> &[Region] {
         &self.regions
     }
+
+    /// Where memory comes and goes, if there is such a place.
+    pub fn room(&self) -> Option<&Room> {
+        self.room.as_deref()
+    }
+
+    /// All that can ever be RAM: [`GuestMemory::regions`], and the room for what comes and goes. What is out at the moment
+    /// can be touched neither by this process nor by the kernel on its behalf.
+    pub fn all_regions(&self) -> impl Iterator<Item = Region> + '_ {
+        self.regions.iter().copied().chain(self.room.iter().map(|room| room.region()))
+    }
+
+    /// What the regions are in, each at its offset; `None` for anonymous memory.
+    pub fn file(&self) -> Option<&Arc<File>> {
+        self.file.as_ref()
+    }
 }
 
-/// A memfd of `size` zeros in 2 MiB pages that nobody can resize: a shared mapping that shrinks would kill this process
+/// A memfd of `size` zeros, and as many as `more`, in 2 MiB pages that nobody can resize: a shared mapping that shrinks would kill this process
 /// with SIGBUS.
-fn sealed_memfd(size: ByteSize) -> Result<File, MemoryError> {
+fn sealed_memfd(size: ByteSize, more: ByteSize) -> Result<File, MemoryError> {
     let failed = |what| move |error| MemoryError::Host { size, what, error };
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
     // SAFETY: memfd_create reads a NUL-terminated name, which the literal is, and touches no other memory.
@@ -165,7 +205,7 @@ fn sealed_memfd(size: ByteSize) -> Result<File, MemoryError> {
         // SAFETY: `fd` is not negative, so memfd_create has just made it and nobody else owns it.
         _ => unsafe { File::from_raw_fd(fd) },
     };
-    file.set_len(size.bytes()).map_err(failed("size its memfd"))?;
+    file.set_len(size.bytes().saturating_add(more.bytes())).map_err(failed("size its memfd"))?;
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: F_ADD_SEALS takes an integer; `file` holds the descriptor open during the call.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
@@ -265,7 +305,7 @@ mod tests {
 
     #[test]
     fn regions_are_flat_in_a_file_while_guest_addresses_jump_the_hole() {
-        let memory = GuestMemory::new(mib(3 * 1024 + 2), Pages::Base).unwrap();
+        let memory = GuestMemory::new(mib(3 * 1024 + 2), ByteSize::NONE, Pages::Base).unwrap();
         let [low, high] = memory.regions() else { panic!("{:?}", memory.regions()) };
         assert_eq!((low.guest, low.size, low.offset), (0, 3 << 30, 0));
         assert_eq!((high.guest, high.size, high.offset), (4 << 30, 2 << 20, 3 << 30));
@@ -281,7 +321,7 @@ mod tests {
     #[test]
     fn odd_sizes_too_lie_where_huge_pages_can_back_them() {
         for size in [1, 3, 128, 129, 4097] {
-            let memory = GuestMemory::new(mib(size), Pages::Base).unwrap();
+            let memory = GuestMemory::new(mib(size), ByteSize::NONE, Pages::Base).unwrap();
             for region in memory.regions() {
                 assert_eq!(region.host % (2 << 20), 0, "{size} MiB: {region:x?}");
             }
@@ -290,7 +330,7 @@ mod tests {
 
     #[test]
     fn a_handle_outlives_the_memory_but_nothing_of_what_was_in_it() {
-        let memory = GuestMemory::new(mib(1), Pages::Base).unwrap();
+        let memory = GuestMemory::new(mib(1), ByteSize::NONE, Pages::Base).unwrap();
         let ram = memory.handle();
         ram.memory().write_obj(0x11u8, GuestAddress(5)).unwrap();
         drop(memory);
@@ -299,18 +339,34 @@ mod tests {
 
     #[test]
     fn nobody_resizes_the_memfd() {
-        let memfd = sealed_memfd(mib(2)).unwrap();
+        let memfd = sealed_memfd(mib(2), ByteSize::NONE).unwrap();
         for len in [0, 4 << 20] {
             assert_eq!(memfd.set_len(len).unwrap_err().raw_os_error(), Some(libc::EPERM));
         }
     }
 
     #[test]
+    fn room_for_what_comes_later_is_behind_ram_and_no_memory_yet() {
+        let mut memory = GuestMemory::new(mib(3), mib(1024), Pages::Transparent).unwrap();
+        assert_eq!(memory.all_regions().count(), 1);
+        let guest = 1 << 38..(1 << 38) + (1 << 30);
+        memory.make_room(guest.clone()).unwrap();
+        let all: Vec<_> = memory.all_regions().collect();
+        assert_eq!(all[..1], *memory.regions());
+        assert_eq!((all[1].guest, all[1].size, all[1].offset), (guest.start, 1 << 30, 3 << 20));
+        assert!(all[1].host.is_multiple_of(2 << 20) && memory.file().is_none());
+        assert!(memory.handle().memory().read_obj::<u8>(GuestAddress(guest.start)).is_err());
+    }
+
+    #[test]
     fn huge_pages_that_the_size_or_the_host_does_not_allow_are_refused_by_name() {
-        let odd = GuestMemory::new(mib(3), Pages::Huge2M).err().unwrap().to_string();
+        let odd = GuestMemory::new(mib(3), ByteSize::NONE, Pages::Huge2M).err().unwrap().to_string();
         assert!(odd.contains("mem_size_mib is 3") && odd.contains("multiple of 2"), "{odd}");
         // No host has 64 TiB of huge pages set aside.
-        let none = GuestMemory::new(mib(layout::MAX_RAM >> 20), Pages::Huge2M).err().unwrap().to_string();
+        let none = GuestMemory::new(mib(layout::MAX_RAM >> 20), ByteSize::NONE, Pages::Huge2M)
+            .err()
+            .unwrap()
+            .to_string();
         assert!(none.contains("mem_size_mib is") && none.contains("2 MiB pages"), "{none}");
     }
 }

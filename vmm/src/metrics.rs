@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use api_socket::{Endpoint, Fault, Method};
 use devices::times::Times;
 use devices::virtio::transport::Shared;
-use devices::virtio::{balloon, blk, console, net, pmem, rng, vsock};
+use devices::virtio::{balloon, blk, console, mem, net, pmem, rng, vsock};
 use devices::{i8042, serial};
 use serde::Serialize;
 
@@ -322,6 +322,31 @@ impl Metrics {
         self.add("balloon", None, Box::new(source));
     }
 
+    /// Adds the memory device.
+    pub fn add_memory_hotplug(&mut self, counters: Arc<mem::Counters>) {
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            let c = &counters;
+            tell("queue_event_count", load(&c.queue_event_count));
+            tell("queue_event_fails", load(&c.queue_event_fails));
+            tell("plug_count", load(&c.plug.count));
+            tell("plug_fails", load(&c.plug.fails));
+            tell("plug_bytes", load(&c.plug_bytes));
+            tell_times(tell, &PLUG, &c.plug.time);
+            tell("unplug_count", load(&c.unplug.count));
+            tell("unplug_fails", load(&c.unplug.fails));
+            tell("unplug_bytes", load(&c.unplug_bytes));
+            tell("unplug_discard_fails", load(&c.unplug_discard_fails));
+            tell_times(tell, &UNPLUG, &c.unplug.time);
+            tell("unplug_all_count", load(&c.unplug_all.count));
+            tell("unplug_all_fails", load(&c.unplug_all.fails));
+            tell_times(tell, &UNPLUG_ALL, &c.unplug_all.time);
+            tell("state_count", load(&c.state.count));
+            tell("state_fails", load(&c.state.fails));
+            tell_times(tell, &STATE, &c.state.time);
+        };
+        self.add("memory_hotplug", None, Box::new(source));
+    }
+
     /// Adds the socket device.
     pub fn add_vsock(&mut self, counters: Arc<vsock::Counters>) {
         let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
@@ -562,6 +587,21 @@ const REQUESTS: &[Row] = &[
         "balloon_hinting_stop_count",
         Some("balloon_hinting_stop_fails"),
     ),
+    ("get_api_requests", Method::Get, Endpoint::MemoryHotplug, "hotplug_memory_count", None),
+    (
+        "put_api_requests",
+        Method::Put,
+        Endpoint::MemoryHotplug,
+        "hotplug_memory_count",
+        Some("hotplug_memory_fails"),
+    ),
+    (
+        "patch_api_requests",
+        Method::Patch,
+        Endpoint::MemoryHotplug,
+        "hotplug_memory_count",
+        Some("hotplug_memory_fails"),
+    ),
     ("put_api_requests", Method::Put, Endpoint::Console, "console_count", Some("console_fails")),
     ("put_api_requests", Method::Put, Endpoint::Entropy, "entropy_count", Some("entropy_fails")),
     ("put_api_requests", Method::Put, Endpoint::Logger, "logger_count", Some("logger_fails")),
@@ -621,6 +661,10 @@ type TimesKeys = [&'static str; 3];
 const READ: TimesKeys = ["read_agg.min_us", "read_agg.max_us", "read_agg.sum_us"];
 const WRITE: TimesKeys = ["write_agg.min_us", "write_agg.max_us", "write_agg.sum_us"];
 const TAP_WRITE: TimesKeys = ["tap_write_agg.min_us", "tap_write_agg.max_us", "tap_write_agg.sum_us"];
+const PLUG: TimesKeys = ["plug_agg.min_us", "plug_agg.max_us", "plug_agg.sum_us"];
+const UNPLUG: TimesKeys = ["unplug_agg.min_us", "unplug_agg.max_us", "unplug_agg.sum_us"];
+const UNPLUG_ALL: TimesKeys = ["unplug_all_agg.min_us", "unplug_all_agg.max_us", "unplug_all_agg.sum_us"];
+const STATE: TimesKeys = ["state_agg.min_us", "state_agg.max_us", "state_agg.sum_us"];
 const EXIT_IO_IN: TimesKeys = ["exit_io_in_agg.min_us", "exit_io_in_agg.max_us", "exit_io_in_agg.sum_us"];
 const EXIT_IO_OUT: TimesKeys = ["exit_io_out_agg.min_us", "exit_io_out_agg.max_us", "exit_io_out_agg.sum_us"];
 const EXIT_MMIO_READ: TimesKeys =
@@ -735,6 +779,7 @@ mod tests {
         metrics.add_entropy(Arc::default());
         metrics.add_vsock(Arc::default());
         metrics.add_balloon(Arc::default());
+        metrics.add_memory_hotplug(Arc::default());
     }
 
     #[test]

@@ -17,6 +17,7 @@ use devices::pci::root::{AddError, Root, Windows};
 use devices::virtio::balloon::{self, Balloon, Ram};
 use devices::virtio::blk::{Blk, Cache, Config as BlkConfig};
 use devices::virtio::console::{self, Console};
+use devices::virtio::mem::{self, Mem};
 use devices::virtio::mmio::{self, Mmio};
 use devices::virtio::net::{self, Net};
 use devices::virtio::pci::{Pci, PciError};
@@ -61,6 +62,7 @@ pub struct Slots {
     console: Option<Arc<Mutex<Console>>>,
     vsock: Option<Arc<Mutex<Vsock>>>,
     balloon: Option<Arc<Mutex<Balloon>>>,
+    memory: Option<Arc<Mutex<Mem>>>,
     way: Way,
 }
 
@@ -110,6 +112,7 @@ impl Slots {
             console: None,
             vsock: None,
             balloon: None,
+            memory: None,
             way,
         })
     }
@@ -292,7 +295,8 @@ impl Slots {
         Ok(slot)
     }
 
-    /// The balloon. Before devices that add to guest memory, or after them: it takes back RAM alone.
+    /// The balloon. Before devices that add to guest memory, or after them: it takes back RAM alone, that which comes and goes
+    /// too.
     pub fn add_balloon(
         &mut self,
         settings: &api_socket::Balloon,
@@ -300,6 +304,8 @@ impl Slots {
     ) -> Result<Option<usize>, SlotsError> {
         let host = board.hosts.of(settings.io_thread)?;
         let regions = layout::ram(board.ram_size.bytes()).map(|(start, len)| start..start + len);
+        let room = board.room.as_ref().map(|room| room.guest..room.guest + room.size);
+        let regions = regions.chain(room);
         let interval = settings.stats_polling_interval_s;
         let config = balloon::Config {
             target_pages: pages(settings.amount_mib),
@@ -318,6 +324,19 @@ impl Slots {
     /// The balloon, if there is one, held until this is dropped.
     pub fn balloon(&self) -> Option<MutexGuard<'_, Balloon>> {
         self.balloon.as_deref().map(lock)
+    }
+
+    /// The device by which memory comes and goes.
+    pub fn add_memory(&mut self, config: mem::Config, board: &Board) -> Result<Option<usize>, SlotsError> {
+        let device = Arc::new(Mutex::new(Mem::new(config, None)?));
+        let slot = self.plug(device.clone(), board.hosts.of(None)?, board)?;
+        self.memory = Some(device);
+        Ok(slot)
+    }
+
+    /// The memory device, if there is one, held until this is dropped.
+    pub fn memory_device(&self) -> Option<MutexGuard<'_, Mem>> {
+        self.memory.as_deref().map(lock)
     }
 
     /// What ACPI must tell the guest of PCI, if there is PCI.
@@ -414,6 +433,9 @@ impl Slots {
         }
         if let Some(balloon) = self.balloon() {
             metrics.add_balloon(balloon.counters());
+        }
+        if let Some(memory) = self.memory_device() {
+            metrics.add_memory_hotplug(memory.counters());
         }
         if let Some(vsock) = &self.vsock {
             metrics.add_vsock(lock(vsock).counters());
@@ -593,6 +615,7 @@ mod tests {
             interrupts,
             ram,
             ram_size: ByteSize::ram_of_mib(1).unwrap(),
+            room: None,
             ram_page: layout::PAGE,
             physical_bits: 40,
             pci: true,

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use api_socket::{
     ActionType, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, ConsoleUpdate, DriveUpdate, Fault,
-    InstanceInfo, InstanceState, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request,
-    Version, VmState,
+    InstanceInfo, InstanceState, MemoryHotplugSizeUpdate, MemoryHotplugStatus, NetworkInterface,
+    NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request, Version, VmState,
 };
 use devices::virtio::balloon::Balloon;
 use devices::virtio::console::Size;
+use devices::virtio::mem::Mem;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::admit::{Verdict, admit};
@@ -166,6 +167,7 @@ impl Vm {
                 let status = balloon::hinting_status(&*self.hinting_balloon()?);
                 return Ok(Reply::BalloonHintingStatus(status));
             }
+            Request::GetMemoryHotplug => return Ok(Reply::MemoryHotplug(self.memory_hotplug_status()?)),
             Request::PutLogger(logger) => LOGGER.configure(&logger)?,
             Request::PutMetrics(metrics) => self.metrics.open(&metrics)?,
             Request::Action(ActionType::InstanceStart) => self.start()?,
@@ -189,6 +191,7 @@ impl Vm {
                 let stopped = self.hinting_balloon()?.stop_hinting();
                 balloon::check_hinting(true, stopped)?;
             }
+            Request::PatchMemoryHotplug(update) => self.update_memory_hotplug(update)?,
             Request::PatchConsole(update) => self.resize_console(&update)?,
             other => return Err(Fault::bad_request(format!("{other:?} is not supported by this version"))),
         }
@@ -364,6 +367,28 @@ impl Vm {
     fn balloon(&self) -> Result<MutexGuard<'_, Balloon>, Fault> {
         self.config.balloon()?;
         self.guest()?.machine.balloon().ok_or_else(not_started)
+    }
+
+    fn update_memory_hotplug(&mut self, update: MemoryHotplugSizeUpdate) -> Result<(), Fault> {
+        let size = self.config.memory_hotplug()?.check_requested(update.requested_size_mib)?;
+        self.memory_device()?.set_requested(size.bytes());
+        Ok(())
+    }
+
+    fn memory_hotplug_status(&self) -> Result<MemoryHotplugStatus, Fault> {
+        let settings = self.config.memory_hotplug()?.settings;
+        let device = self.memory_device()?;
+        Ok(MemoryHotplugStatus {
+            total_size_mib: settings.total_size_mib,
+            slot_size_mib: settings.slot_size_mib,
+            block_size_mib: settings.block_size_mib,
+            plugged_size_mib: device.plugged() >> 20,
+            requested_size_mib: device.requested() >> 20,
+        })
+    }
+
+    fn memory_device(&self) -> Result<MutexGuard<'_, Mem>, Fault> {
+        self.guest()?.machine.memory_device().ok_or_else(not_started)
     }
 
     fn resize_console(&mut self, update: &ConsoleUpdate) -> Result<(), Fault> {

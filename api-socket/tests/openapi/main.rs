@@ -40,6 +40,7 @@ const REPLIES: &[(&str, Reader)] = &[
     ("Balloon", read::<Balloon>),
     ("BalloonStats", read::<BalloonStats>),
     ("BalloonHintingStatus", read::<BalloonHintingStatus>),
+    ("MemoryHotplugStatus", read::<MemoryHotplugStatus>),
 ];
 
 fn read<T: DeserializeOwned + Serialize>(value: &Value) -> Outcome {

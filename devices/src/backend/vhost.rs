@@ -45,6 +45,20 @@ pub fn regions(memory: &GuestRam) -> Vec<Region> {
     regions.collect()
 }
 
+/// The same with all memory that can ever be there, for back-ends that are told once: `room` is where memory comes and goes,
+/// as one region in place of those that are in it at the moment. What is not in fails like a wrong address, as the kernel
+/// may not touch it for this process either; a back-end in another process can touch it.
+pub fn all_regions(memory: &GuestRam, room: Option<&Region>) -> Vec<Region> {
+    let mut all = regions(memory);
+    if let Some(room) = room {
+        let within = |region: &Region| region.guest >= room.guest && region.guest - room.guest < room.size;
+        all.retain(|region| !within(region));
+        all.push(room.clone());
+        all.sort_by_key(|region| region.guest);
+    }
+    all
+}
+
 /// A queue as back-ends want it: addresses in this process, and where to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ring {
@@ -164,6 +178,20 @@ mod tests {
         assert_eq!(high.file.as_ref().unwrap().1, PAGE);
         assert_eq!(host_address(&memory, PAGE - 2, 2), Some(low.host + PAGE - 2));
         assert_eq!(host_address(&memory, start.0 + PAGE, PAGE), Some(high.host + PAGE));
+    }
+
+    #[test]
+    fn memory_that_comes_and_goes_is_one_region_whatever_of_it_is_there() {
+        let ranges = [(0, PAGE), (8 * PAGE, PAGE), (10 * PAGE, PAGE), (12 * PAGE, PAGE)];
+        let ranges = ranges.map(|(start, len)| (GuestAddress(start), len as usize));
+        let memory = GuestRam::from_ranges(&ranges).unwrap();
+        let room = Region { guest: 8 * PAGE, size: 4 * PAGE, host: 0x7000_0000, file: None };
+        let told = |room| {
+            let regions = all_regions(&memory, room);
+            regions.iter().map(|region| (region.guest, region.size)).collect::<Vec<_>>()
+        };
+        assert_eq!(told(Some(&room)), [(0, PAGE), (8 * PAGE, 4 * PAGE), (12 * PAGE, PAGE)]);
+        assert_eq!(told(None).len(), 4);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::host::Source;
 use crate::memory::Memory;
 use crate::virtio::queue::Queue;
-use crate::virtio::{balloon, blk, console, net, pmem, rng, vsock};
+use crate::virtio::{balloon, blk, console, mem, net, pmem, rng, vsock};
 
 /// A device model behind any transport. The transport holds its lock for every call; none may block.
 pub trait VirtioDevice: Send {
@@ -78,6 +78,7 @@ pub enum DeviceType {
     Entropy = 4,
     Balloon = 5,
     Socket = 19,
+    Memory = 24,
     PersistentMemory = 27,
 }
 
@@ -117,6 +118,7 @@ pub enum DeviceState {
     Block(blk::State),
     Console(console::State),
     Entropy(rng::State),
+    Memory(mem::State),
     Network(net::State),
     PersistentMemory(pmem::State),
     Socket(vsock::State),
@@ -129,6 +131,8 @@ pub enum StartError {
     Queues { got: usize, needed: usize },
     #[error("the rings of queue {index} are not in guest memory")]
     Ring { index: u16 },
+    #[error("the driver does not know {name}, and the device needs it")]
+    Feature { name: &'static str },
     #[error("host: {0}")]
     Host(#[from] std::io::Error),
 }

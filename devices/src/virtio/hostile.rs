@@ -24,6 +24,7 @@ use crate::testing::FakeHost;
 use crate::virtio::balloon::{self, Balloon, Ram};
 use crate::virtio::blk::Engine;
 use crate::virtio::console::{self, Console, Size};
+use crate::virtio::mem;
 use crate::virtio::mmio::{self, Mmio};
 use crate::virtio::net::{self, Net};
 use crate::virtio::pci::{self, Pci};
@@ -61,6 +62,8 @@ struct Subject {
     stir: Box<dyn FnMut()>,
     /// What the device may change without being offered it.
     owns: Range<u64>,
+    /// Features without which it does not start.
+    needs: u64,
     /// What it answers.
     requests: Requests,
 }
@@ -82,10 +85,11 @@ const DEVICES: &[(&str, MakeDevice)] = &[
     ("balloon", balloon),
     ("console", console),
     ("pmem", pmem),
+    ("mem", mem),
 ];
 
 fn quiet(device: SharedDevice, requests: Requests) -> Subject {
-    Subject { device, stir: Box::new(|| {}), owns: 0..0, requests }
+    Subject { device, stir: Box::new(|| {}), owns: 0..0, needs: 0, requests }
 }
 
 fn rng() -> Subject {
@@ -103,6 +107,13 @@ fn blk(engine: Engine, queues: u16) -> Subject {
 fn pmem() -> Subject {
     let device = round_trip::pmem_of(Limits::default())(None);
     quiet(Arc::new(Mutex::new(device)), vec![(0, round_trip::pmem_flush)])
+}
+
+/// With no block that could be plugged in the memory that is looked at.
+fn mem() -> Subject {
+    let state = |driver: &mut Driver| vec![driver.data(&round_trip::unplug_all()), driver.room(10)];
+    let device = Arc::new(Mutex::new(round_trip::memory_device(None)));
+    Subject { needs: mem::F_UNPLUGGED_INACCESSIBLE, ..quiet(device, vec![(0, state)]) }
 }
 
 fn net(pairs: usize) -> Subject {
@@ -366,6 +377,7 @@ impl Machine {
         let (host, subject) = (FakeHost::new(), device());
         let registers = transport(subject.device.clone(), &host, &memory);
         let sizes = subject.device.lock().unwrap().identity().queue_sizes;
+        let features = features | subject.needs;
         Machine { host, memory, subject, registers, sizes, features, drivers: Vec::new() }
     }
 

@@ -8,11 +8,13 @@ pub mod device;
 mod echo;
 #[cfg(test)]
 mod hostile;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pci;
 pub mod pmem;
 pub mod queue;
+pub mod reclaim;
 pub mod rng;
 #[cfg(test)]
 mod round_trip;

@@ -502,7 +502,7 @@ fn class(device: DeviceType) -> u32 {
         DeviceType::Block => 0x01_80_00,
         DeviceType::Console | DeviceType::Socket => 0x07_80_00,
         DeviceType::Entropy | DeviceType::Balloon => 0x00_ff_00,
-        DeviceType::PersistentMemory => 0x05_80_00,
+        DeviceType::Memory | DeviceType::PersistentMemory => 0x05_80_00,
     }
 }
 

@@ -15,6 +15,7 @@ use crate::virtio::balloon::{self, Balloon, Ram};
 use crate::virtio::blk::{self, Blk, Engine};
 use crate::virtio::console::{self, Console, Size};
 use crate::virtio::device::{DeviceState, VirtioDevice};
+use crate::virtio::mem::{self, Mem};
 use crate::virtio::net::{self, Net};
 use crate::virtio::pmem::{self, Pmem};
 use crate::virtio::queue::{Queue, QueueState};
@@ -29,7 +30,17 @@ fn nothing_is_lost<D: VirtioDevice>(
     index: usize,
     request: impl Fn(&mut Driver) -> Vec<Buffer>,
 ) {
-    for features in [0, EVENT_IDX] {
+    nothing_is_lost_with(0, new, index, request);
+}
+
+/// The same with a driver that agrees on these features.
+fn nothing_is_lost_with<D: VirtioDevice>(
+    agreed: u64,
+    new: impl Fn(Option<DeviceState>) -> D,
+    index: usize,
+    request: impl Fn(&mut Driver) -> Vec<Buffer>,
+) {
+    for features in [agreed, agreed | EVENT_IDX] {
         let memory = testing::ram(16 << 20);
         let mut slot = Slot::new(new(None), &memory);
         let identity = slot.device.identity();
@@ -338,4 +349,51 @@ fn balloon_inflate() {
 #[test]
 fn balloon_deflate() {
     nothing_is_lost(balloon, 1, |driver| vec![driver.data(&2500u32.to_le_bytes())]);
+}
+
+/// One of whose blocks a request plugs and the next finds plugged.
+pub fn memory_device(state: Option<DeviceState>) -> Mem {
+    let memory = testing::ram(1 << 20);
+    let region = 1 << 30..(1 << 30) + (16 << 12);
+    let config = mem::Config {
+        region: region.clone(),
+        slot_size: 4 << 12,
+        block_size: 1 << 12,
+        page: 1 << 12,
+        backing: Box::new(testing::Lent::new(&memory, &region, 4 << 12)),
+        memory,
+    };
+    let state = state.map(|state| match state {
+        DeviceState::Memory(state) => state,
+        other => panic!("{other:?}"),
+    });
+    let is_new = state.is_none();
+    let mut device = Mem::new(config, state).unwrap();
+    if is_new {
+        device.set_requested(8 << 12);
+    }
+    device
+}
+
+#[test]
+fn memory_that_is_plugged() {
+    nothing_is_lost_with(mem::F_UNPLUGGED_INACCESSIBLE, memory_device, 0, |driver| {
+        let mut request = [0; 24];
+        request[8..16].copy_from_slice(&(1u64 << 30).to_le_bytes());
+        request[16] = 3;
+        vec![driver.data(&request), driver.room(10)]
+    });
+}
+
+/// A request that unplugs everything.
+pub fn unplug_all() -> [u8; 24] {
+    let mut request = [0; 24];
+    request[0] = 2;
+    request
+}
+
+#[test]
+fn memory_that_is_unplugged() {
+    let request = |driver: &mut Driver| vec![driver.data(&unplug_all()), driver.room(10)];
+    nothing_is_lost_with(mem::F_UNPLUGGED_INACCESSIBLE, memory_device, 0, request);
 }

@@ -6,8 +6,10 @@
 
 use std::collections::HashMap;
 use std::fmt::Display;
+use std::io;
 use std::num::Wrapping;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use virtio_bindings::bindings::virtio_ring::{
@@ -17,12 +19,13 @@ use virtio_bindings::bindings::virtio_ring::{
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue as Ring, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestRegionMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::memory::{GuestRam, Memory};
 use crate::virtio::device::{Active, Interrupt, VirtioDevice};
+use crate::virtio::mem::Backing;
 use crate::virtio::queue::{Queue, Segment, Segments};
 
 pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
@@ -43,6 +46,79 @@ pub const ABOVE_4G: u64 = 0x2_0000_0000;
 /// Guest RAM of `bytes` at [`ABOVE_4G`], so that an address that lost a half lies nowhere.
 pub fn ram_above_4g(bytes: usize) -> Memory {
     Memory::new(GuestRam::from_ranges(&[(GuestAddress(ABOVE_4G), bytes)]).unwrap())
+}
+
+/// Slots of a memory device that come and go in plain guest memory.
+pub struct Lent {
+    memory: Memory,
+    start: u64,
+    size: usize,
+    is_in: Vec<bool>,
+    pub trouble: Arc<Trouble>,
+}
+
+/// What the host cannot do, as long as it is set.
+#[derive(Debug, Default)]
+pub struct Trouble {
+    pub bring_in: AtomicBool,
+    pub take_out: AtomicBool,
+    pub reserve: AtomicBool,
+}
+
+impl Lent {
+    /// As many slots of `size` bytes as there are in `region`, all of them out.
+    pub fn new(memory: &Memory, region: &Range<u64>, size: u64) -> Lent {
+        let slots = (region.end - region.start) / size;
+        let is_in = vec![false; slots as usize];
+        Lent {
+            memory: memory.clone(),
+            start: region.start,
+            size: size as usize,
+            is_in,
+            trouble: Arc::default(),
+        }
+    }
+
+    fn at(&self, slot: usize) -> GuestAddress {
+        GuestAddress(self.start + (slot * self.size) as u64)
+    }
+}
+
+impl Backing for Lent {
+    fn bring_in(&mut self, slot: usize) -> io::Result<()> {
+        fails(&self.trouble.bring_in)?;
+        if !self.is_in[slot] {
+            let region = GuestRegionMmap::from_range(self.at(slot), self.size, None).unwrap();
+            let with = self.memory.memory().insert_region(Arc::new(region)).unwrap();
+            self.memory.lock().unwrap().replace(with);
+            self.is_in[slot] = true;
+        }
+        Ok(())
+    }
+
+    fn take_out(&mut self, slot: usize) -> io::Result<()> {
+        fails(&self.trouble.take_out)?;
+        if self.is_in[slot] {
+            let (without, _) = self.memory.memory().remove_region(self.at(slot), self.size as u64).unwrap();
+            self.memory.lock().unwrap().replace(without);
+            self.is_in[slot] = false;
+        }
+        Ok(())
+    }
+
+    fn reserve(&mut self, range: Range<u64>) -> io::Result<()> {
+        fails(&self.trouble.reserve)?;
+        let bytes = (range.end - range.start) as usize;
+        assert!(self.memory.memory().check_range(GuestAddress(range.start), bytes), "{range:x?} is out");
+        Ok(())
+    }
+}
+
+fn fails(trouble: &AtomicBool) -> io::Result<()> {
+    match trouble.load(Ordering::SeqCst) {
+        true => Err(io::ErrorKind::OutOfMemory.into()),
+        false => Ok(()),
+    }
 }
 
 /// The buffers (address, length) of a request, as a device gets them.

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use berth_fuzz::saved_state::{KINDS, balloon, blk, console, net, pmem, rng, vsock};
+use berth_fuzz::saved_state::{KINDS, balloon, blk, console, mem, net, pmem, rng, vsock};
 use devices::testing::FakeHost;
 use devices::virtio::pci::Pci;
 use devices::virtio::testing;
@@ -64,6 +64,10 @@ fn seeds() -> Vec<Seed> {
         ("balloon", "reports-only", balloon_requests(0x20)),
         ("balloon", "huge", balloon_requests(0xbe)),
         ("balloon", "broken", hostile(&[0x3e])),
+        ("mem", "plug-and-unplug", mem_requests(0)),
+        ("mem", "answers-in-the-region", mem_requests(0x80)),
+        ("mem", "trouble", mem_trouble()),
+        ("mem", "broken", hostile(&[])),
         ("vsock", "host-calls", vsock_host_calls()),
         ("vsock", "guest-calls", vsock_guest_calls()),
         ("vsock", "broken", hostile(&[])),
@@ -77,7 +81,7 @@ fn seeds() -> Vec<Seed> {
     seeds.extend(http());
     seeds.extend(json());
     seeds.extend(saved_states());
-    for (kind, name) in (0..KINDS).zip(["console", "rng", "blk", "net", "vsock", "balloon", "pmem"]) {
+    for (kind, name) in (0..KINDS).zip(["console", "rng", "blk", "net", "vsock", "balloon", "pmem", "mem"]) {
         seeds.push(("virtio_pci", name, [&[kind], &pci_driver()[..]].concat()));
         seeds.push(("virtio_mmio", name, [&[kind], &mmio_driver()[..]].concat()));
     }
@@ -140,7 +144,9 @@ fn json() -> Vec<Seed> {
         ("balloon-patch", 22, r#"{"amount_mib":1}"#),
         ("balloon-statistics", 23, r#"{"stats_polling_interval_s":1}"#),
         ("balloon-hinting", 24, r#"{"acknowledge_on_stop":false}"#),
-        ("config-file", 25, &config),
+        ("memory-hotplug", 25, r#"{"total_size_mib":1024,"slot_size_mib":128,"block_size_mib":2}"#),
+        ("memory-hotplug-patch", 26, r#"{"requested_size_mib":512}"#),
+        ("config-file", 27, &config),
     ];
     bodies.map(|(name, choice, body)| ("json", name, [&[choice], body.as_bytes()].concat())).into()
 }
@@ -365,6 +371,43 @@ fn balloon_requests(flags: u8) -> Vec<u8> {
     [&[flags][..], first, &[12, 0x81, 12, 3], rest].concat()
 }
 
+/// A request for so many blocks from this one on, and its answer.
+fn mem_request(kind: u8, first: u8, blocks: u8) -> Vec<u8> {
+    vec![14, kind, first + 1, blocks, 4, 5]
+}
+
+/// All kinds of requests, right and wrong, with a device that is built again in the middle.
+fn mem_requests(answer: u8) -> Vec<u8> {
+    let ask = |kind, first, blocks| mem_request(answer | kind, first, blocks);
+    let steps = [
+        vec![1, 12, 12],
+        ask(0, 0, 6),
+        ask(0, 8, 4),
+        ask(0, 7, 9),
+        ask(3, 0, 16),
+        ask(1, 2, 3),
+        vec![12, 0xe0, 9, 12, 5],
+        ask(3, 2, 3),
+        ask(1, 5, 1),
+        ask(0, 3, 2),
+        ask(2, 0, 0),
+        vec![12, 0xe0, 10],
+        ask(0, 0, 1),
+    ];
+    steps.concat()
+}
+
+/// A host that can do one thing less after the other.
+fn mem_trouble() -> Vec<u8> {
+    let mut data = vec![1, 12, 16];
+    for trouble in [0x61, 0x60, 0xa1, 0xa0, 0x81, 0x80] {
+        data.extend([12, trouble]);
+        data.extend([mem_request(0, 0, 5), mem_request(1, 0, 4), mem_request(1, 4, 1)].concat());
+        data.extend([12, 0xe0]);
+    }
+    data
+}
+
 /// Two queue pairs, enabled by a command; then both are used.
 fn net_pairs() -> Vec<u8> {
     let command: (u8, &[Buffer]) = (4, &[(0x2000, 4, false), (0x2100, 1, true)]);
@@ -541,13 +584,14 @@ fn elf(pvh: bool) -> Vec<u8> {
 }
 
 fn saved_states() -> Vec<Seed> {
-    let devices: [(&str, SharedDevice); 7] = [
+    let devices: [(&str, SharedDevice); 8] = [
         ("balloon", Arc::new(Mutex::new(balloon(None)))),
         ("blk", Arc::new(Mutex::new(blk(None)))),
         ("console", Arc::new(Mutex::new(console(None)))),
         ("rng", Arc::new(Mutex::new(rng(None)))),
         ("net", Arc::new(Mutex::new(net(None)))),
         ("pmem", Arc::new(Mutex::new(pmem(None)))),
+        ("mem", Arc::new(Mutex::new(mem(None).unwrap()))),
         ("vsock", Arc::new(Mutex::new(vsock(None)))),
     ];
     let save = |(name, device)| {

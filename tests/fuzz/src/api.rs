@@ -89,6 +89,8 @@ const ENDPOINTS: &[(&str, &str)] = &[
     ("PATCH", "/balloon"),
     ("PATCH", "/balloon/statistics"),
     ("PATCH", "/balloon/hinting/start"),
+    ("PUT", "/hotplug/memory"),
+    ("PATCH", "/hotplug/memory"),
 ];
 
 /// A configuration file; one of its own that it names is not there.

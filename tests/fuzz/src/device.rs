@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use devices::backend::direct;
@@ -16,15 +18,16 @@ use devices::virtio::balloon::{self, Balloon, Ram};
 use devices::virtio::blk::{self, Blk, Cache, Engine};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::{DeviceState, VirtioDevice};
+use devices::virtio::mem::{self, Mem};
 use devices::virtio::net::{self, Net};
 use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::queue::Queue;
 use devices::virtio::rng::{self, Rng};
-use devices::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
+use devices::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Lent, Slot, Trouble};
 use devices::virtio::vsock;
 use devices::virtio::vsock::packet::{HEADER_BYTES, HOST_CID, Header, TYPE_STREAM};
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::input::Input;
@@ -42,6 +45,11 @@ const DISK_BYTES: u64 = 1 << 15;
 const HEADER: u64 = 0x2000;
 const DATA: u64 = 0x3000;
 const STATUS: u64 = 0x2100;
+/// A memory device's region, right above RAM, with blocks of a page.
+const REGION: u64 = RAM as u64;
+const BLOCKS: u64 = 16;
+const BLOCK: u64 = 0x1000;
+const SLOT: u64 = 4 * BLOCK;
 
 pub fn blk_request(data: &[u8]) {
     crate::log_to_nowhere();
@@ -242,6 +250,52 @@ pub fn balloon(data: &[u8]) {
     });
 }
 
+/// The region is right above RAM, so that buffers reach into it. What is plugged is always in a slot that is in.
+pub fn mem(data: &[u8]) {
+    crate::log_to_nowhere();
+    let memory = testing::ram(RAM);
+    let region = REGION..REGION + BLOCKS * BLOCK;
+    let trouble = RefCell::new(Arc::<Trouble>::default());
+    let slots = || (region.start..region.end).step_by(SLOT as usize).map(GuestAddress);
+    let new = |state: Option<DeviceState>| {
+        // Another process: none of the slots has come along.
+        for slot in slots() {
+            if let Ok((without, _)) = memory.memory().remove_region(slot, SLOT) {
+                memory.lock().unwrap().replace(without);
+            }
+        }
+        let lent = Lent::new(&memory, &region, SLOT);
+        *trouble.borrow_mut() = lent.trouble.clone();
+        let config = mem::Config {
+            region: region.clone(),
+            slot_size: SLOT,
+            block_size: BLOCK,
+            page: BLOCK,
+            memory: memory.clone(),
+            backing: Box::new(lent),
+        };
+        let state = state.map(|state| match state {
+            DeviceState::Memory(state) => state,
+            other => panic!("{other:?}"),
+        });
+        Mem::new(config, state).unwrap()
+    };
+    let outside = |device: &mut Mem, ask: u8| {
+        let there = |what: &AtomicBool| what.store(ask & 1 != 0, Ordering::SeqCst);
+        match ask >> 5 {
+            0..3 => device.set_requested(u64::from(ask) % (BLOCKS + 1) * BLOCK),
+            3 => there(&trouble.borrow().bring_in),
+            4 => there(&trouble.borrow().take_out),
+            5 => there(&trouble.borrow().reserve),
+            _ => {
+                let reached = slots().filter(|slot| memory.memory().address_in_range(*slot)).count() as u64;
+                assert!(device.plugged() <= reached * SLOT);
+            }
+        }
+    };
+    drive_on(memory.clone(), data, mem::F_UNPLUGGED_INACCESSIBLE, new, outside);
+}
+
 /// A writer that takes a little, or fails in one of its ways.
 struct Moody(usize);
 
@@ -274,11 +328,21 @@ fn drive_with<D: VirtioDevice>(
     data: &[u8],
     features: u64,
     new: impl Fn(Option<DeviceState>) -> D,
+    outside: impl FnMut(&mut D, u8),
+) {
+    drive_on(testing::ram(RAM), data, features, new, outside);
+}
+
+/// With this memory.
+fn drive_on<D: VirtioDevice>(
+    memory: Memory,
+    data: &[u8],
+    features: u64,
+    new: impl Fn(Option<DeviceState>) -> D,
     mut outside: impl FnMut(&mut D, u8),
 ) {
     let mut input = Input::new(data);
     let features = features | if input.u8().unwrap_or(0) & 1 != 0 { EVENT_IDX } else { 0 };
-    let memory = testing::ram(RAM);
     let device = new(None);
     let queues = device.identity().queue_sizes.len();
     let mut machine = Machine { slot: Slot::new(device, &memory), drivers: Vec::new(), features, memory };
@@ -397,6 +461,25 @@ impl<D: VirtioDevice> Machine<D> {
                 let buffers = [
                     Buffer { address: HEADER, len: HEADER_BYTES as u32, writable: false },
                     Buffer { address: DATA, len: u32::from(payload) << (op >> 4 & 7), writable: false },
+                ];
+                if driver.free_descriptors() >= buffers.len() {
+                    driver.add(&buffers);
+                }
+            }
+            // A request to a memory device, at a block or beside one, answered in RAM or in the region.
+            14 => {
+                let (kind, first, blocks) = (input.u8()?, input.u8()?, input.u8()?);
+                let block = u64::from(first) % (BLOCKS + 2);
+                let address = (REGION + block * BLOCK - BLOCK).wrapping_add((first >> 7).into());
+                let mut request = [0; 24];
+                request[0] = kind & 7;
+                request[8..16].copy_from_slice(&address.to_le_bytes());
+                request[16] = blocks;
+                self.memory.memory().write_slice(&request, GuestAddress(HEADER)).unwrap();
+                let answer = if kind & 0x80 != 0 { REGION + u64::from(blocks) * 0x100 } else { STATUS };
+                let buffers = [
+                    Buffer { address: HEADER, len: 24, writable: false },
+                    Buffer { address: answer, len: 10, writable: true },
                 ];
                 if driver.free_descriptors() >= buffers.len() {
                     driver.add(&buffers);

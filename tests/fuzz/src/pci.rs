@@ -147,7 +147,7 @@ impl PciMachine {
 /// A function with a device of this kind ([`fresh`]), or with the one that was saved.
 pub fn new_pci(host: &FakeHost, memory: &Memory, kind: u8, state: Option<pci::State>) -> Pci {
     let device =
-        state.as_ref().map_or_else(|| fresh(kind), |state| restored(state.transport.device.clone()));
+        state.as_ref().map_or_else(|| fresh(kind), |state| restored(state.transport.device.clone()).unwrap());
     let host: Arc<dyn Host> = Arc::new(host.clone());
     Pci::new(device, host, memory.clone(), state).unwrap()
 }
@@ -170,8 +170,9 @@ struct MmioMachine {
 
 impl MmioMachine {
     fn new_mmio(&self, kind: u8, state: Option<mmio::State>) -> Mmio {
-        let device =
-            state.as_ref().map_or_else(|| fresh(kind), |state| restored(state.transport.device.clone()));
+        let device = state
+            .as_ref()
+            .map_or_else(|| fresh(kind), |state| restored(state.transport.device.clone()).unwrap());
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         Mmio::new(LOW, device, Arc::new(self.host.clone()), self.memory.clone(), line, state).unwrap()
     }

@@ -12,12 +12,13 @@ use devices::virtio::balloon::{self, Balloon, Ram};
 use devices::virtio::blk::{self, Blk, Cache, Engine};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::DeviceState;
+use devices::virtio::mem::{self, Mem};
 use devices::virtio::net::{self, Net};
 use devices::virtio::pci::{self, Pci};
 use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::rng::{self, Rng};
 use devices::virtio::testing;
-use devices::virtio::transport::SharedDevice;
+use devices::virtio::transport::{NewError, SharedDevice};
 use devices::virtio::vsock::Vsock;
 
 const RAM: usize = 1 << 16;
@@ -26,7 +27,7 @@ const TURNS: usize = 8;
 pub fn saved_state(data: &[u8]) {
     crate::log_to_nowhere();
     let Ok(state) = postcard::from_bytes::<pci::State>(data) else { return };
-    let device = restored(state.transport.device.clone());
+    let Some(device) = restored(state.transport.device.clone()) else { return };
     let host = FakeHost::new();
     let memory = testing::ram(RAM);
     let Ok(mut pci) = Pci::new(device, Arc::new(host.clone()), memory, Some(state)) else { return };
@@ -41,7 +42,7 @@ pub fn saved_state(data: &[u8]) {
 }
 
 /// How many kinds of devices [`fresh`] knows.
-pub const KINDS: u8 = 7;
+pub const KINDS: u8 = 8;
 
 /// A device of the kind with this number.
 pub fn fresh(kind: u8) -> SharedDevice {
@@ -52,21 +53,23 @@ pub fn fresh(kind: u8) -> SharedDevice {
         3 => Arc::new(Mutex::new(net(None))),
         4 => Arc::new(Mutex::new(vsock(None))),
         5 => Arc::new(Mutex::new(balloon(None))),
-        _ => Arc::new(Mutex::new(pmem(None))),
+        6 => Arc::new(Mutex::new(pmem(None))),
+        _ => Arc::new(Mutex::new(mem(None).unwrap())),
     }
 }
 
-/// The device that was saved so.
-pub fn restored(state: DeviceState) -> SharedDevice {
-    match state {
+/// The device that was saved so. `None` for what none can have been saved as.
+pub fn restored(state: DeviceState) -> Option<SharedDevice> {
+    Some(match state {
         DeviceState::Balloon(state) => Arc::new(Mutex::new(balloon(Some(state)))),
         DeviceState::Block(state) => Arc::new(Mutex::new(blk(Some(state)))),
         DeviceState::Console(state) => Arc::new(Mutex::new(console(Some(state)))),
         DeviceState::Entropy(state) => Arc::new(Mutex::new(rng(Some(state)))),
+        DeviceState::Memory(state) => Arc::new(Mutex::new(mem(Some(state)).ok()?)),
         DeviceState::Network(state) => Arc::new(Mutex::new(net(Some(state)))),
         DeviceState::PersistentMemory(state) => Arc::new(Mutex::new(pmem(Some(state)))),
         socket @ DeviceState::Socket(_) => Arc::new(Mutex::new(vsock(Some(socket)))),
-    }
+    })
 }
 
 pub fn vsock(state: Option<DeviceState>) -> Vsock {
@@ -132,6 +135,20 @@ pub fn net(state: Option<net::State>) -> Net {
         vhost: Vec::new(),
     };
     Net::new(config, state).unwrap()
+}
+
+pub fn mem(state: Option<mem::State>) -> Result<Mem, NewError> {
+    let (memory, start, block) = (testing::ram(RAM), 1 << 32, 0x1000);
+    let region = start..start + 16 * block;
+    let config = mem::Config {
+        region: region.clone(),
+        slot_size: 4 * block,
+        block_size: block,
+        page: block,
+        backing: Box::new(testing::Lent::new(&memory, &region, 4 * block)),
+        memory,
+    };
+    Mem::new(config, state)
 }
 
 pub fn pmem(state: Option<pmem::State>) -> Pmem {

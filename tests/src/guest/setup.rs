@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use api_socket::{
-    Balloon, BootSource, CacheType, Drive, Entropy, MachineConfig, NetworkInterface, Pmem, Request, Vsock,
+    Balloon, BootSource, CacheType, Drive, Entropy, MachineConfig, MemoryHotplugConfig, NetworkInterface,
+    Pmem, Request, Vsock,
 };
 
 use super::{Name, asset};
@@ -33,6 +34,7 @@ pub struct Setup {
     pub pmems: Vec<Pmem>,
     pub entropy: bool,
     pub balloon: Option<Balloon>,
+    pub memory_hotplug: Option<MemoryHotplugConfig>,
     /// Sockets at [`VSOCK`] in the guest's directory.
     pub vsock: bool,
     /// All of the kernel command line but for [`CONSOLE`] and how much the kernel says.
@@ -64,6 +66,7 @@ impl Default for Setup {
             pmems: Vec::new(),
             entropy: false,
             balloon: None,
+            memory_hotplug: None,
             vsock: false,
             command_line: String::new(),
             arguments: Vec::new(),
@@ -100,6 +103,7 @@ impl Setup {
         requests.extend(self.interfaces.iter().cloned().map(Request::PutNetworkInterface));
         requests.extend(self.pmems.iter().cloned().map(Request::PutPmem));
         requests.extend(self.balloon.map(Request::PutBalloon));
+        requests.extend(self.memory_hotplug.map(Request::PutMemoryHotplug));
         requests.extend(self.entropy.then(|| Request::PutEntropy(Entropy::default())));
         let vsock = || Vsock { guest_cid: GUEST_CID, uds_path: VSOCK.into(), ..Vsock::default() };
         requests.extend(self.vsock.then(|| Request::PutVsock(vsock())));

@@ -8,7 +8,7 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 use super::*;
-use api_socket::{Balloon, Client, Drive, IoEngine, MachineConfig, Serial};
+use api_socket::{Balloon, Client, Drive, IoEngine, MachineConfig, MemoryHotplugConfig, Serial};
 use berth_tests::guest::huge_pages::HugePages;
 use berth_tests::guest::setup::{VSOCK, disk_drive};
 use berth_tests::guest::tap::{self, Tap};
@@ -32,6 +32,7 @@ pub const ALL: &[(&str, Life)] = &[
     ("served by the kernel", served_by_the_kernel),
     ("over sockets", over_sockets),
     ("with a balloon", with_a_balloon),
+    ("with memory that comes and goes", with_more_memory),
     ("busy", busy),
 ];
 
@@ -298,6 +299,43 @@ fn with_a_balloon() -> Vec<Call> {
         guest.run(
             "for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_balloon/$way; done",
         );
+        guest.say("poweroff");
+        guest.ended();
+        calls.extend(tracer.calls());
+    }
+    drop(huge);
+    calls
+}
+
+/// Memory that is plugged and unplugged, on ordinary pages and on huge ones; a driver that comes and goes.
+fn with_more_memory() -> Vec<Call> {
+    let memory = MemoryHotplugConfig { total_size_mib: 256, ..MemoryHotplugConfig::default() };
+    let setup = || Setup {
+        memory_hotplug: Some(memory),
+        command_line: "memhp_default_state=online_movable".into(),
+        ..Setup::default()
+    };
+    let mut calls = Vec::new();
+    let huge = HugePages::set_aside(128);
+    for huge_pages in [api_socket::HugePages::Transparent, api_socket::HugePages::Hugetlbfs2M] {
+        let mut guest = Guest::configured(setup());
+        guest.apply(Request::PutMachineConfig(MachineConfig { huge_pages, ..MachineConfig::default() }));
+        let tracer = Tracer::attach(guest.vmm.pid());
+        guest.apply(Request::Action(ActionType::InstanceStart));
+        guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+        guest.console.wait_for("# ", limits::BOOT);
+        let plug = |guest: &mut Guest, mib: u64| {
+            send(&mut guest.api, "PATCH", "/hotplug/memory", json!({"requested_size_mib": mib}));
+            while guest.api.memory_hotplug().unwrap().plugged_size_mib != mib {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        };
+        plug(&mut guest, 128);
+        guest.pause();
+        guest.resume();
+        plug(&mut guest, 64);
+        plug(&mut guest, 0);
+        guest.run("for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_mem/$way; done");
         guest.say("poweroff");
         guest.ended();
         calls.extend(tracer.calls());

@@ -1076,3 +1076,48 @@ fn the_metadata_service_and_the_kernels_back_end_are_not_on_one_interface() {
     let words = ["`vhost` is true", "\"plain\"", "`network_interfaces` of /mmds/config"];
     fixture.refuse(Request::PutNetworkInterface(interface("plain", Some(true))), &words);
 }
+
+fn plug(total_size_mib: u64, slot_size_mib: u64, block_size_mib: u64) -> MemoryHotplugConfig {
+    MemoryHotplugConfig { total_size_mib, slot_size_mib, block_size_mib }
+}
+
+#[test]
+fn memory_that_comes_and_goes_is_whole_slots_of_whole_blocks() {
+    let mut fixture = fixture();
+    assert!(fixture.config.memory_hotplug().unwrap_err().message.contains("PUT /hotplug/memory"));
+    for (bad, field, value) in [
+        (plug(1024, 128, 0), "block_size_mib", "0"),
+        (plug(1024, 128, 1), "block_size_mib", "1"),
+        (plug(1024, 128, 3), "block_size_mib", "3"),
+        (plug(1024, 128, u64::MAX), "block_size_mib", "18446744073709551615"),
+        (plug(1024, 64, 2), "slot_size_mib", "64"),
+        (plug(1024, 130, 4), "slot_size_mib", "130"),
+        (plug(1024, 128, 256), "slot_size_mib", "128"),
+        (plug(0, 128, 2), "total_size_mib", "0"),
+        (plug(64, 128, 2), "total_size_mib", "64"),
+        (plug(1000, 128, 2), "total_size_mib", "1000"),
+        (plug(128 * (1 << 40), 128, 2), "total_size_mib", "larger `block_size_mib`"),
+        (plug(128 * 16385, 128, 2), "total_size_mib", "larger `slot_size_mib`"),
+        (plug(1 << 63, 1 << 62, 1 << 62), "total_size_mib", "no guest"),
+    ] {
+        fixture.refuse(Request::PutMemoryHotplug(bad), &[field, value]);
+    }
+    assert_eq!(fixture.config.wire().memory_hotplug, None);
+    fixture.accept(Request::PutMemoryHotplug(plug(128 * 16384, 128, 2)));
+    fixture.accept(Request::PutMemoryHotplug(plug(960, 192, 64)));
+    assert_eq!(fixture.config.wire().memory_hotplug, Some(plug(960, 192, 64)));
+}
+
+#[test]
+fn no_more_can_be_asked_for_than_there_is_and_only_whole_blocks() {
+    let memory = memory_hotplug::MemoryHotplug::new(plug(1024, 128, 8)).unwrap();
+    for mib in [0, 8, 512, 1024] {
+        assert_eq!(memory.check_requested(mib).unwrap().mib(), mib);
+    }
+    for mib in [1, 4, 12, 1023, 1032, 1 << 44, u64::MAX] {
+        let message = memory.check_requested(mib).unwrap_err().message;
+        for word in ["requested_size_mib", &mib.to_string(), "1024", "multiple of 8"] {
+            assert!(message.contains(word), "{word} is not in: {message}");
+        }
+    }
+}

@@ -7,6 +7,7 @@
 //! 0xc0000000  the hole: boot timer, virtio-mmio, PCI window, ECAM, IOAPIC, LAPIC, KVM's own pages
 //!      4 GiB  RAM above the hole
 //!        ...  64-bit PCI window, above all RAM
+//!        ...  memory that comes and goes while the guest runs
 //!        ...  files as persistent memory, to the end of what the CPUs address
 //! ```
 //!
@@ -87,6 +88,9 @@ pub const MAX_RAM: u64 = 1 << 46;
 const PCI_WINDOW_64_SIZE: u64 = 64 * GIB;
 /// Its start is a multiple of this, so that the kernel can map large BARs with large pages.
 const PCI_WINDOW_64_ALIGN: u64 = GIB;
+/// Memory that comes and goes begins at a multiple of this: the largest unit in which Linux on x86 adds memory. What is of
+/// a unit only in part would be of no use to it.
+const HOTPLUG_ALIGN: u64 = 2 * GIB;
 /// A smaller 64-bit PCI window is refused: CPU and memory do not fit each other.
 const PCI_WINDOW_64_MIN: u64 = GIB;
 
@@ -116,12 +120,22 @@ pub fn pci_window_64(ram_size: u64, physical_bits: u8) -> Option<Range<u64>> {
     (end.checked_sub(start)? >= PCI_WINDOW_64_MIN).then_some(start..end)
 }
 
-/// Guest addresses for files: from the PCI window to the end of what CPUs with `physical_bits` address lines can reach.
-/// `None` when there is no window.
-pub fn file_memory(ram_size: u64, physical_bits: u8) -> Option<Range<u64>> {
+/// Guest addresses for `size` bytes of memory that comes and goes, in blocks whose size is the power of two `block_size`:
+/// above the PCI window. `None` when CPUs with `physical_bits` address lines cannot reach it.
+pub fn hotplug_memory(ram_size: u64, size: u64, block_size: u64, physical_bits: u8) -> Option<Range<u64>> {
     let window = pci_window_64(ram_size, physical_bits)?;
     let limit = 1u64.checked_shl(physical_bits.into())?;
-    Some(window.end..limit)
+    let start = window.end.checked_next_multiple_of(block_size.max(HOTPLUG_ALIGN))?;
+    let end = start.checked_add(size).filter(|end| *end <= limit)?;
+    Some(start..end)
+}
+
+/// Guest addresses for files: from the PCI window, or what is `above` it, to the end of what CPUs with `physical_bits`
+/// address lines can reach. `None` when there is no window.
+pub fn file_memory(ram_size: u64, above: Option<&Range<u64>>, physical_bits: u8) -> Option<Range<u64>> {
+    let window = pci_window_64(ram_size, physical_bits)?;
+    let limit = 1u64.checked_shl(physical_bits.into())?;
+    Some(above.map_or(window.end, |above| above.end)..limit)
 }
 
 // I/O ports.
@@ -222,8 +236,24 @@ mod tests {
 
     #[test]
     fn files_have_what_the_window_leaves() {
-        assert_eq!(file_memory(128 * MIB, 40), Some(68 * GIB..1024 * GIB));
-        assert_eq!(file_memory(128 * MIB, 36), Some(64 * GIB..64 * GIB));
-        assert_eq!(file_memory(63 * GIB, 36), None);
+        assert_eq!(file_memory(128 * MIB, None, 40), Some(68 * GIB..1024 * GIB));
+        assert_eq!(file_memory(128 * MIB, None, 36), Some(64 * GIB..64 * GIB));
+        assert_eq!(file_memory(63 * GIB, None, 36), None);
+        let above = 68 * GIB..69 * GIB;
+        assert_eq!(file_memory(128 * MIB, Some(&above), 40), Some(69 * GIB..1024 * GIB));
+        assert_eq!(file_memory(128 * MIB, Some(&(68 * GIB..1024 * GIB)), 40), Some(1024 * GIB..1024 * GIB));
+    }
+
+    #[test]
+    fn memory_that_comes_and_goes_is_above_the_window_and_within_the_cpus_reach() {
+        let small = 2 * MIB;
+        assert_eq!(hotplug_memory(128 * MIB, GIB, small, 40), Some(68 * GIB..69 * GIB));
+        assert_eq!(hotplug_memory(6 * GIB, GIB, small, 46), Some(72 * GIB..73 * GIB));
+        assert_eq!(hotplug_memory(6 * GIB, 64 * GIB, 32 * GIB, 46), Some(96 * GIB..160 * GIB));
+        assert_eq!(hotplug_memory(128 * MIB, 956 * GIB, small, 40), Some(68 * GIB..1024 * GIB));
+        assert_eq!(hotplug_memory(128 * MIB, 957 * GIB, small, 40), None);
+        assert_eq!(hotplug_memory(128 * MIB, 128 * MIB, small, 36), None);
+        assert_eq!(hotplug_memory(128 * MIB, u64::MAX, small, 46), None);
+        assert_eq!(hotplug_memory(128 * MIB, GIB, 1 << 63, 46), None);
     }
 }

@@ -1,26 +1,22 @@
 //! Guest memory that nobody needs goes back to the host: what the guest names is held against what is RAM, and whole pages
 //! of it are given up.
 //!
-//! What is given up stays mapped. The next access, by whomever, finds zeros.
+//! What is given up stays mapped. The next access, by whomever, finds zeros. Does not ask whether the guest still uses it.
 
 use std::io;
 use std::ops::Range;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
 use crate::memory::GuestRam;
 
 /// Bytes of the pages that the device counts in, whatever the guest's and the host's are (VIRTIO 1.3, section 5.5.6).
 pub const PAGE: u64 = 4096;
 
-/// Most bytes that one request gives up: 32 blocks of 4 MiB, which is what Linux reports at a time. Giving up takes the host
-/// some 100 ns a page.
-pub const MAX_REQUEST_BYTES: u64 = 128 << 20;
-
 /// The part of guest memory that may be given up.
 #[derive(Clone, Debug)]
 pub struct Ram {
-    /// Guest-physical; each is one mapping in this process.
+    /// Guest-physical.
     pub regions: Vec<Range<u64>>,
     /// Bytes of the pages that back it: a part of one cannot be given up.
     pub page: u64,
@@ -37,8 +33,8 @@ impl Ram {
         self.has(&(start..start + PAGE))
     }
 
-    /// Gives the range up, which must be pages of [`PAGE`] bytes inside one region. Larger pages that it covers in part
-    /// stay. Says how many bytes were given up.
+    /// Gives the range up, which must be pages of [`PAGE`] bytes inside one region, with memory all over it. Larger pages
+    /// that it covers in part stay. Says how many bytes were given up.
     pub fn give_back(&self, memory: &GuestRam, range: Range<u64>) -> Result<u64, Refused> {
         let is_whole = range.start.is_multiple_of(PAGE) && range.end.is_multiple_of(PAGE);
         if !is_whole || !self.has(&range) {
@@ -68,21 +64,36 @@ pub fn runs(mut pages: Vec<u32>) -> Vec<Range<u64>> {
     runs.map(|(first, last)| u64::from(first) * PAGE..(u64::from(last) + 1) * PAGE).collect()
 }
 
+/// What is one to the guest may be several mappings here.
 fn give_back(memory: &GuestRam, start: u64, bytes: u64) -> Result<u64, Refused> {
+    let mut done = 0;
+    while done < bytes {
+        let (region, offset) = memory.to_region_addr(GuestAddress(start + done)).ok_or(Refused)?;
+        let part = (region.len() - offset.0).min(bytes - done);
+        give_back_part(region, offset.0, part)?;
+        done += part;
+    }
+    Ok(bytes)
+}
+
+/// Gives up a part of one mapping: whole pages of those that back it.
+pub fn give_back_part(region: &GuestRegionMmap<()>, offset: u64, bytes: u64) -> Result<(), Refused> {
     let len = usize::try_from(bytes).map_err(|_| Refused)?;
-    let (region, offset) = memory.to_region_addr(GuestAddress(start)).ok_or(Refused)?;
-    if region.len().checked_sub(offset.0).is_none_or(|left| left < bytes) {
+    if region.len().checked_sub(offset).is_none_or(|left| left < bytes) {
         return Err(Refused);
     }
     // A shared mapping has its pages in a file, and leaving them alone would only unmap them here.
     let advice = if region.file_offset().is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
-    let host = region.get_host_address(MemoryRegionAddress(offset.0)).map_err(|_| Refused)?;
-    // SAFETY: `len` bytes from `host` are inside the mapping of `region`, as was checked above, and `memory` keeps it. They
+    let host = region.get_host_address(MemoryRegionAddress(offset)).map_err(|_| Refused)?;
+    // SAFETY: `len` bytes from `host` are inside the mapping of `region`, as was checked above, and the borrow keeps it. They
     // become zeros, as a write of the guest could make them at any time: no reference into guest RAM exists.
     match unsafe { libc::madvise(host.cast(), len, advice) } {
-        0 => Ok(bytes),
+        0 => Ok(()),
         _ => {
-            log::warn!("balloon: the host does not take {bytes} bytes back: {}", io::Error::last_os_error());
+            log::warn!(
+                "the host does not take {bytes} bytes of guest memory back: {}",
+                io::Error::last_os_error()
+            );
             Err(Refused)
         }
     }
@@ -139,6 +150,20 @@ mod tests {
         assert_eq!(ram.give_back(&memory, 0..1 << 20), Ok(1 << 20));
         assert_eq!(zeros(), 1 << 20);
         assert!(ram.has_page(0xff) && !ram.has_page(0x100) && !ram.has_page(u32::MAX));
+    }
+
+    #[test]
+    fn what_lies_in_several_mappings_is_given_up_in_each_and_not_beyond() {
+        let memory =
+            GuestRam::from_ranges(&[(GuestAddress(0), 0x4000), (GuestAddress(0x4000), 0x4000)]).unwrap();
+        memory.write_slice(&[0x11; 0x8000], GuestAddress(0)).unwrap();
+        let ram = ram(PAGE);
+        assert_eq!(ram.give_back(&memory, 0x3000..0x5000), Ok(0x2000));
+        let mut bytes = vec![0; 0x8000];
+        memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        assert!(bytes[..0x3000].iter().chain(&bytes[0x5000..]).all(|byte| *byte == 0x11));
+        assert!(bytes[0x3000..0x5000].iter().all(|byte| *byte == 0));
+        assert_eq!(ram.give_back(&memory, 0x7000..0x9000), Err(Refused), "there is no memory at its end");
     }
 
     #[test]
