@@ -170,7 +170,7 @@ impl Message {
         if let Some(place) = self.bytes.get_mut(self.length) {
             *place = b'\n';
         }
-        for fd in [libc::STDERR_FILENO, LOG.load(Ordering::Relaxed)] {
+        for fd in [libc::STDERR_FILENO, LOG.load(Ordering::Relaxed)].into_iter().filter(|fd| takes_now(*fd)) {
             // SAFETY: write(2) is async-signal-safe; pointer and length are within one live array. -1 is no descriptor.
             unsafe { libc::write(fd, self.bytes.as_ptr().cast(), (self.length + 1).min(MAX_MESSAGE)) };
         }
@@ -178,6 +178,14 @@ impl Message {
         // SAFETY: _exit(2) is async-signal-safe and does not return.
         unsafe { libc::_exit(code as libc::c_int) }
     }
+}
+
+/// Whether what is said now is taken at once: who does not read must not keep the process from its end.
+fn takes_now(fd: libc::c_int) -> bool {
+    let mut wanted = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: poll(2) is async-signal-safe; the pointer is to one live entry, as the count says, and it does not wait.
+    let ready = unsafe { libc::poll(&raw mut wanted, 1, 0) };
+    ready == 1 && wanted.revents & libc::POLLOUT != 0
 }
 
 impl std::fmt::Write for Message {
@@ -189,10 +197,22 @@ impl std::fmt::Write for Message {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     fn text(message: &Message) -> &str {
         std::str::from_utf8(&message.bytes[..message.length]).unwrap()
+    }
+
+    #[test]
+    fn nothing_is_said_to_who_does_not_read() {
+        let (_reader, mut writer) = std::io::pipe().unwrap();
+        assert!(takes_now(writer.as_raw_fd()));
+        // A pipe of 64 KiB.
+        writer.write_all(&[0; 16 * 4096]).unwrap();
+        assert!(!takes_now(writer.as_raw_fd()) && !takes_now(-1));
     }
 
     #[test]

@@ -40,7 +40,8 @@ pub struct FileMemory {
 struct Mapped {
     range: Range<u64>,
     slot: u32,
-    _mapping: Mapping,
+    /// `None` after KVM has refused to give up the slot.
+    mapping: Option<Mapping>,
 }
 
 /// Address space of this process that is never given back, since nothing else makes sure that no [`Memory`] handle is
@@ -90,7 +91,7 @@ impl FileMemory {
             self.take_out(&range);
             return Err(FileMemoryError::Slot(error));
         }
-        self.mapped.push(Mapped { range: range.clone(), slot, _mapping: mapping });
+        self.mapped.push(Mapped { range: range.clone(), slot, mapping: Some(mapping) });
         self.reserve(&range);
         Ok(range)
     }
@@ -99,7 +100,7 @@ impl FileMemory {
     /// on there nothing answers.
     pub fn unmap(&mut self, range: &Range<u64>) {
         let Some(place) = self.mapped.iter().position(|mapped| mapped.range == *range) else { return };
-        let mapped = self.mapped.remove(place);
+        let Some(mapped) = self.mapped.get_mut(place) else { return };
         let none = kvm_userspace_memory_region {
             slot: mapped.slot,
             guest_phys_addr: range.start,
@@ -109,11 +110,13 @@ impl FileMemory {
         };
         // SAFETY: a size of 0 takes the slot away, and names no memory.
         if let Err(error) = unsafe { self.vm.set_user_memory_region(none) } {
-            // The guest then reaches zeros, which are nobody's, and the place is not used again.
+            // The guest then reaches zeros, which are nobody's; neither the place nor the slot is used again.
+            mapped.mapping = None;
             return log::error!("KVM_SET_USER_MEMORY_REGION: {error}");
         }
         self.take_out(range);
         self.release(range);
+        self.mapped.remove(place);
     }
 
     /// The lowest place of this size.

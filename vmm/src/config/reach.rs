@@ -69,6 +69,10 @@ impl Reach<'_> {
     }
 
     fn add_directory(&mut self, path: &Path, is_writable: bool) {
+        // Beside a disk of the host's are all its others.
+        if path == Path::new("/dev") {
+            return;
+        }
         if let Some((_, known)) = self.directories.get_mut(path) {
             *known |= is_writable;
             return;
