@@ -92,9 +92,7 @@ fn a_direct_disk_serves_buffers_of_any_address() {
 fn a_disk_is_made_of_whole_blocks_or_refused() {
     let file = direct_file(1 << 20);
     let block = Alignment::of(&file).unwrap().unwrap().block;
-    for (bytes, whole) in
-        [(0, true), (block, true), (3 * block + 511, block <= 512), (block + 512, block <= 512)]
-    {
+    for (bytes, whole) in [(0, true), (block, true), (3 * block + 511, true), (block + 512, block <= 512)] {
         file.set_len(bytes).unwrap();
         let found = disk(file.try_clone().unwrap());
         assert_eq!(found.is_ok(), whole, "{bytes} bytes in blocks of {block}");
