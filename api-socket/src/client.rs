@@ -300,6 +300,7 @@ pub fn encode(request: &Request) -> Result<(Method, String, Option<String>), Cli
         Request::PatchConsole(update) => with_body(Method::Patch, "/console", update),
         Request::PutVsock(vsock) => with_body(Method::Put, "/vsock", vsock),
         Request::PutEntropy(entropy) => with_body(Method::Put, "/entropy", entropy),
+        Request::PatchEntropy(update) => with_body(Method::Patch, "/entropy", update),
         Request::PutSerial(serial) => with_body(Method::Put, "/serial", serial),
         Request::GetMmds => get("/mmds"),
         Request::PutMmds(value) => with_body(Method::Put, "/mmds", value),

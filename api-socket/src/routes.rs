@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use crate::json;
 use crate::types::{
     Balloon, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, ConsoleUpdate,
-    CpuConfig, Drive, DriveUpdate, Entropy, Fault, InstanceAction, Logger, MachineConfig,
+    CpuConfig, Drive, DriveUpdate, Entropy, EntropyUpdate, Fault, InstanceAction, Logger, MachineConfig,
     MachineConfigUpdate, Metrics, MmdsConfig, MmdsVersion, NetworkInterface, NetworkInterfaceUpdate, Pmem,
     PmemUpdate, Request, Serial, Vm, Vsock,
 };
@@ -108,7 +108,7 @@ pub const ENDPOINTS: &[(Endpoint, &str, &[Method])] = &[
     (Endpoint::MemoryHotplug, "/hotplug/memory", &[Method::Get, Method::Put, Method::Patch]),
     (Endpoint::Console, "/console", &[Method::Put, Method::Patch]),
     (Endpoint::Vsock, "/vsock", &[Method::Put]),
-    (Endpoint::Entropy, "/entropy", &[Method::Put]),
+    (Endpoint::Entropy, "/entropy", &[Method::Put, Method::Patch]),
     (Endpoint::Serial, "/serial", &[Method::Put]),
     (Endpoint::Mmds, "/mmds", &[Method::Get, Method::Put, Method::Patch]),
     (Endpoint::MmdsConfig, "/mmds/config", &[Method::Put]),
@@ -201,6 +201,7 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Routed, Fault> {
         (Method::Patch, Endpoint::Console) => Request::PatchConsole(at.parse::<ConsoleUpdate>(body)?),
         (Method::Put, Endpoint::Vsock) => return Ok(put_vsock(at.parse(body)?)),
         (Method::Put, Endpoint::Entropy) => Request::PutEntropy(at.parse::<Entropy>(body)?),
+        (Method::Patch, Endpoint::Entropy) => Request::PatchEntropy(at.parse::<EntropyUpdate>(body)?),
         (Method::Put, Endpoint::Serial) => Request::PutSerial(at.parse::<Serial>(body)?),
         (Method::Get, Endpoint::Mmds) => Request::GetMmds,
         (Method::Put, Endpoint::Mmds) => Request::PutMmds(at.parse_secret(body)?),

@@ -126,6 +126,8 @@ pub enum Request {
     PutVsock(Vsock),
     /// `PUT /entropy`
     PutEntropy(Entropy),
+    /// `PATCH /entropy`
+    PatchEntropy(EntropyUpdate),
     /// `PUT /serial`
     PutSerial(Serial),
     /// `GET /mmds`
@@ -670,6 +672,14 @@ pub struct Entropy {
     /// As [`Drive::io_thread`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_thread: Option<u8>,
+}
+
+/// Body of `PATCH /entropy`: `None` leaves the limits as they are. Ours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EntropyUpdate {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// Body of `PUT /console`: a virtio console, the guest's `hvc0`. Ours; Firecracker has none.

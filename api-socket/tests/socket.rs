@@ -226,6 +226,7 @@ fn one_of_each() -> Vec<Request> {
             io_thread: Some(5),
         }),
         Request::PutEntropy(Entropy { rate_limiter, io_thread: Some(6) }),
+        Request::PatchEntropy(EntropyUpdate { rate_limiter }),
         Request::PutSerial(Serial { serial_out_path: Some("/o".into()), rate_limiter: bucket }),
         Request::GetMmds,
         Request::PutMmds(serde_json::Map::from_iter([("a".to_string(), serde_json::json!([1, null]))])),

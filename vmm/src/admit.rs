@@ -64,6 +64,7 @@ pub fn admit(state: InstanceState, pci: bool, request: &Request) -> Verdict {
         | Request::GetMemoryHotplug
         | Request::PatchMemoryHotplug(_)
         | Request::PatchConsole(_)
+        | Request::PatchEntropy(_)
         | Request::Action(ActionType::FlushMetrics | ActionType::SendCtrlAltDel) => {
             after_start(state, Accept)
         }
@@ -102,7 +103,7 @@ mod tests {
     use super::*;
     use api_socket::{
         Balloon, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, ConsoleUpdate,
-        CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate,
+        CpuConfig, Drive, DriveUpdate, Entropy, EntropyUpdate, Logger, MachineConfig, MachineConfigUpdate,
         MemoryHotplugConfig, MemoryHotplugSizeUpdate, Metrics, MmdsConfig, NetworkInterface,
         NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial, Vsock,
     };
@@ -126,6 +127,7 @@ mod tests {
             (Request::PatchDrive(DriveUpdate::default()), post),
             (Request::DeleteDrive("d".to_string()), never),
             (Request::PutEntropy(Entropy::default()), pre),
+            (Request::PatchEntropy(EntropyUpdate::default()), post),
             (Request::PutSerial(Serial::default()), pre),
             (Request::PutLogger(Logger::default()), pre),
             (Request::PutMetrics(Metrics::default()), pre),
@@ -244,10 +246,11 @@ mod tests {
             Request::GetMemoryHotplug => 41,
             Request::PutMemoryHotplug(_) => 42,
             Request::PatchMemoryHotplug(_) => 43,
+            Request::PatchEntropy(_) => 44,
         };
         let mut places: Vec<_> = rows.iter().map(|(request, _)| place(request)).collect();
         places.sort_unstable();
-        assert_eq!(places, (0..44).collect::<Vec<_>>());
+        assert_eq!(places, (0..45).collect::<Vec<_>>());
     }
 
     #[test]

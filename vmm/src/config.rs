@@ -25,9 +25,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use api_socket::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, ConsoleUpdate, CpuConfig, CpuTemplate,
-    DriveUpdate, Entropy, Fault, HugePages, IO_THREAD, IoEngine, MachineConfig, MachineConfigUpdate,
-    MemoryHotplugConfig, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, QUEUES, Reply, Request,
-    TokenBucket, VCPU_COUNT, VmConfig,
+    DriveUpdate, Entropy, EntropyUpdate, Fault, HugePages, IO_THREAD, IoEngine, MachineConfig,
+    MachineConfigUpdate, MemoryHotplugConfig, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Pmem,
+    PmemUpdate, QUEUES, RateLimiter, Reply, Request, TokenBucket, VCPU_COUNT, VmConfig,
 };
 use devices::backend::direct;
 use devices::backend::rate_limiter::{self, Bucket, Limits};
@@ -454,6 +454,21 @@ impl Config {
     /// Takes down that a running guest's network interface has been changed.
     pub fn interface_updated(&mut self, update: &NetworkInterfaceUpdate) {
         self.interfaces.updated(update);
+    }
+
+    /// Takes down that a running guest's entropy device has other limits, and says what they are in all. Those that the update
+    /// leaves out stay as they are; `None` when that is all of them.
+    ///
+    /// # Errors
+    /// There is no entropy device.
+    pub fn update_entropy(&mut self, update: EntropyUpdate) -> Result<Option<RateLimiter>, Fault> {
+        let entropy = self.entropy.as_mut().ok_or_else(|| {
+            Fault::bad_request(
+                "This guest has no entropy device; PUT /entropy before the start gives it one.",
+            )
+        })?;
+        entropy.rate_limiter = network::changed(entropy.rate_limiter, update.rate_limiter);
+        Ok(update.rate_limiter.and(entropy.rate_limiter))
     }
 
     /// Takes down that a port of a running guest's console has another size, and says which it is: 0 is the console itself.

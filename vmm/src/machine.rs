@@ -274,6 +274,11 @@ impl Machine {
         self.virtio.memory_device()
     }
 
+    /// Gives the entropy device other limits while the guest runs.
+    pub fn update_entropy(&self, limits: RateLimiter) {
+        self.virtio.update_entropy(limits);
+    }
+
     /// Gives a port of the console another size while the guest runs; 0 is the console itself.
     pub fn resize_console(&self, port: usize, size: Size) {
         self.virtio.resize_console(port, size);

@@ -632,6 +632,7 @@ const REQUESTS: &[Row] = &[
     ),
     ("patch_api_requests", Method::Patch, Endpoint::Vm, "vm_count", Some("vm_fails")),
     ("patch_api_requests", Method::Patch, Endpoint::Console, "console_count", Some("console_fails")),
+    ("patch_api_requests", Method::Patch, Endpoint::Entropy, "entropy_count", Some("entropy_fails")),
     ("delete_api_requests", Method::Delete, Endpoint::Drive, "drive_count", Some("drive_fails")),
     (
         "delete_api_requests",
@@ -839,6 +840,8 @@ mod tests {
                 "patch_api_requests.balloon_stats_fails",
                 "patch_api_requests.console_count",
                 "patch_api_requests.console_fails",
+                "patch_api_requests.entropy_count",
+                "patch_api_requests.entropy_fails",
                 "patch_api_requests.vm_count",
                 "patch_api_requests.vm_fails",
                 "put_api_requests.balloon_count",

@@ -385,6 +385,13 @@ impl Slots {
         }
     }
 
+    /// Gives the entropy device other limits.
+    pub fn update_entropy(&self, change: RateLimiter) {
+        if let Some(rng) = &self.entropy {
+            lock(rng).set_limits(limits(Some(&change)));
+        }
+    }
+
     /// Gives a port of the console another size.
     pub fn resize_console(&self, port: usize, size: console::Size) {
         if let Some(console) = &self.console {
@@ -607,7 +614,7 @@ mod tests {
         };
         let vm = Arc::new(kvm.create_vm().unwrap());
         let interrupts = Interrupts::new(vm.clone()).unwrap();
-        let (hosts, _) = Hosts::new(&vm, &interrupts, &BTreeSet::from([0])).unwrap();
+        let (hosts, _) = Hosts::new(&vm, &interrupts, &BTreeSet::from([0, 3])).unwrap();
         let ram = Memory::new(GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
         let files = FileMemory::new(vm, ram.clone(), FREE, 1);
         let board = Board {
@@ -639,5 +646,17 @@ mod tests {
         let error = slots.add_pmem(pmem, &mut files, &board).unwrap_err().to_string();
         assert!(error.contains("31 PCI slots"), "{error}");
         assert_eq!(files.map(&file, false).unwrap(), FREE, "there is room for it");
+    }
+
+    #[test]
+    fn a_device_on_a_thread_that_is_not_there_has_no_place() {
+        let Some((board, _)) = board() else { return };
+        let mut slots = Slots::new(&board).unwrap();
+        let on = |io_thread| api_socket::Entropy { io_thread, ..api_socket::Entropy::default() };
+        for thread in [None, Some(0), Some(3)] {
+            slots.add_entropy(&on(thread), &board).unwrap();
+        }
+        let error = slots.add_entropy(&on(Some(2)), &board).unwrap_err().to_string();
+        assert!(error.contains("`io_thread` is 2") && error.contains("io threads 0, 3"), "{error}");
     }
 }

@@ -7,9 +7,9 @@ use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use api_socket::{
-    ActionType, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, ConsoleUpdate, DriveUpdate, Fault,
-    InstanceInfo, InstanceState, MemoryHotplugSizeUpdate, MemoryHotplugStatus, NetworkInterface,
-    NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request, Version, VmState,
+    ActionType, BalloonStartCmd, BalloonStatsUpdate, BalloonUpdate, ConsoleUpdate, DriveUpdate,
+    EntropyUpdate, Fault, InstanceInfo, InstanceState, MemoryHotplugSizeUpdate, MemoryHotplugStatus,
+    NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request, Version, VmState,
 };
 use devices::virtio::balloon::Balloon;
 use devices::virtio::console::Size;
@@ -192,6 +192,7 @@ impl Vm {
                 balloon::check_hinting(true, stopped)?;
             }
             Request::PatchMemoryHotplug(update) => self.update_memory_hotplug(update)?,
+            Request::PatchEntropy(update) => self.update_entropy(update)?,
             Request::PatchConsole(update) => self.resize_console(&update)?,
             other => return Err(Fault::bad_request(format!("{other:?} is not supported by this version"))),
         }
@@ -394,6 +395,13 @@ impl Vm {
     fn resize_console(&mut self, update: &ConsoleUpdate) -> Result<(), Fault> {
         let port = self.config.console_resized(update)?;
         self.guest()?.machine.resize_console(port, Size { columns: update.columns, rows: update.rows });
+        Ok(())
+    }
+
+    fn update_entropy(&mut self, update: EntropyUpdate) -> Result<(), Fault> {
+        if let Some(limits) = self.config.update_entropy(update)? {
+            self.guest()?.machine.update_entropy(limits);
+        }
         Ok(())
     }
 

@@ -84,6 +84,7 @@ const DEVICES: &[(&str, MakeDevice)] = &[
     ("vsock", vsock),
     ("balloon", balloon),
     ("console", console),
+    ("console with ports", console_with_ports),
     ("pmem", pmem),
     ("mem", mem),
 ];
@@ -184,16 +185,31 @@ fn balloon() -> Subject {
 }
 
 fn console() -> Subject {
+    console_with(Vec::new(), vec![(0, |driver| vec![driver.room(100)]), (1, output)])
+}
+
+fn console_with_ports() -> Subject {
+    let (name, output_of_it) = ("second".into(), Box::new(std::io::sink()));
+    let port = console::PortConfig { name, size: None, input: None, output: output_of_it };
+    // Both say that they are there, and that the first is open.
+    let ready = |driver: &mut Driver| vec![driver.data(&[0, 0, 0, 0, 3, 0, 1, 0])];
+    let open = |driver: &mut Driver| vec![driver.data(&[0, 0, 0, 0, 6, 0, 1, 0])];
+    console_with(vec![port], vec![(3, ready), (3, open), (1, output), (5, output)])
+}
+
+fn output(driver: &mut Driver) -> Vec<Buffer> {
+    vec![driver.data(b"a line\n")]
+}
+
+fn console_with(ports: Vec<console::PortConfig>, requests: Requests) -> Subject {
     let (input, mut keyboard) = std::io::pipe().unwrap();
     let config = console::Config {
         input: Some(input.into()),
         output: Box::new(std::io::sink()),
         size: Size { columns: 80, rows: 25 },
-        ports: Vec::new(),
+        ports,
     };
     let device = Arc::new(Mutex::new(Console::new(config, None).unwrap()));
-    let requests: Requests =
-        vec![(0, |driver| vec![driver.room(100)]), (1, |driver| vec![driver.data(b"a line\n")])];
     let key = move || keyboard.write_all(b"key").unwrap();
     Subject { stir: Box::new(key), ..quiet(device, requests) }
 }

@@ -36,12 +36,13 @@ pub struct Rng {
 impl Rng {
     /// A stopped device, or, with a state, the one that was saved.
     pub fn new(config: Config, state: Option<State>) -> io::Result<Rng> {
-        let Limits { bandwidth, ops } = config.limits;
-        // The limits cannot change later, so that most devices need no timer.
-        let limiter = (bandwidth.or(ops).is_some())
-            .then(|| RateLimiter::new(config.limits, state.as_ref().and_then(|state| state.limiter.as_ref())))
-            .transpose()?;
+        let limiter = RateLimiter::new(config.limits, state.as_ref().map(|state| &state.limiter))?;
         Ok(Rng { worker: Worker { limiter, counters: Arc::default() }, running: None })
+    }
+
+    /// New limits from now on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.worker.limiter.set_limits(limits);
     }
 
     /// What the device has done since it was built.
@@ -62,19 +63,18 @@ impl VirtioDevice for Rng {
 
     fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError> {
         let (running, mut sources) = Running::start(active, 1)?;
-        sources.extend(self.worker.limiter.iter().map(|limiter| Source { fd: limiter.fd(), token: TIMER }));
+        sources.push(Source { fd: self.worker.limiter.fd(), token: TIMER });
         self.running = Some(running);
         Ok(sources)
     }
 
     fn handle(&mut self, token: u32) {
         let Some(running) = &mut self.running else { return };
-        match &mut self.worker.limiter {
-            Some(limiter) if token == TIMER => {
-                limiter.clear();
-                count(&self.worker.counters.rate_limiter_event_count, 1);
-            }
-            _ => count(&self.worker.counters.entropy_event_count, 1),
+        if token == TIMER {
+            self.worker.limiter.clear();
+            count(&self.worker.counters.rate_limiter_event_count, 1);
+        } else {
+            count(&self.worker.counters.entropy_event_count, 1);
         }
         running.serve(QUEUE, |memory, chain| self.worker.request(memory, chain));
     }
@@ -84,14 +84,14 @@ impl VirtioDevice for Rng {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Entropy(State { limiter: self.worker.limiter.as_ref().map(RateLimiter::save) })
+        DeviceState::Entropy(State { limiter: self.worker.limiter.save() })
     }
 }
 
 /// [`Rng`] as it is saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    limiter: Option<RateLimiterState>,
+    limiter: RateLimiterState,
 }
 
 /// What an entropy device has done since it was built.
@@ -113,16 +113,14 @@ const TIMER: u32 = 1;
 
 /// What serves requests; the device is its shell.
 struct Worker {
-    limiter: Option<RateLimiter>,
+    limiter: RateLimiter,
     counters: Arc<Counters>,
 }
 
 impl Worker {
     fn request(&mut self, memory: &GuestRam, chain: &mut Chain) -> Result<Step, QueueError> {
         let bytes = chain.writable.bytes().min(MAX_REQUEST_BYTES);
-        if let Some(limiter) = &mut self.limiter
-            && !limiter.take(bytes.into())
-        {
+        if !self.limiter.take(bytes.into()) {
             count(&self.counters.entropy_rate_limiter_throttled, 1);
             return Ok(Step::Later);
         }
@@ -241,6 +239,30 @@ mod tests {
             driver.free_descriptors() == 256
         });
         assert!(slot.device.counters().entropy_bytes.load(Ordering::Relaxed) == 5 * 64);
+    }
+
+    #[test]
+    fn new_limits_hold_from_now_on_and_a_request_that_waits_goes_when_they_are_lifted() {
+        let (mut slot, mut driver) = rig(Limits::default());
+        let room = driver.room(64);
+        let ask = |slot: &mut Slot<Rng>, driver: &mut Driver| {
+            driver.add(&[room]);
+            slot.run(10);
+            driver.reap_all().len()
+        };
+        assert_eq!(ask(&mut slot, &mut driver), 1);
+        let ops = Some(Bucket { size: 1, one_time_burst: 0, refill_ms: u64::from(u32::MAX) });
+        slot.device.set_limits(Limits { bandwidth: None, ops });
+        assert_eq!(ask(&mut slot, &mut driver), 1, "the bucket is full");
+        assert_eq!(ask(&mut slot, &mut driver), 0);
+        let queues = slot.stop();
+        slot.device.set_limits(Limits::default());
+        slot.start(queues, EVENT_IDX);
+        slot.run_until(|_| !driver.reap_all().is_empty());
+        slot.device.set_limits(Limits { bandwidth: None, ops });
+        assert_eq!([ask(&mut slot, &mut driver), ask(&mut slot, &mut driver)], [1, 0]);
+        slot.device.set_limits(Limits::default());
+        slot.run_until(|_| !driver.reap_all().is_empty());
     }
 
     #[test]

@@ -91,6 +91,8 @@ const ENDPOINTS: &[(&str, &str)] = &[
     ("PATCH", "/balloon/hinting/start"),
     ("PUT", "/hotplug/memory"),
     ("PATCH", "/hotplug/memory"),
+    ("PATCH", "/console"),
+    ("PATCH", "/entropy"),
 ];
 
 /// A configuration file; one of its own that it names is not there.

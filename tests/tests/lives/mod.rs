@@ -87,7 +87,9 @@ fn busy() -> Vec<Call> {
     }
     // Blocks that lie at odd places in memory.
     guest.run("mke2fs -b 1024 /dev/vdc > /dev/null; mkdir /mnt; mount -t ext4 /dev/vdc /mnt; touch /mnt/file; umount /mnt");
+    let unlimited = json!({"rate_limiter": {"bandwidth": {"size": 0, "refill_time": 0}}});
     guest.run("dd if=/dev/hwrng bs=64 count=64 iflag=fullblock of=/dev/null");
+    send(&mut guest.api, "PATCH", "/entropy", unlimited);
     guest.run("yes more than a pipe holds | head -c 200000 > /dev/hvc0 &");
     File::options().read(true).write(true).open(&input).unwrap().write_all(b"typed\n").unwrap();
     guest.run(

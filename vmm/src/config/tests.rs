@@ -665,6 +665,22 @@ fn the_entropy_device_and_its_limit_are_told_back() {
 }
 
 #[test]
+fn a_limit_of_the_entropy_device_that_a_change_leaves_out_stays() {
+    let mut fixture = fixture();
+    let limit = |size| Some(TokenBucket { size, one_time_burst: None, refill_time: 1 });
+    let limiter = |bandwidth, ops| Some(RateLimiter { bandwidth, ops });
+    let update = EntropyUpdate { rate_limiter: limiter(None, limit(5)) };
+    let message = fixture.config.update_entropy(update).unwrap_err().message;
+    assert!(message.contains("PUT /entropy"), "{message}");
+    let entropy = Entropy { rate_limiter: limiter(limit(1), limit(2)), io_thread: Some(1) };
+    fixture.accept(Request::PutEntropy(entropy));
+    assert_eq!(fixture.config.update_entropy(EntropyUpdate::default()), Ok(None));
+    assert_eq!(fixture.config.update_entropy(update), Ok(limiter(limit(1), limit(5))));
+    let changed = Entropy { rate_limiter: limiter(limit(1), limit(5)), ..entropy };
+    assert_eq!(fixture.config.wire().entropy, Some(changed));
+}
+
+#[test]
 fn sockets_are_made_at_once_and_replaced_by_those_of_another_request() {
     let mut fixture = fixture();
     let (first, second) = (fixture.path("v.sock"), fixture.path("w.sock"));
