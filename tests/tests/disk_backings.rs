@@ -63,7 +63,7 @@ fn every_way_to_a_disk_verifies_under_random_writes_of_all_sizes() {
         .collect();
     let fio = format!(
         "chroot /debian fio --direct=1 --rw=randrw --bsrange=512-128k --fsync=50 --ioengine=libaio --iodepth=8 --size=4m \
-         --io_size=1m --verify=crc32c --verify_fatal=1 --randrepeat=0 --thread --minimal {}",
+         --io_size=512k --verify=crc32c --verify_fatal=1 --randrepeat=0 --thread --minimal {}",
         jobs.join(" ")
     );
     guest.run_within(&fio, 2 * limits::COMMAND);
