@@ -233,6 +233,8 @@ fn an_interface_that_is_flooded_leaves_another_its_share() {
         Setup { vcpus: 2, memory_mib: 256, drives: vec![debian_drive()], interfaces, ..Setup::default() };
     let mut guest = Guest::booted(setup);
     guest.mount_debian();
+    // Where iperf3 keeps what it sends.
+    guest.run("mount -t tmpfs tmp /debian/tmp");
     for (tap, device) in taps.iter().zip(["eth0", "eth1"]) {
         tap.set_up(&mut guest, device, None);
     }

@@ -47,6 +47,8 @@ fn streams(name: Name, first: u8, shift: usize) {
     let setup = Setup { name, vcpus: 2, memory_mib: 256, drives, interfaces, ..Setup::default() };
     let mut guest = Guest::booted(setup);
     guest.mount_debian();
+    // Where iperf3 keeps what it sends.
+    guest.run("mount -t tmpfs tmp /debian/tmp");
     let before = broken_on_host();
     for (place, tap) in taps.iter().enumerate() {
         tap.set_up(&mut guest, &format!("eth{place}"), None);

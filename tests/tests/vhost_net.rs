@@ -23,7 +23,7 @@ use berth_tests::host::process;
 const NETWORK_DRIVER: &str = "modprobe virtio_net";
 
 /// Enough to go round every ring many times.
-const BYTES: usize = 8 << 20;
+const BYTES: usize = 4 << 20;
 
 /// Where the kernel's back-ends come from.
 const VHOST: &str = "/dev/vhost-net";
@@ -287,9 +287,8 @@ fn a_cell_has_the_kernels_back_end_only_where_that_is_asked_for_or_handed_over()
         chown(VHOST, None, Some(GID)).unwrap();
         fs::set_permissions(VHOST, Permissions::from_mode(0o660)).unwrap();
         let _vmm = cells.start(&["--vhost-net"]);
-        let root = cells.root();
-        assert!(root.join("dev/vhost-net").exists());
         cells.client().apply(&put(&interface)).unwrap();
+        assert!(cells.root().join("dev/vhost-net").exists());
     }
     let cells = Cells::new();
     let device = File::options().read(true).write(true).open(VHOST).unwrap();

@@ -203,6 +203,7 @@ impl Slots {
             transmit_limits: limits(settings.tx_rate_limiter.as_ref()),
             neighbour,
             vhost,
+            room: board.room.clone(),
         };
         let net = Arc::new(Mutex::new(Net::new(config, None)?));
         let slot = self.plug(net.clone(), host, board)?;

@@ -127,6 +127,7 @@ fn net(pairs: usize) -> Subject {
         transmit_limits: Limits::default(),
         neighbour: None,
         vhost: Vec::new(),
+        room: None,
     };
     let device = Arc::new(Mutex::new(Net::new(config, None).unwrap()));
     let packet = move || {

@@ -24,6 +24,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::backend::rate_limiter::{Limits, RateLimiter, RateLimiterState};
 use crate::backend::tap::Tap;
+use crate::backend::vhost;
 use crate::backend::vhost_net::VhostNet;
 use crate::host::Source;
 use crate::times::Times;
@@ -68,6 +69,8 @@ pub struct Config {
     pub neighbour: Option<Box<dyn Neighbour>>,
     /// One for each queue pair, and the kernel moves the packets: then there are no limits and no neighbour. Or none.
     pub vhost: Vec<VhostNet>,
+    /// For the kernel: where guest memory may come and go without its being told, see [`vhost::all_regions`].
+    pub room: Option<vhost::Region>,
 }
 
 /// The network device.
@@ -88,7 +91,7 @@ pub struct Net {
 impl Net {
     /// A stopped device, or, with a state, the one that was saved.
     pub fn new(config: Config, state: Option<State>) -> io::Result<Net> {
-        let Config { tap, mac, mtu, receive_limits, transmit_limits, neighbour, vhost } = config;
+        let Config { tap, mac, mtu, receive_limits, transmit_limits, neighbour, vhost, room } = config;
         let state = state.unwrap_or_default();
         let counters = Arc::<Counters>::default();
         let mut waiting = state.waiting.into_iter();
@@ -108,7 +111,7 @@ impl Net {
             mac,
             mtu,
             beside: neighbour.map(Beside::new).transpose()?,
-            kernel: (!vhost.is_empty()).then(|| Kernel::new(vhost)).transpose()?,
+            kernel: (!vhost.is_empty()).then(|| Kernel::new(vhost, room)).transpose()?,
             counters,
             running: None,
         })

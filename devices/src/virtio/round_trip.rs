@@ -273,6 +273,7 @@ fn net_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Net {
             transmit_limits: limits,
             neighbour: None,
             vhost: Vec::new(),
+            room: None,
         };
         let state = state.map(|state| match state {
             DeviceState::Network(state) => state,

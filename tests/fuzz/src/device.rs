@@ -192,6 +192,7 @@ fn new_net(tap: Tap, flags: u8, state: Option<DeviceState>) -> Net {
         transmit_limits: limits(flags),
         neighbour: (flags & 16 != 0).then(|| Box::new(crate::metadata::stack(flags)) as _),
         vhost: Vec::new(),
+        room: None,
     };
     let state = state.map(|state| match state {
         DeviceState::Network(state) => state,

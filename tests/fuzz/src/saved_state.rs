@@ -133,6 +133,7 @@ pub fn net(state: Option<net::State>) -> Net {
         transmit_limits: limits,
         neighbour: None,
         vhost: Vec::new(),
+        room: None,
     };
     Net::new(config, state).unwrap()
 }

@@ -14,8 +14,8 @@ pub struct Tap {
 impl Tap {
     /// Makes tap N with the address 10.77.N.1, up. `options` are those of `ip tuntap add`, such as `multi_queue`.
     pub fn new(number: u8, options: &[&str]) -> Tap {
-        // A host that has it built in has no such module.
-        let _ = Command::new("modprobe").arg("tun").output();
+        // A host that has them built in has no such modules. What a running guest is to get must be there when it starts.
+        let _ = Command::new("modprobe").args(["-a", "tun", "vhost_net"]).output();
         let tap = Tap { number };
         let name = tap.name();
         host("ip", &[&["tuntap", "add", "dev", &name, "mode", "tap"], options].concat());
@@ -60,7 +60,6 @@ impl Tap {
 
     /// The same, with the host's kernel to move the packets.
     pub fn interface_with_vhost(&self) -> NetworkInterface {
-        let _ = Command::new("modprobe").arg("vhost_net").output();
         NetworkInterface { vhost: Some(true), ..self.interface() }
     }
 

@@ -11,7 +11,7 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backend::tap::Tap;
-use crate::backend::vhost::{self, Call, Ring};
+use crate::backend::vhost::{self, Call, Region, Ring};
 use crate::backend::vhost_net::{Ends, VhostNet};
 use crate::host::Source;
 use crate::memory::Memory;
@@ -27,6 +27,7 @@ pub struct Kernel {
     pairs: Vec<VhostNet>,
     /// By the driver's index.
     queues: Vec<Lent>,
+    room: Option<Region>,
 }
 
 /// One queue of the driver's.
@@ -40,13 +41,13 @@ struct Lent {
 }
 
 impl Kernel {
-    /// With one of these for each queue pair.
-    pub fn new(pairs: Vec<VhostNet>) -> io::Result<Kernel> {
+    /// With one of these for each queue pair. What is plugged and unplugged in `room` the kernel is not told of.
+    pub fn new(pairs: Vec<VhostNet>, room: Option<Region>) -> io::Result<Kernel> {
         let queues = (0..2 * pairs.len() as u16).map(|index| {
             let error = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
             Ok(Lent { call: Call::new(index)?, error, is_served: false, is_lent: false })
         });
-        Ok(Kernel { queues: queues.collect::<io::Result<_>>()?, pairs })
+        Ok(Kernel { queues: queues.collect::<io::Result<_>>()?, pairs, room })
     }
 
     /// Of features that are about rings, those that the kernel knows.
@@ -63,7 +64,7 @@ impl Kernel {
         pairs: usize,
     ) -> Result<Vec<Source>, StartError> {
         let memory = running.memory().memory();
-        let regions = vhost::regions(&memory);
+        let regions = vhost::all_regions(&memory, self.room.as_ref());
         let mut sources = Vec::new();
         for ((number, vhost), lent) in (0..).zip(&self.pairs).zip(self.queues.chunks_mut(2)).take(pairs) {
             vhost.set_features(features)?;
@@ -105,7 +106,7 @@ impl Kernel {
 
     /// Guest memory has other regions.
     pub fn memory_changed(&self, memory: &Memory) {
-        let regions = vhost::regions(&memory.memory());
+        let regions = vhost::all_regions(&memory.memory(), self.room.as_ref());
         for (pair, lent) in self.pairs.iter().zip(self.queues.chunks(2)) {
             if lent.iter().any(|queue| queue.is_lent)
                 && let Err(error) = pair.set_memory(&regions)

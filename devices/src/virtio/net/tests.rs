@@ -40,6 +40,7 @@ fn config(tap: Tap) -> Config {
         transmit_limits: Limits::default(),
         neighbour: None,
         vhost: Vec::new(),
+        room: None,
     }
 }
 
@@ -688,10 +689,18 @@ fn a_neighbour_is_woken_when_it_wants_and_forgets_a_driver_that_goes() {
 
 /// A device whose queues a kernel serves, and what that kernel was told of each pair.
 fn served_by_kernel(pairs: usize, extra: u64) -> (Rig, Vec<Arc<Mutex<Pair>>>) {
+    served_by_kernel_with(None, pairs, extra)
+}
+
+fn served_by_kernel_with(
+    room: Option<vhost::Region>,
+    pairs: usize,
+    extra: u64,
+) -> (Rig, Vec<Arc<Mutex<Pair>>>) {
     let (tap, wires) = Tap::fake(pairs);
     let known = EVENT_IDX | MERGEABLE | 1 << VIRTIO_RING_F_INDIRECT_DESC;
     let (vhost, told) = (0..pairs).map(|_| VhostNet::fake(known)).unzip();
-    let net = Net::new(Config { vhost, ..config(tap) }, None).unwrap();
+    let net = Net::new(Config { vhost, room, ..config(tap) }, None).unwrap();
     let memory = testing::ram(16 << 20);
     let queues = net.identity().queue_sizes.len() as u64;
     let features = EVENT_IDX | extra;
@@ -887,4 +896,14 @@ fn a_kernel_hears_of_guest_memory_that_comes_while_it_has_queues() {
     rig.slot.device.memory_changed();
     let regions = &told[0].lock().unwrap().memory;
     assert_eq!((regions.len(), regions[1].guest, regions[1].size), (2, 1 << 32, 4096));
+}
+
+#[test]
+fn a_kernel_is_told_at_once_of_all_the_memory_that_may_come() {
+    let room = vhost::Region { guest: 1 << 32, size: 1 << 30, host: 0x7000_0000, file: None };
+    let (mut rig, told) = served_by_kernel_with(Some(room), 1, 0);
+    rig.start();
+    let pair = told[0].lock().unwrap();
+    let regions: Vec<_> = pair.memory.iter().map(|region| (region.guest, region.size)).collect();
+    assert_eq!(regions, [(0, 16 << 20), (1 << 32, 1 << 30)]);
 }
