@@ -11,8 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use api_socket::{
-    DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion, NetworkInterface, NetworkInterfaceUpdate, Pmem,
-    RateLimiter, Request,
+    DEFAULT_MMDS_ADDRESS, MemoryHotplugConfig, MemoryHotplugSizeUpdate, MmdsConfig, MmdsVersion,
+    NetworkInterface, NetworkInterfaceUpdate, Pmem, RateLimiter, Request,
 };
 use berth_tests::cell::{Cells, GID, UID, Vmm};
 use berth_tests::guest::tap::{self, Tap, host};
@@ -93,6 +93,26 @@ fn host_and_guest_reach_one_another_and_the_vmm_sees_nothing_of_it() {
 #[test]
 fn host_and_guest_reach_one_another_without_pci() {
     reach(Name::Firecracker);
+}
+
+/// A kernel that is not told of it would find none of the guest's buffers there.
+#[test]
+fn what_lies_in_memory_that_was_plugged_while_the_guest_ran_is_sent_and_received() {
+    let tap = Tap::new(48, &[]);
+    // The guest's kernel takes memory for its own use from there first.
+    let setup = Setup {
+        memory_hotplug: Some(MemoryHotplugConfig { total_size_mib: 256, ..MemoryHotplugConfig::default() }),
+        command_line: "memhp_default_state=online_kernel".into(),
+        ..Setup::default()
+    };
+    let mut guest = guest_on(&tap, None, setup);
+    guest.apply(Request::PatchMemoryHotplug(MemoryHotplugSizeUpdate { requested_size_mib: 256 }));
+    while guest.api.memory_hotplug().unwrap().plugged_size_mib < 256 {
+        thread::sleep(Duration::from_millis(100));
+    }
+    there_and_back(&mut guest, &tap, 4000, BYTES);
+    assert_eq!(guest.metric("net_tap48", "rx_packets_count"), 0, "the kernel moved it");
+    guest.power_off();
 }
 
 fn reach(name: Name) {
