@@ -214,6 +214,11 @@ const MALFORMED: &[Case] = &[
         &["`ipv4_address`"],
     ),
     ("PUT", "/mmds/config", r#"{"network_interfaces":["n"],"ttl":1}"#, 400, &["unknown field `ttl`"]),
+    ("PUT", "/hotplug/memory", "{}", 400, &["missing field `total_size_mib`"]),
+    ("PUT", "/hotplug/memory", r#"{"total_size_mib":"1"}"#, 400, &["`total_size_mib`", "an integer"]),
+    ("PUT", "/hotplug/memory", r#"{"total_size_mib":256,"size":1}"#, 400, &["unknown field `size`"]),
+    ("PATCH", "/hotplug/memory", "{}", 400, &["missing field `requested_size_mib`"]),
+    ("DELETE", "/hotplug/memory", "", 400, &["DELETE /hotplug/memory"]),
     ("PUT", "/console", "{}", 400, &["missing field `output_path`"]),
     ("PATCH", "/console", r#"{"columns":80}"#, 400, &["missing field `rows`"]),
 ];
@@ -357,6 +362,23 @@ const REFUSED_BEFORE: &[Case] = &[
     ("PUT", "/mmds/config", r#"{"network_interfaces":["n"]}"#, 400, &["`network_interfaces`", "n"]),
     ("PUT", "/console", r#"{"output_path":"/no/such/place"}"#, 400, &["`output_path`", "/no/such/place"]),
     ("PATCH", "/console", r#"{"columns":80,"rows":25}"#, 400, &[BEFORE_START]),
+    ("GET", "/hotplug/memory", "", 400, &[BEFORE_START]),
+    ("PATCH", "/hotplug/memory", r#"{"requested_size_mib":128}"#, 400, &[BEFORE_START]),
+    ("PUT", "/hotplug/memory", r#"{"total_size_mib":1}"#, 400, &["`total_size_mib`", "1"]),
+    (
+        "PUT",
+        "/hotplug/memory",
+        r#"{"total_size_mib":256,"slot_size_mib":64}"#,
+        400,
+        &["`slot_size_mib`", "64"],
+    ),
+    (
+        "PUT",
+        "/hotplug/memory",
+        r#"{"total_size_mib":256,"block_size_mib":3}"#,
+        400,
+        &["`block_size_mib`", "3"],
+    ),
 ];
 
 /// Refused after the start, running or paused: what belongs before it, and what there is not.
@@ -392,6 +414,9 @@ const REFUSED_AFTER: &[Case] = &[
     ("PUT", "/mmds", "{}", 400, &["/mmds/config"]),
     ("PATCH", "/mmds", "{}", 400, &["/mmds/config"]),
     ("PATCH", "/console", r#"{"columns":80,"rows":25}"#, 400, &["/console"]),
+    ("PUT", "/hotplug/memory", r#"{"total_size_mib":256}"#, 400, &[AFTER_START]),
+    ("GET", "/hotplug/memory", "", 400, &["/hotplug/memory"]),
+    ("PATCH", "/hotplug/memory", r#"{"requested_size_mib":128}"#, 400, &["/hotplug/memory"]),
     (
         "PATCH",
         "/drives/disk",

@@ -3,18 +3,15 @@
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::Path;
 
-use api_socket::{ActionType, ClientError, Drive, MmdsConfig, MmdsVersion, Request};
+use api_socket::{ActionType, ClientError, MmdsConfig, MmdsVersion, Request};
 use berth_tests::guest::tap::{Tap, host};
-use berth_tests::guest::{Guest, Name, Setup, limits};
+use berth_tests::guest::{Guest, Name, Setup, curl_drive, limits};
 use serde_json::{Map, Value, json};
 
 /// Where the service is, unless it is told otherwise.
 const ADDRESS: &str = "169.254.169.254";
 const LARGE: usize = 40_000;
-/// The host's.
-const CURL: &str = "/usr/bin/curl";
 
 fn object(value: Value) -> Map<String, Value> {
     value.as_object().unwrap().clone()
@@ -47,18 +44,6 @@ fn guest(name: Name, taps: &[&Tap], config: MmdsConfig) -> Guest {
     let program = "/run/curl/ld-linux-x86-64.so.2 --library-path /run/curl /run/curl/curl -sS -m 60";
     guest.run(&format!("echo 'exec {program} \"$@\"' > /run/curl/ask && chmod 755 /run/curl/ask"));
     guest
-}
-
-/// A drive with the host's curl and all that it is linked to: no image of a guest has it, and busybox's wget, being linked
-/// statically, cannot do without the C library's files.
-fn curl_drive(directory: &Path) -> Drive {
-    let libraries = host("ldd", &[CURL]);
-    let libraries = libraries.split_whitespace().filter(|word| word.starts_with('/'));
-    let disk = directory.join("curl.tar");
-    let files: Vec<&str> = [CURL].into_iter().chain(libraries).collect();
-    let create = ["--create", "--dereference", "--absolute-names", "--transform=s|.*/||", "--file"];
-    host("tar", &[&create[..], &[disk.to_str().unwrap()], &files].concat());
-    Drive { drive_id: "curl".into(), is_read_only: Some(true), path_on_host: Some(disk), ..Drive::default() }
 }
 
 /// A command of the guest that asks by curl; `options` are curl's.

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use berth_tests::footprint::Footprint;
 use berth_tests::guest::setup::VSOCK;
-use berth_tests::guest::{Guest, Name, Setup, limits, md5, program_drive, times};
+use berth_tests::guest::streams::{self, data, exchange, line};
+use berth_tests::guest::{Guest, Name, Setup, md5, program_drive, times};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 
@@ -54,64 +55,18 @@ impl Talker {
 
     /// A connection to a port of the guest, before it is known whether it is taken.
     fn calling(&self, port: u32) -> UnixStream {
-        let mut stream = UnixStream::connect(self.guest.path(VSOCK)).unwrap();
-        stream.set_read_timeout(Some(limits::COMMAND)).unwrap();
-        stream.set_write_timeout(Some(limits::COMMAND)).unwrap();
-        writeln!(stream, "CONNECT {port}").unwrap();
-        stream
+        streams::calling(&self.guest.path(VSOCK), port)
     }
 
     #[track_caller]
     fn call(&self, port: u32) -> UnixStream {
-        let stream = self.calling(port);
-        let line = line(&stream);
-        assert!(line.starts_with("OK ") && line.ends_with('\n'), "{line:?}");
-        stream
+        streams::call(&self.guest.path(VSOCK), port)
     }
 
     /// A socket at which the guest finds a port of the host.
     fn serve(&self, port: u32) -> UnixListener {
         UnixListener::bind(self.guest.path(&format!("{VSOCK}_{port}"))).unwrap()
     }
-}
-
-/// Read without what follows it.
-fn line(stream: &UnixStream) -> String {
-    let mut line = String::new();
-    let mut byte = [0];
-    while !line.ends_with('\n') && (&mut &*stream).read(&mut byte).unwrap() == 1 {
-        line.push(char::from(byte[0]));
-    }
-    line
-}
-
-/// No two stretches of it are alike.
-fn data(seed: u64, bytes: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut data = Vec::with_capacity(bytes + 8);
-    while data.len() < bytes {
-        // Marsaglia's xorshift.
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        data.extend(state.to_le_bytes());
-    }
-    data.truncate(bytes);
-    data
-}
-
-/// Writes `data` and ends that direction, while reading to the end of the other.
-fn exchange(stream: &UnixStream, data: &[u8]) -> Vec<u8> {
-    thread::scope(|scope| {
-        let writing = scope.spawn(|| {
-            (&mut &*stream).write_all(data).unwrap();
-            stream.shutdown(Shutdown::Write).unwrap();
-        });
-        let mut heard = Vec::new();
-        (&mut &*stream).read_to_end(&mut heard).unwrap();
-        writing.join().unwrap();
-        heard
-    })
 }
 
 #[test]

@@ -2,8 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
-use std::process::{ChildStdin, ChildStdout};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -28,7 +27,7 @@ pub struct Output {
 /// The guest's end of the VMM's standard input and output.
 pub struct Console {
     said: Arc<Said>,
-    input: ChildStdin,
+    input: File,
     /// Up to here everything was looked at: a position in all that the guest ever said.
     seen: usize,
     commands: u32,
@@ -50,11 +49,12 @@ struct Record {
 
 impl Console {
     /// Takes over both ends; a thread reads for as long as there is something to read.
-    pub fn new(output: ChildStdout, input: ChildStdin) -> Console {
+    pub fn new(output: impl Into<OwnedFd>, input: impl Into<OwnedFd>) -> Console {
         let said = Arc::<Said>::default();
         let recording = Arc::clone(&said);
+        let output = File::from(output.into());
         thread::spawn(move || recording.record(output));
-        Console { said, input, seen: 0, commands: 0 }
+        Console { said, input: input.into().into(), seen: 0, commands: 0 }
     }
 
     /// Types these bytes.
@@ -65,7 +65,7 @@ impl Console {
 
     /// Another way in, for a thread of its own.
     pub fn input(&self) -> File {
-        self.input.as_fd().try_clone_to_owned().expect("a descriptor for the console's input").into()
+        self.input.try_clone().expect("a descriptor for the console's input")
     }
 
     /// Waits for these words and gives what was said since the last wait up to them.
@@ -141,7 +141,7 @@ impl Console {
 }
 
 impl Said {
-    fn record(&self, mut output: ChildStdout) {
+    fn record(&self, mut output: File) {
         let mut chunk = [0; 4096];
         while let Ok(length @ 1..) = output.read(&mut chunk) {
             let mut record = self.lock();

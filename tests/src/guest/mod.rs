@@ -15,6 +15,7 @@ pub mod block_device;
 pub mod console;
 pub mod huge_pages;
 pub mod setup;
+pub mod streams;
 pub mod tap;
 pub mod vmm;
 
@@ -249,6 +250,19 @@ pub fn program_drive(directory: &Path, name: &str) -> Drive {
         path_on_host: Some(copy),
         ..Drive::default()
     }
+}
+
+/// A drive with the host's curl and all that it is linked to: no image of a guest has it, and busybox's wget, being linked
+/// statically, cannot do without the C library's files.
+pub fn curl_drive(directory: &Path) -> Drive {
+    const CURL: &str = "/usr/bin/curl";
+    let libraries = tap::host("ldd", &[CURL]);
+    let libraries = libraries.split_whitespace().filter(|word| word.starts_with('/'));
+    let disk = directory.join("curl.tar");
+    let files: Vec<&str> = [CURL].into_iter().chain(libraries).collect();
+    let create = ["--create", "--dereference", "--absolute-names", "--transform=s|.*/||", "--file"];
+    tap::host("tar", &[&create[..], &[disk.to_str().unwrap()], &files].concat());
+    Drive { drive_id: "curl".into(), is_read_only: Some(true), path_on_host: Some(disk), ..Drive::default() }
 }
 
 /// What `md5sum` in a guest prints of these bytes.
