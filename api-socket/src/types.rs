@@ -327,7 +327,7 @@ pub struct Drive {
     pub cache_type: CacheType,
     /// Not with `socket`. Absent is `false`.
     pub is_read_only: Option<bool>,
-    /// A raw image or a block device. Not with `socket`.
+    /// An image or a block device. Not with `socket`.
     pub path_on_host: Option<PathBuf>,
     /// Not with `socket`.
     pub rate_limiter: Option<RateLimiter>,
@@ -345,6 +345,31 @@ pub struct Drive {
     /// Pass by the host's page cache; absent is `false`. Not with `socket`. Ours, as above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub direct: Option<bool>,
+    /// What is in `path_on_host`; never guessed. Absent is [`DiskFormat::Raw`]. Not with `socket`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
+    /// The images behind `path_on_host`, the nearest first; only with [`DiskFormat::Qcow2`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<BackingFile>,
+}
+
+/// An image that is read where those before it have nothing, and never written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackingFile {
+    pub path_on_host: PathBuf,
+    #[serde(default)]
+    pub format: DiskFormat,
+}
+
+/// What is in a disk's file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskFormat {
+    /// The disk, byte for byte.
+    #[default]
+    Raw,
+    /// QEMU's format, version 3.
+    Qcow2,
 }
 
 /// Body of `PATCH /drives/{drive_id}`: `None` leaves a value as it is.

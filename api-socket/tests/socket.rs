@@ -162,6 +162,8 @@ fn one_of_each() -> Vec<Request> {
             queues: Some(2),
             io_thread: Some(1),
             direct: Some(true),
+            format: Some(DiskFormat::Qcow2),
+            backing: vec![BackingFile { path_on_host: "/b".into(), format: DiskFormat::Raw }],
         }),
         Request::PatchDrive(DriveUpdate {
             drive_id: "a_1".to_string(),

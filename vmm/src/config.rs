@@ -8,6 +8,7 @@
 mod balloon;
 mod cmdline;
 pub mod console;
+mod image;
 pub mod memory_hotplug;
 pub mod mmds;
 pub mod network;
@@ -34,6 +35,7 @@ use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::{self, Engine};
 
 use self::console::Console;
+use self::image::Files;
 use self::memory_hotplug::MemoryHotplug;
 use self::mmds::Mmds;
 use self::network::{Interface, Interfaces, metadata_and_vhost, there_already};
@@ -69,7 +71,7 @@ pub struct Config {
     boot: Option<Boot>,
     has_started: bool,
     /// The root device first, if there is one. The files are there until the guest has started.
-    drives: Vec<(api_socket::Drive, Option<File>)>,
+    drives: Vec<(api_socket::Drive, Option<Files>)>,
     interfaces: Interfaces,
     pmems: Pmems,
     mmds: Mmds,
@@ -98,8 +100,7 @@ pub struct Boot {
 #[derive(Debug)]
 pub struct Drive {
     pub settings: api_socket::Drive,
-    /// A raw image or a block device; open for writing too unless it is read-only.
-    pub file: File,
+    pub files: Files,
 }
 
 #[derive(Default)]
@@ -217,9 +218,9 @@ impl Config {
     /// # Errors
     /// Those of `dup`; and after [`Config::started`].
     pub fn drives(&self) -> io::Result<Vec<Drive>> {
-        let open = |(settings, file): &(api_socket::Drive, Option<File>)| {
-            let file = file.as_ref().ok_or_else(|| io::Error::other("the guest has its drives already"))?;
-            Ok(Drive { settings: settings.clone(), file: file.try_clone()? })
+        let open = |(settings, files): &(api_socket::Drive, Option<Files>)| {
+            let files = files.as_ref().ok_or_else(|| io::Error::other("the guest has its drives already"))?;
+            Ok(Drive { settings: settings.clone(), files: files.try_clone()? })
         };
         self.drives.iter().map(open).collect()
     }
@@ -248,8 +249,8 @@ impl Config {
         self.serial.output = None;
         self.console = None;
         self.vsock.iter_mut().for_each(Vsock::started);
-        for (_, file) in &mut self.drives {
-            *file = None;
+        for (_, files) in &mut self.drives {
+            *files = None;
         }
         self.interfaces.close();
         self.pmems.close();
@@ -295,18 +296,40 @@ impl Config {
         })
     }
 
-    /// Opens a disk: a raw image or a block device.
+    /// Opens an image or a block device.
     ///
     /// # Errors
     /// What is wrong with `path_on_host`.
     pub fn open_drive(&self, path: &Path, read_only: bool) -> Result<File, Fault> {
-        let file = self.open("path_on_host", path, read_only)?;
-        let kind =
-            file.metadata().map_err(|error| cannot_open("path_on_host", path, &error, ""))?.file_type();
+        self.open_image("path_on_host", path, read_only)
+    }
+
+    /// Opens another image in the place of a drive's own, with the same images behind it.
+    ///
+    /// # Errors
+    /// As for a new drive.
+    pub fn open_in_place(&self, drive: &api_socket::Drive, path: &Path) -> Result<Files, Fault> {
+        self.open_files(&api_socket::Drive { path_on_host: Some(path.into()), ..drive.clone() }, path)
+    }
+
+    fn open_files(&self, drive: &api_socket::Drive, path: &Path) -> Result<Files, Fault> {
+        let image = self.open_disk(path, drive)?;
+        let backing = drive.backing.iter().enumerate().map(|(place, backing)| {
+            let field = format!("path_on_host` of `backing[{place}]");
+            Ok((self.open_image(&field, &backing.path_on_host, true)?, backing.format))
+        });
+        let files = Files { image, backing: backing.collect::<Result<_, Fault>>()? };
+        files.check(drive)?;
+        Ok(files)
+    }
+
+    fn open_image(&self, field: &str, path: &Path, read_only: bool) -> Result<File, Fault> {
+        let file = self.open(field, path, read_only)?;
+        let kind = file.metadata().map_err(|error| cannot_open(field, path, &error, ""))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            let rule = "it must be a raw disk image or a block device";
+            let rule = "it must be a disk image or a block device";
             return Err(Fault::bad_request(format!(
-                "`path_on_host` is {}, which is no file; {rule}.",
+                "`{field}` is {}, which is no file; {rule}.",
                 path.display()
             )));
         }
@@ -372,8 +395,8 @@ impl Config {
             ));
         }
         self.check_room(&format!("`drive_id` is {id:?}, which"))?;
-        let file = self.open_file_of(&settings)?;
-        Ok(Drive { settings, file })
+        let files = self.open_files_of(&settings)?;
+        Ok(Drive { settings, files })
     }
 
     /// Takes down that a running guest has got a drive.
@@ -597,19 +620,19 @@ impl Config {
     fn put_drive(&mut self, settings: api_socket::Drive) -> Result<(), Fault> {
         let place = self.drives.iter().position(|(drive, _)| drive.drive_id == settings.drive_id);
         self.check_place(place, &settings)?;
-        let file = self.open_file_of(&settings)?;
+        let files = self.open_files_of(&settings)?;
         let first = settings.is_root_device.then_some(0);
         // One that was there keeps its place, unless it becomes the root device: the guest's names go by it.
         if let Some(place) = place {
             self.drives.remove(place);
         }
         let place = first.or(place).unwrap_or(self.drives.len());
-        self.drives.insert(place, (settings, Some(file)));
+        self.drives.insert(place, (settings, Some(files)));
         Ok(())
     }
 
     /// Checks a drive, and opens what it names.
-    fn open_file_of(&self, drive: &api_socket::Drive) -> Result<File, Fault> {
+    fn open_files_of(&self, drive: &api_socket::Drive) -> Result<Files, Fault> {
         check_io_thread(drive.io_thread)?;
         if drive.socket.is_some() {
             return Err(Fault::bad_request(
@@ -622,17 +645,18 @@ impl Config {
         check_queues(drive)?;
         let path = drive.path_on_host.as_deref().ok_or_else(|| {
             Fault::bad_request(
-                "`path_on_host` is not set; give the path of a raw disk image or of a block device.",
+                "`path_on_host` is not set; give the path of a disk image or of a block device.",
             )
         })?;
-        let file = self.open_disk(path, drive)?;
-        engine(drive).check(&file).map_err(|error| {
+        image::check_settings(drive)?;
+        let files = self.open_files(drive, path)?;
+        engine(drive).check(&files.image).map_err(|error| {
             Fault::bad_request(format!(
                 "`io_engine` is Async, and this host refuses io_uring: {error}. Give Sync, or see whether \
                  kernel.io_uring_disabled is 0 and no filter of system calls stands in the way."
             ))
         })?;
-        Ok(file)
+        Ok(files)
     }
 
     /// Opens for reading what must be an ordinary file.

@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use api_socket::{NetworkInterfaceUpdate, RateLimiter};
 use devices::acpi_pm::{self, AcpiPm};
+use devices::backend::disk::Format;
 use devices::backend::vhost;
 use devices::bus::BusError;
 use devices::i8042::{self, I8042};
@@ -250,8 +251,13 @@ impl Machine {
     }
 
     /// Gives a drive another file or other limits while the guest runs.
-    pub fn update_drive(&self, id: &str, file: Option<File>, limits: Option<RateLimiter>) -> io::Result<()> {
-        self.virtio.update_drive(id, file, limits)
+    pub fn update_drive(
+        &self,
+        id: &str,
+        image: Option<(File, Format)>,
+        limits: Option<RateLimiter>,
+    ) -> io::Result<()> {
+        self.virtio.update_drive(id, image, limits)
     }
 
     /// Gives a network interface other limits while the guest runs.

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use api_socket::{NetworkInterfaceUpdate, RateLimiter};
+use devices::backend::disk::Format;
 use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::bus::{Bus, BusError};
 use devices::pci::root::{AddError, Root, Windows};
@@ -164,11 +165,13 @@ impl Slots {
 
     /// A block device for `drive`. Each of these gives the slot on PCI.
     pub fn add_drive(&mut self, drive: Drive, board: &Board) -> Result<Option<usize>, SlotsError> {
-        let Drive { settings, file } = drive;
+        let Drive { settings, files } = drive;
+        let (file, format) = files.for_device(&settings);
         let host = board.hosts.of(settings.io_thread)?;
         let blk = Arc::new(Mutex::new(Blk::new(
             BlkConfig {
                 file,
+                format,
                 read_only: settings.is_read_only.unwrap_or(false),
                 cache: match settings.cache_type {
                     api_socket::CacheType::Unsafe => Cache::Unsafe,
@@ -357,11 +360,16 @@ impl Slots {
     }
 
     /// Gives a drive another file or other limits.
-    pub fn update_drive(&self, id: &str, file: Option<File>, change: Option<RateLimiter>) -> io::Result<()> {
+    pub fn update_drive(
+        &self,
+        id: &str,
+        image: Option<(File, Format)>,
+        change: Option<RateLimiter>,
+    ) -> io::Result<()> {
         let Some(drive) = find(&self.drives, id) else { return Ok(()) };
         let mut blk = lock(&drive.device);
-        if let Some(file) = file {
-            blk.replace(file)?;
+        if let Some((file, format)) = image {
+            blk.replace(file, format)?;
         }
         if change.is_some() {
             blk.set_limits(limits(change.as_ref()));

@@ -294,9 +294,9 @@ impl Vm {
         let drive = self.config.drive(&update.drive_id)?;
         // Limits that the update leaves out stay as they are.
         let limits = update.rate_limiter.and_then(|change| changed(drive.rate_limiter, Some(change)));
-        let file =
-            update.path_on_host.as_deref().map(|path| self.config.open_disk(path, drive)).transpose()?;
-        self.guest()?.machine.update_drive(&update.drive_id, file, limits).map_err(|error| {
+        let open = |path| Ok(self.config.open_in_place(drive, path)?.for_device(drive));
+        let image = update.path_on_host.as_deref().map(open).transpose()?;
+        self.guest()?.machine.update_drive(&update.drive_id, image, limits).map_err(|error| {
             Fault::bad_request(format!("The drive {:?} cannot be changed: {error}", update.drive_id))
         })?;
         self.config.drive_updated(update);

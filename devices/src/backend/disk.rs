@@ -1,4 +1,5 @@
-//! A raw disk: a file or a block device of the host, read and written straight from and to guest memory.
+//! A disk: a file or a block device of the host, read and written straight from and to guest memory. A raw one is here; one
+//! that is a qcow2 image is `qcow2.rs`.
 //!
 //! Knows no sectors and no virtio status; does not open, lock, grow or guess the format of anything. What is here
 //! is synchronous. An [`Operation`] owns its buffers, so that the asynchronous engine (`uring.rs`) can keep it until the
@@ -11,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use crate::backend::direct::Alignment;
+use crate::backend::qcow2::{Backing, Qcow2};
 use crate::backend::{job, vectored};
 use crate::memory::GuestRam;
 use crate::virtio::queue::{GuestSlice, Segments};
@@ -24,6 +26,17 @@ pub struct Disk {
     bytes: u64,
     /// Of a file that is open for direct I/O.
     alignment: Option<Alignment>,
+    /// A raw disk has none.
+    qcow2: Option<Box<Qcow2>>,
+}
+
+/// What is in a disk's file.
+#[derive(Debug, Default)]
+pub enum Format {
+    #[default]
+    Raw,
+    /// With the images behind it, the nearest first.
+    Qcow2(Vec<Backing>),
 }
 
 impl Disk {
@@ -33,7 +46,25 @@ impl Disk {
         // Unlike the metadata's length, this is also right for a block device.
         let bytes = file.seek(SeekFrom::End(0))?;
         let alignment = Alignment::of(&file)?;
-        Ok(Disk { file, bytes, alignment })
+        Ok(Disk { file, bytes, alignment, qcow2: None })
+    }
+
+    /// The same for one with a format.
+    pub fn with_format(file: File, format: Format, read_only: bool) -> io::Result<Disk> {
+        let Format::Qcow2(backing) = format else { return Disk::new(file) };
+        let image = file.try_clone()?;
+        let qcow2 = Qcow2::open(image, backing, read_only).map_err(io::Error::other)?;
+        Ok(Disk { file, bytes: qcow2.bytes(), alignment: None, qcow2: Some(Box::new(qcow2)) })
+    }
+
+    /// Whether what is in the file is the disk, byte for byte.
+    pub fn is_raw(&self) -> bool {
+        self.qcow2.is_none()
+    }
+
+    /// Nothing that was written is in this process alone afterwards.
+    pub fn settle(&self) -> io::Result<()> {
+        self.qcow2.as_ref().map_or(Ok(()), |qcow2| qcow2.settle())
     }
 
     pub fn file(&self) -> &File {
@@ -72,6 +103,9 @@ impl Disk {
 
     /// Does all of `operation`, which must lie within the disk. On an error, what of it was done is unknown.
     pub fn perform(&self, memory: &GuestRam, operation: &Operation) -> io::Result<()> {
+        if let Some(qcow2) = &self.qcow2 {
+            return qcow2.perform(memory, operation);
+        }
         match operation {
             Operation::Read { offset, buffers } => {
                 let slices = slices(buffers, memory)?;
@@ -95,11 +129,12 @@ impl Disk {
 
     fn discard(&self, range: &Extent) -> io::Result<()> {
         // A hint: what cannot be given back is kept.
-        self.allocate(Space::GiveBack, range).map(|_| ())
+        allocate(&self.file, Space::GiveBack, range).map(|_| ())
     }
 
     fn write_zeroes(&self, range: &Extent, unmap: bool) -> io::Result<()> {
-        if unmap && self.allocate(Space::GiveBack, range)? || self.allocate(Space::Keep, range)? {
+        if unmap && allocate(&self.file, Space::GiveBack, range)? || allocate(&self.file, Space::Keep, range)?
+        {
             return Ok(());
         }
         match self.alignment {
@@ -119,29 +154,29 @@ impl Disk {
         }
         Ok(())
     }
+}
 
-    /// Makes the range read as zeroes without writing them. False when what is behind the file cannot do that.
-    fn allocate(&self, space: Space, range: &Extent) -> io::Result<bool> {
-        loop {
-            let mode = match space {
-                Space::GiveBack => FallocateMode::PunchHole,
-                Space::Keep => FallocateMode::ZeroRange,
-            };
-            let Err(error) = fallocate(&self.file, mode, true, range.offset, range.len) else {
-                return Ok(true);
-            };
-            match error.errno() {
-                // A block device whose blocks are larger than the range's alignment says EINVAL.
-                libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL => return Ok(false),
-                libc::EINTR => {}
-                errno => return Err(io::Error::from_raw_os_error(errno)),
-            }
+/// Makes the range read as zeroes without writing them. False when what is behind the file cannot do that.
+pub(super) fn allocate(file: &File, space: Space, range: &Extent) -> io::Result<bool> {
+    loop {
+        let mode = match space {
+            Space::GiveBack => FallocateMode::PunchHole,
+            Space::Keep => FallocateMode::ZeroRange,
+        };
+        let Err(error) = fallocate(file, mode, true, range.offset, range.len) else {
+            return Ok(true);
+        };
+        match error.errno() {
+            // A block device whose blocks are larger than the range's alignment says EINVAL.
+            libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL => return Ok(false),
+            libc::EINTR => {}
+            errno => return Err(io::Error::from_raw_os_error(errno)),
         }
     }
 }
 
 #[derive(Clone, Copy)]
-enum Space {
+pub(super) enum Space {
     GiveBack,
     Keep,
 }

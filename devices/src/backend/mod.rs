@@ -4,6 +4,7 @@ pub mod direct;
 pub mod disk;
 pub mod gate;
 pub(crate) mod job;
+pub mod qcow2;
 pub mod rate_limiter;
 pub mod tap;
 pub(crate) mod uring;

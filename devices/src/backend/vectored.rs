@@ -14,7 +14,16 @@ use crate::virtio::queue::GuestSlice;
 
 /// Fills `slices` from `file` at `offset`. On an error, what of them is filled is unknown.
 pub fn read_at(file: &File, slices: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
-    let result = transfer(file, slices, offset, libc::preadv, io::ErrorKind::UnexpectedEof);
+    let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
+    match read_up_to_end(file, slices, offset)? {
+        done if done == wanted as u64 => Ok(()),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// Fills the front of `slices` from `file` at `offset`, all of them unless the file ends, and tells how many bytes that are.
+pub fn read_up_to_end(file: &File, slices: &[GuestSlice<'_>], offset: u64) -> io::Result<u64> {
+    let result = transfer(file, slices, offset, libc::preadv);
     for slice in slices {
         // The kernel's writes pass by the bitmap.
         slice.bitmap().mark_dirty(0, slice.len());
@@ -24,7 +33,11 @@ pub fn read_at(file: &File, slices: &[GuestSlice<'_>], offset: u64) -> io::Resul
 
 /// Writes `slices` to `file` at `offset`. On an error, what of them is written is unknown.
 pub fn write_at(file: &File, slices: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
-    transfer(file, slices, offset, libc::pwritev, io::ErrorKind::WriteZero)
+    let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
+    match transfer(file, slices, offset, libc::pwritev)? {
+        done if done == wanted as u64 => Ok(()),
+        _ => Err(io::ErrorKind::WriteZero.into()),
+    }
 }
 
 /// Reads one packet into `slices`, of which there may be [`MAX_PACKET_SLICES`], and tells its length; what does not fit
@@ -117,13 +130,9 @@ fn to_vector(guard: &vm_memory::volatile_memory::PtrGuardMut) -> libc::iovec {
 
 type Call = unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t;
 
-fn transfer(
-    file: &File,
-    slices: &[GuestSlice<'_>],
-    mut offset: u64,
-    call: Call,
-    none: io::ErrorKind,
-) -> io::Result<()> {
+/// Goes on until all is done or a call does nothing, and tells how many bytes are.
+fn transfer(file: &File, slices: &[GuestSlice<'_>], mut offset: u64, call: Call) -> io::Result<u64> {
+    let start = offset;
     // The guards keep the memory mapped; they live until the last call has returned.
     let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard_mut()).collect();
     let mut vectors: Vec<libc::iovec> = guards.iter().map(to_vector).collect();
@@ -131,16 +140,16 @@ fn transfer(
     loop {
         left = skip_empty(left);
         if left.is_empty() {
-            return Ok(());
+            return Ok(offset - start);
         }
         let count = left.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
-        let position = libc::off_t::try_from(offset).map_err(|_| io::Error::from(none))?;
+        let position = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         // SAFETY: `call` is preadv or pwritev. They touch only the first `count` vectors, which `left` holds, and the
         // memory these name: parts of guest RAM that `guards` keeps mapped for their whole length, and to which no Rust
         // reference exists, since a volatile slice gives none. `advance` moves a vector only within its own part.
         let done = unsafe { call(file.as_raw_fd(), left.as_ptr(), count, position) };
         match finished(done) {
-            Some(Ok(0)) => return Err(none.into()),
+            Some(Ok(0)) => return Ok(offset - start),
             Some(Ok(done)) => {
                 offset += done as u64;
                 left = advance(left, done);

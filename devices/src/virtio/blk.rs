@@ -1,8 +1,9 @@
 //! The block device (VIRTIO 1.3, section 5.2): reads, writes, flushes, discards and zeroes a [`Disk`] for its driver.
 //!
-//! Does not open files or know formats: the VMM hands over an open, raw disk. Write caching is configured, not
-//! negotiated (no VIRTIO_BLK_F_CONFIG_WCE): with it a driver could undo what the operator has chosen. The block size and topology are told of a disk that is open for direct I/O only:
-//! otherwise they are the driver's defaults, and each field would cost an exit at boot to say what is assumed anyway.
+//! Does not open files or guess formats: the VMM hands over open ones and says what is in them. Write caching is
+//! configured, not negotiated (no VIRTIO_BLK_F_CONFIG_WCE): with it a driver could undo what the operator has chosen. The
+//! block size and topology are told of a disk that is open for direct I/O only: otherwise they are the driver's defaults,
+//! and each field would cost an exit at boot to say what is assumed anyway.
 //!
 //! With the synchronous engine a request is done before the next is looked at. With the asynchronous one the ring keeps
 //! requests, which end in any order (5.2.6.2 asks for none), and stopping waits for them.
@@ -27,7 +28,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::backend::direct::Alignment;
-use crate::backend::disk::{Disk, Extent, Operation};
+use crate::backend::disk::{Disk, Extent, Format, Operation};
 use crate::backend::job::Job;
 use crate::backend::rate_limiter::{Limits, RateLimiter, RateLimiterState};
 use crate::backend::uring::Ring;
@@ -67,9 +68,10 @@ const MAX_WRITE_ZEROES_SEGMENTS: u32 = 1;
 
 /// What a block device is made of.
 pub struct Config {
-    /// A raw image or a block device, open for writing too unless `read_only`, and direct if it is to be. A last part of
+    /// An image or a block device, open for writing too unless `read_only`, and direct if it is to be. A last part of
     /// less than a sector is not visible to the guest.
     pub file: File,
+    pub format: Format,
     pub read_only: bool,
     pub cache: Cache,
     pub engine: Engine,
@@ -132,6 +134,13 @@ pub fn disk(file: File) -> io::Result<Disk> {
     Ok(disk)
 }
 
+fn disk_of(file: File, format: Format, read_only: bool) -> io::Result<Disk> {
+    match format {
+        Format::Raw => disk(file),
+        Format::Qcow2(_) => Disk::with_format(file, format, read_only),
+    }
+}
+
 /// What the driver is told of the blocks of a disk, so that its requests are made of them (5.2.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Blocks {
@@ -165,9 +174,12 @@ pub struct Blk {
 impl Blk {
     /// A stopped device. With a state, the one that was saved; if the disk's size has changed since, its driver is told.
     pub fn new(config: Config, state: Option<State>) -> io::Result<Blk> {
-        let Config { file, read_only, cache, engine, queues, serial, limits } = config;
+        let Config { file, format, read_only, cache, engine, queues, serial, limits } = config;
         let ring = engine.ring(&file)?;
-        let disk = disk(file)?;
+        let disk = disk_of(file, format, read_only)?;
+        if ring.is_some() && !disk.is_raw() {
+            return Err(io::Error::other("the asynchronous engine is for raw disks"));
+        }
         let blocks = Blocks::of(&disk)?;
         let worker = Worker {
             read_only,
@@ -194,9 +206,9 @@ impl Blk {
 
     /// Another file from now on, running or not; opened as the first one was. Requests that have begun end on the old
     /// one. The driver is told and reads the new capacity. On an error the old file stays.
-    pub fn replace(&mut self, file: File) -> io::Result<()> {
+    pub fn replace(&mut self, file: File, format: Format) -> io::Result<()> {
         self.drain();
-        self.worker.replace(file).inspect_err(|_| count(&self.worker.counters.update_fails, 1))?;
+        self.worker.replace(file, format).inspect_err(|_| count(&self.worker.counters.update_fails, 1))?;
         count(&self.worker.counters.update_count, 1);
         self.worker.warn_of_odd_size();
         self.resized = true;
@@ -285,6 +297,7 @@ impl VirtioDevice for Blk {
         if worker.ring.as_ref().is_some_and(|ring| !ring.is_empty()) || !worker.ended.is_empty() {
             worker.turn(running);
         }
+        worker.settle();
         // One turn for each call, for the sake of other devices: the next queue is called for. Also when all that was in the
         // ring has just come back, as no signal of it is left.
         if worker.may_go_on()
@@ -571,9 +584,17 @@ impl Worker {
         }
     }
 
+    /// What the driver has been told is done must not be lost with this process, whatever flushes are worth to it.
+    fn settle(&self) {
+        if let Err(error) = self.disk.settle() {
+            count(&self.counters.execute_fails, 1);
+            log::error!("{}: its image's tables cannot be written: {error}", self.name());
+        }
+    }
+
     /// Another file. Only while nothing is under way.
-    fn replace(&mut self, file: File) -> io::Result<()> {
-        let disk = disk(file)?;
+    fn replace(&mut self, file: File, format: Format) -> io::Result<()> {
+        let disk = disk_of(file, format, self.read_only)?;
         if let Some(ring) = &mut self.ring {
             ring.replace(disk.file())?;
         }

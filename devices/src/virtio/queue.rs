@@ -274,7 +274,7 @@ pub struct Segments {
 impl Segments {
     /// Of buffers that were checked elsewhere.
     #[cfg(any(test, feature = "testing"))]
-    pub(crate) fn new(list: Vec<Segment>) -> Segments {
+    pub fn new(list: Vec<Segment>) -> Segments {
         let bytes = list.iter().map(|segment| segment.len).sum();
         Segments { list, bytes }
     }

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixListener;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::backend::disk::Format;
 use crate::backend::rate_limiter::{Bucket, Limits};
 use crate::backend::tap::Tap;
 use crate::virtio::balloon::{self, Balloon, Ram};
@@ -116,6 +117,7 @@ pub fn blk_of(engine: Engine, queues: u16, limits: Limits) -> impl Fn(Option<Dev
     move |state| {
         let config = blk::Config {
             file: file.try_clone().unwrap(),
+            format: Format::Raw,
             read_only: false,
             cache: blk::Cache::Writeback,
             engine,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use berth_fuzz::saved_state::{KINDS, balloon, blk, console, mem, net, pmem, rng, vsock};
+use devices::backend::qcow2::testing::Blank;
 use devices::testing::FakeHost;
 use devices::virtio::pci::Pci;
 use devices::virtio::testing;
@@ -57,6 +58,13 @@ fn seeds() -> Vec<Seed> {
         ),
         ("metadata", "large", metadata(b"GET /long HTTP/1.0\r\n\r\n")),
         ("metadata", "frames", metadata_frames()),
+        ("qcow2", "alone", qcow2(0)),
+        ("qcow2", "large-clusters", qcow2(3)),
+        ("qcow2", "over-raw", qcow2(4 | 8)),
+        ("qcow2", "over-qcow2", qcow2(1 | 4 | 8 | 0x10)),
+        ("qcow2", "read-only", qcow2(0x20)),
+        ("qcow2", "patched", qcow2_patched()),
+        ("qcow2", "whole", qcow2_whole()),
         ("pmem", "flush", pmem_flushes(0)),
         ("pmem", "limited", pmem_flushes(12)),
         ("pmem", "broken", hostile(&[0])),
@@ -86,6 +94,36 @@ fn seeds() -> Vec<Seed> {
         seeds.push(("virtio_mmio", name, [&[kind], &mmio_driver()[..]].concat()));
     }
     seeds
+}
+
+/// Each operation at each end of the disk, then opened again and read.
+fn qcow2(flags: u8) -> Vec<u8> {
+    [&[flags, 0][..], &qcow2_operations()].concat()
+}
+
+fn qcow2_operations() -> Vec<u8> {
+    let operation = |kind: u8, at: u16, len: u8| [&[kind][..], &at.to_le_bytes(), &[len]].concat();
+    let mut all = Vec::new();
+    for end in [0, 0x80] {
+        for (kind, at, len) in
+            [(2, 0, 1), (2, 30, 100), (0, 0, 127), (5, 32, 8), (6, 40, 9), (7, 50, 3), (8, 0, 0), (9, 0, 0), (0, 20, 90)]
+        {
+            all.extend(operation(kind | end, at, len));
+        }
+    }
+    all
+}
+
+/// A size that is another one, and an entry of the L1 table.
+fn qcow2_patched() -> Vec<u8> {
+    let size = [&24_u16.to_le_bytes()[..], &[128], &(1_u64 << 17).to_le_bytes()].concat();
+    let entry = [&1536_u16.to_le_bytes()[..], &[193, 2]].concat();
+    [&[0, 2][..], &size, &entry, &qcow2_operations()].concat()
+}
+
+fn qcow2_whole() -> Vec<u8> {
+    let image = Blank { cluster_bits: 9, size: 1 << 18, backing: None }.bytes();
+    [&[0x40][..], &(image.len() as u16).to_le_bytes(), &image, &qcow2_operations()].concat()
 }
 
 fn http() -> Vec<Seed> {

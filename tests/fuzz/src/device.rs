@@ -15,6 +15,7 @@ use devices::backend::rate_limiter::{Bucket, Limits};
 use devices::backend::tap::Tap;
 use devices::memory::Memory;
 use devices::virtio::balloon::{self, Balloon, Ram};
+use devices::backend::disk::Format;
 use devices::virtio::blk::{self, Blk, Cache, Engine};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::{DeviceState, VirtioDevice};
@@ -75,6 +76,7 @@ fn new_blk(disk: &File, flags: u8, state: Option<DeviceState>) -> Blk {
     }
     let config = blk::Config {
         file,
+        format: Format::Raw,
         read_only: flags & 1 != 0,
         cache: match flags & (2 | 128) {
             0 => Cache::Writeback,

@@ -11,6 +11,7 @@ pub mod kernel;
 pub mod metadata;
 pub mod pci;
 pub mod ports;
+pub mod qcow2;
 pub mod queue;
 pub mod saved_state;
 pub mod vsock;

@@ -9,6 +9,7 @@ use devices::backend::tap::Tap;
 use devices::pci::Function;
 use devices::testing::FakeHost;
 use devices::virtio::balloon::{self, Balloon, Ram};
+use devices::backend::disk::Format;
 use devices::virtio::blk::{self, Blk, Cache, Engine};
 use devices::virtio::console::{self, Console, Size};
 use devices::virtio::device::DeviceState;
@@ -96,6 +97,7 @@ pub fn blk(state: Option<blk::State>) -> Blk {
     let limits = Limits::default();
     let config = blk::Config {
         file,
+        format: Format::Raw,
         read_only: false,
         cache: Cache::Writeback,
         engine: Engine::Sync,

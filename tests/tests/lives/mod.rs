@@ -8,7 +8,9 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 use super::*;
-use api_socket::{Balloon, Client, Drive, IoEngine, MachineConfig, MemoryHotplugConfig, Serial};
+use api_socket::{
+    BackingFile, Balloon, Client, DiskFormat, Drive, IoEngine, MachineConfig, MemoryHotplugConfig, Serial,
+};
 use berth_tests::guest::huge_pages::HugePages;
 use berth_tests::guest::setup::{VSOCK, disk_drive};
 use berth_tests::guest::tap::{self, Tap};
@@ -33,6 +35,7 @@ pub const ALL: &[(&str, Life)] = &[
     ("over sockets", over_sockets),
     ("with a balloon", with_a_balloon),
     ("with memory that comes and goes", with_more_memory),
+    ("on images", on_images),
     ("busy", busy),
 ];
 
@@ -164,6 +167,42 @@ fn on_a_terminal() -> Vec<Call> {
     File::options().write(true).open(&disk).unwrap().set_len(MIB).unwrap();
     put(&mut vmm.client(), "/actions", json!({"action_type": "FlushMetrics"}));
     assert!(process::wait_for(&mut vmm.child, limits::BOOT), "the guest did not end");
+    tracer.calls()
+}
+
+/// A qcow2 image on another, written, given back and zeroed; replaced; another one that comes and goes.
+fn on_images() -> Vec<Call> {
+    let place = tempfile::tempdir().unwrap();
+    let base = blank_disk(place.path().join("base"), 32 * MIB);
+    let [image, other, plugged] = ["image", "other", "plugged"].map(|name| {
+        let path = place.path().join(name);
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&base).arg(&path);
+        assert!(create.status().unwrap().success());
+        path
+    });
+    let backing = vec![BackingFile { path_on_host: base, format: DiskFormat::Raw }];
+    let drive = |id: &str, path: PathBuf| Drive {
+        format: Some(DiskFormat::Qcow2),
+        backing: backing.clone(),
+        ..disk_drive(id, path)
+    };
+    let mut guest = Guest::configured(Setup { drives: vec![drive("image", image)], ..Setup::default() });
+    let tracer = Tracer::attach(guest.vmm.pid());
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+    guest.console.wait_for("# ", limits::BOOT);
+    guest.run("dd if=/dev/urandom of=/dev/vda bs=4k seek=3 count=1000 conv=fsync");
+    guest.run("blkdiscard -o 1048576 -l 1048576 /dev/vda; dd if=/dev/vda of=/dev/null bs=1M iflag=direct");
+    send(&mut guest.api, "PATCH", "/drives/image", json!({"drive_id": "image", "path_on_host": other}));
+    guest.apply(Request::PutDrive(drive("plugged", plugged)));
+    guest.run(
+        "until [ -e /dev/vdb ]; do sleep 0.1; done; dd if=/dev/zero of=/dev/vdb bs=1M count=2 conv=fsync",
+    );
+    guest.apply(Request::DeleteDrive("plugged".into()));
+    guest.run("while [ -e /sys/block/vdb ]; do sleep 0.1; done");
+    guest.say("poweroff");
+    guest.ended();
     tracer.calls()
 }
 

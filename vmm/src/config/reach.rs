@@ -27,12 +27,17 @@ impl Config {
     /// itself is left out.
     pub fn reach(&self) -> Reach<'_> {
         let mut reach = Reach { directories: BTreeMap::new(), files: Vec::new(), devices: Vec::new() };
-        for (settings, file) in &self.drives {
-            let (Some(path), Some(file)) = (&settings.path_on_host, file) else { continue };
+        for (settings, files) in &self.drives {
+            let (Some(path), Some(files)) = (&settings.path_on_host, files) else { continue };
             let is_writable = !settings.is_read_only.unwrap_or(false);
-            if !self.handed.stands_for(path) {
-                reach.files.push((file, is_writable));
-                reach.add_directory(directory_of(path), is_writable);
+            let behind = settings.backing.iter().zip(&files.backing);
+            // Those behind a drive's next image are opened again too.
+            let behind = behind.map(|(settings, (file, _))| (&settings.path_on_host, file, false));
+            for (path, file, is_writable) in [(path, &files.image, is_writable)].into_iter().chain(behind) {
+                if !self.handed.stands_for(path) {
+                    reach.files.push((file, is_writable));
+                    reach.add_directory(directory_of(path), is_writable);
+                }
             }
         }
         if self.pci {

@@ -2,7 +2,7 @@ use std::io::{Read, Seek};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use api_socket::{CacheType, ConsolePort, LogLevel, RateLimiter, VmState};
+use api_socket::{BackingFile, CacheType, ConsolePort, DiskFormat, LogLevel, RateLimiter, VmState};
 
 use super::*;
 
@@ -364,7 +364,7 @@ fn every_field_of_a_drive_arrives_and_is_told_back() {
     assert_eq!(fixture.config.wire().drives, std::slice::from_ref(&drive));
     let drives = fixture.config.drives().unwrap();
     assert_eq!(drives[0].settings, drive);
-    assert_eq!(std::os::unix::fs::MetadataExt::ino(&drives[0].file.metadata().unwrap()), inode);
+    assert_eq!(std::os::unix::fs::MetadataExt::ino(&drives[0].files.image.metadata().unwrap()), inode);
 }
 
 #[test]
@@ -406,7 +406,7 @@ fn a_drive_is_direct_when_it_is_asked_for_and_its_next_file_too() {
     for (direct, expected) in [(None, false), (Some(false), false), (Some(true), true)] {
         let drive = api_socket::Drive { direct, ..fixture.drive("a", false) };
         fixture.accept(Request::PutDrive(drive.clone()));
-        assert_eq!(blocks(&fixture.config.drives().unwrap()[0].file).is_some(), expected);
+        assert_eq!(blocks(&fixture.config.drives().unwrap()[0].files.image).is_some(), expected);
         assert_eq!(blocks(&fixture.config.open_disk(&next, &drive).unwrap()).is_some(), expected);
     }
 }
@@ -421,7 +421,7 @@ fn a_direct_drive_that_cannot_be_is_refused_with_the_reason() {
         ..fixture.drive("a", false)
     };
     fixture.accept(Request::PutDrive(direct.clone()));
-    let block = blocks(&fixture.config.drives().unwrap()[0].file).unwrap();
+    let block = blocks(&fixture.config.drives().unwrap()[0].files.image).unwrap();
     File::options().write(true).open(&path).unwrap().set_len(block + 512).unwrap();
     if block > 512 {
         let words = ["`direct`", "odd", &format!("multiple of {block}"), "Leave `direct` out"];
@@ -452,12 +452,12 @@ fn a_file_that_was_handed_over_once_is_direct_for_all_drives_or_none() {
         .map(|(id, direct)| drive(&fixture, id, direct));
     fixture.accept(Request::PutDrive(cached));
     fixture.refuse(Request::PutDrive(direct.clone()), &["`direct`", "drive \"a\"", "fd:disk"]);
-    assert_eq!(blocks(&fixture.config.drives().unwrap()[0].file), None);
+    assert_eq!(blocks(&fixture.config.drives().unwrap()[0].files.image), None);
     fixture.accept(Request::PutDrive(again));
     fixture.accept(Request::PutDrive(direct));
     // It has no choice any more.
     fixture.accept(Request::PutDrive(also));
-    assert!(fixture.config.drives().unwrap().iter().all(|drive| blocks(&drive.file).is_some()));
+    assert!(fixture.config.drives().unwrap().iter().all(|drive| blocks(&drive.files.image).is_some()));
 }
 
 #[test]
@@ -466,7 +466,7 @@ fn a_drive_is_open_for_writing_unless_it_is_read_only() {
     for (is_read_only, writable) in [(None, true), (Some(false), true), (Some(true), false)] {
         let drive = api_socket::Drive { is_read_only, ..fixture.drive("a", false) };
         fixture.accept(Request::PutDrive(drive));
-        let mut file = fixture.config.drives().unwrap().remove(0).file;
+        let mut file = fixture.config.drives().unwrap().remove(0).files.image;
         assert_eq!(file.write(b"x").is_ok(), writable, "{is_read_only:?}");
     }
 }
@@ -477,7 +477,7 @@ fn drives_are_taken_as_often_as_a_start_is_tried() {
     let drive = fixture.drive("a", true);
     fixture.accept(Request::PutDrive(drive));
     for _ in 0..2 {
-        assert_eq!(content(&fixture.config.drives().unwrap()[0].file), "a");
+        assert_eq!(content(&fixture.config.drives().unwrap()[0].files.image), "a");
     }
 }
 
@@ -539,7 +539,7 @@ fn a_drive_that_is_given_again_is_replaced_in_its_place() {
     let again = api_socket::Drive { path_on_host: Some(fixture.file("new")), ..fixture.drive("b", false) };
     fixture.accept(Request::PutDrive(again));
     assert_eq!(fixture.ids(), ["a", "b", "c"]);
-    assert_eq!(content(&fixture.config.drives().unwrap()[1].file), "new");
+    assert_eq!(content(&fixture.config.drives().unwrap()[1].files.image), "new");
     let root = fixture.drive("c", true);
     fixture.accept(Request::PutDrive(root));
     assert_eq!(fixture.ids(), ["c", "a", "b"]);
@@ -567,7 +567,7 @@ fn a_drive_that_cannot_be_opened_is_named_and_the_one_before_stays() {
         let request = at(&fixture, path, Some(read_only));
         fixture.refuse(request, &["`path_on_host`", word]);
     }
-    assert_eq!(content(&fixture.config.drives().unwrap()[0].file), "a");
+    assert_eq!(content(&fixture.config.drives().unwrap()[0].files.image), "a");
 }
 
 #[test]
@@ -1136,4 +1136,70 @@ fn no_more_can_be_asked_for_than_there_is_and_only_whole_blocks() {
             assert!(message.contains(word), "{word} is not in: {message}");
         }
     }
+}
+
+fn qcow2_image(f: &Fixture, name: &str, backing: Option<&str>) -> PathBuf {
+    let path = f.path(name);
+    let blank = devices::backend::qcow2::testing::Blank { cluster_bits: 16, size: 1 << 20, backing };
+    std::fs::write(&path, blank.bytes()).unwrap();
+    path
+}
+
+#[test]
+fn a_qcow2_drive_has_the_images_behind_it_that_are_listed_and_no_others() {
+    let mut f = fixture();
+    let base = f.file("base");
+    let image = qcow2_image(&f, "image", Some("/etc/passwd"));
+    let plain = qcow2_image(&f, "plain", None);
+    let behind = BackingFile { path_on_host: base.clone(), format: DiskFormat::Raw };
+    let drive = |path: &PathBuf, backing: &[&BackingFile]| api_socket::Drive {
+        drive_id: "a".into(),
+        path_on_host: Some(path.clone()),
+        format: Some(DiskFormat::Qcow2),
+        backing: backing.iter().map(|backing| (*backing).clone()).collect(),
+        ..Default::default()
+    };
+    let put = |drive: &api_socket::Drive| Request::PutDrive(drive.clone());
+    f.refuse(put(&drive(&image, &[])), &["`path_on_host` is", "image", "`backing` lists none"]);
+    f.refuse(
+        put(&drive(&plain, &[&behind])),
+        &["`path_on_host` of `backing[0]` is", "base", "no backing file"],
+    );
+    let two = drive(&image, &[&behind, &behind]);
+    f.refuse(put(&two), &["`path_on_host` of `backing[1]` is"]);
+    let missing = BackingFile { path_on_host: "/nowhere".into(), ..behind.clone() };
+    f.refuse(
+        put(&drive(&image, &[&missing])),
+        &["`path_on_host` of `backing[0]` is /nowhere", "cannot be opened"],
+    );
+    let as_qcow2 = BackingFile { format: DiskFormat::Qcow2, ..behind.clone() };
+    f.refuse(put(&drive(&image, &[&as_qcow2])), &["`path_on_host` of `backing[0]` is", "no qcow2 image"]);
+    let many = vec![&as_qcow2; 16];
+    f.refuse(put(&drive(&image, &many)), &["`backing` lists 16 images", "at most 15"]);
+    f.refuse(put(&drive(&base, &[])), &["`path_on_host` is", "no qcow2 image", "`format`"]);
+    let raw = api_socket::Drive { format: None, ..drive(&image, &[&behind]) };
+    f.refuse(put(&raw), &["`backing` is set and `format` is Raw"]);
+    let ring = api_socket::Drive { io_engine: Some(IoEngine::Async), ..drive(&plain, &[]) };
+    f.refuse(put(&ring), &["`io_engine` is Async and `format` is Qcow2"]);
+    let direct = api_socket::Drive { direct: Some(true), ..drive(&plain, &[]) };
+    f.refuse(put(&direct), &["`direct` is true and `format` is Qcow2"]);
+
+    let good = drive(&image, &[&behind]);
+    f.accept(put(&good));
+    let told = f.config.wire().drives.remove(0);
+    assert_eq!((told.format, &told.backing), (good.format, &good.backing));
+    assert_eq!(f.config.drives().unwrap().pop().unwrap().files.backing.len(), 1);
+    // What another image is replaced by, on the same ones.
+    assert!(f.config.open_in_place(&good, &image).is_ok());
+    let fault = f.config.open_in_place(&good, &plain).unwrap_err();
+    assert!(fault.message.contains("no backing file"), "{fault}");
+    let names = f.config.reach().names();
+    assert_eq!(names, [f.dir.path().display().to_string()]);
+}
+
+#[test]
+fn a_drive_without_a_format_is_told_without_one() {
+    let f = fixture();
+    let text = serde_json::to_string(&f.drive("a", false)).unwrap();
+    assert!(!text.contains("format") && !text.contains("backing"), "{text}");
 }

@@ -30,6 +30,7 @@ struct Rig {
 fn config(file: &File) -> Config {
     Config {
         file: file.try_clone().unwrap(),
+        format: Format::Raw,
         read_only: false,
         cache: Cache::Writeback,
         engine: Engine::Sync,
@@ -457,7 +458,7 @@ fn another_file_has_another_content_and_size_and_the_driver_hears_of_it() {
         let mut rig = rig_with(|config| config.engine = engine);
         let new = tempfile::tempfile().unwrap();
         new.write_all_at(&[0x55; 1024], 0).unwrap();
-        rig.slot.device.replace(new).unwrap();
+        rig.slot.device.replace(new, Format::Raw).unwrap();
         assert_eq!(rig.slot.calls.config.load(Ordering::SeqCst), 1);
         let mut capacity = [0; 8];
         rig.slot.device.config(0, &mut capacity);
@@ -559,7 +560,7 @@ fn another_file_takes_over_when_the_requests_on_the_first_are_done() {
         rig.submit(spec::VIRTIO_BLK_T_OUT, sector, &[*write]);
     }
     rig.slot.device.handle(0);
-    rig.slot.device.replace(file(SECTORS * SECTOR_BYTES)).unwrap();
+    rig.slot.device.replace(file(SECTORS * SECTOR_BYTES), Format::Raw).unwrap();
     assert_eq!(rig.driver.reap_all().len(), 50);
     assert_eq!(rig.on_disk(49, 1), [49; 512]);
     let room = rig.driver.room(512);

@@ -109,7 +109,7 @@ fn the_driver_is_told_of_the_blocks_of_a_direct_disk_alone() {
     let mut rig = rig_with(|config| config.file = direct_file(1 << 20));
     assert_eq!(rig.slot.device.identity().features & told, told);
     // Also when it gets a file that is not: it has agreed on that.
-    rig.slot.device.replace(file(SECTOR_BYTES)).unwrap();
+    rig.slot.device.replace(file(SECTOR_BYTES), Format::Raw).unwrap();
     assert_eq!(rig.slot.device.identity().features & told, told);
 
     let blocks = |logical, physical| {
