@@ -14,6 +14,7 @@ pub mod mmds;
 pub mod network;
 pub mod pmem;
 mod reach;
+pub mod vhost_user;
 pub mod vsock;
 
 use std::collections::BTreeSet;
@@ -33,6 +34,8 @@ use api_socket::{
 use devices::backend::direct;
 use devices::backend::rate_limiter::{self, Bucket, Limits};
 use devices::virtio::blk::{self, Engine};
+use devices::virtio::vhost_user::blk::is_read_only;
+use devices::virtio::vhost_user::session::Session;
 
 use self::console::Console;
 use self::image::Files;
@@ -70,8 +73,10 @@ pub struct Config {
     /// What `boot_source` names, until the guest has started.
     boot: Option<Boot>,
     has_started: bool,
-    /// The root device first, if there is one. The files are there until the guest has started.
-    drives: Vec<(api_socket::Drive, Option<Files>)>,
+    /// The guest that has started has memory that other processes can be given.
+    has_shared_memory: bool,
+    /// The root device first, if there is one. What is behind them is there until the guest has started.
+    drives: Vec<(api_socket::Drive, Option<Backing>)>,
     interfaces: Interfaces,
     pmems: Pmems,
     mmds: Mmds,
@@ -96,11 +101,20 @@ pub struct Boot {
     pub initrd: Option<File>,
 }
 
-/// A disk. Its settings have a path, and no `socket`.
+/// A disk.
 #[derive(Debug)]
 pub struct Drive {
     pub settings: api_socket::Drive,
-    pub files: Files,
+    pub backing: Backing,
+}
+
+/// What is behind a disk.
+#[derive(Debug)]
+pub enum Backing {
+    /// An image or a block device, and the images behind it. The settings have a path.
+    Files(Files),
+    /// Another process. The settings have a `socket`.
+    Socket(Session),
 }
 
 #[derive(Default)]
@@ -132,6 +146,7 @@ impl Config {
             boot_source: None,
             boot: None,
             has_started: false,
+            has_shared_memory: false,
             drives: Vec::new(),
             interfaces: Interfaces::default(),
             pmems: Pmems::default(),
@@ -218,9 +233,13 @@ impl Config {
     /// # Errors
     /// Those of `dup`; and after [`Config::started`].
     pub fn drives(&self) -> io::Result<Vec<Drive>> {
-        let open = |(settings, files): &(api_socket::Drive, Option<Files>)| {
-            let files = files.as_ref().ok_or_else(|| io::Error::other("the guest has its drives already"))?;
-            Ok(Drive { settings: settings.clone(), files: files.try_clone()? })
+        let open = |(settings, backing): &(api_socket::Drive, Option<Backing>)| {
+            let backing = match backing {
+                Some(Backing::Files(files)) => Backing::Files(files.try_clone()?),
+                Some(Backing::Socket(session)) => Backing::Socket(session.try_clone()?),
+                None => return Err(io::Error::other("the guest has its drives already")),
+            };
+            Ok(Drive { settings: settings.clone(), backing })
         };
         self.drives.iter().map(open).collect()
     }
@@ -244,13 +263,14 @@ impl Config {
 
     /// Closes the files: the guest has its own, and a disk that is taken away from it must not stay open here.
     pub fn started(&mut self) {
+        self.has_shared_memory = self.shares_memory() || self.machine.pages == Pages::Huge2M;
         self.has_started = true;
         self.boot = None;
         self.serial.output = None;
         self.console = None;
         self.vsock.iter_mut().for_each(Vsock::started);
-        for (_, files) in &mut self.drives {
-            *files = None;
+        for (_, backing) in &mut self.drives {
+            *backing = None;
         }
         self.interfaces.close();
         self.pmems.close();
@@ -282,6 +302,23 @@ impl Config {
     /// Those of `dup`; and after [`Config::started`].
     pub fn vsock(&self) -> io::Result<Option<Socket>> {
         self.vsock.as_ref().map(Vsock::device).transpose()
+    }
+
+    /// Checks that all memory can be given to those who are to have it.
+    ///
+    /// # Errors
+    /// Some of it comes and goes, and a back-end is told of memory once.
+    pub fn check_shared_memory(&self) -> Result<(), Fault> {
+        let shared = self.drives.iter().map(|(drive, _)| drive).find(|drive| drive.socket.is_some());
+        match (shared, &self.memory_hotplug) {
+            (Some(drive), Some(_)) => Err(comes_and_goes(&drive.drive_id)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Another process is to have the guest's memory too.
+    pub fn shares_memory(&self) -> bool {
+        self.drives.iter().any(|(drive, _)| drive.socket.is_some())
     }
 
     /// The settings of the drive with this id.
@@ -394,9 +431,18 @@ impl Config {
                  through one gets past its filters. Give Sync.",
             ));
         }
+        if settings.socket.is_some() && !self.has_shared_memory {
+            return Err(Fault::bad_request(format!(
+                "`socket` is set for {id:?}, and the memory of this guest cannot be given to a back-end, since it was \
+                 started without a drive that has one. Give it such a drive before its start, or `huge_pages` 2M."
+            )));
+        }
+        if settings.socket.is_some() && self.memory_hotplug.is_some() {
+            return Err(comes_and_goes(id));
+        }
         self.check_room(&format!("`drive_id` is {id:?}, which"))?;
-        let files = self.open_files_of(&settings)?;
-        Ok(Drive { settings, files })
+        let backing = self.open_backing_of(&settings, None)?;
+        Ok(Drive { settings, backing })
     }
 
     /// Takes down that a running guest has got a drive.
@@ -620,29 +666,30 @@ impl Config {
     fn put_drive(&mut self, settings: api_socket::Drive) -> Result<(), Fault> {
         let place = self.drives.iter().position(|(drive, _)| drive.drive_id == settings.drive_id);
         self.check_place(place, &settings)?;
-        let files = self.open_files_of(&settings)?;
+        let kept =
+            place.and_then(|place| self.drives.get_mut(place)).and_then(|before| kept(before, &settings));
+        let backing = self.open_backing_of(&settings, kept)?;
         let first = settings.is_root_device.then_some(0);
         // One that was there keeps its place, unless it becomes the root device: the guest's names go by it.
         if let Some(place) = place {
             self.drives.remove(place);
         }
         let place = first.or(place).unwrap_or(self.drives.len());
-        self.drives.insert(place, (settings, Some(files)));
+        self.drives.insert(place, (settings, Some(backing)));
         Ok(())
     }
 
-    /// Checks a drive, and opens what it names.
-    fn open_files_of(&self, drive: &api_socket::Drive) -> Result<Files, Fault> {
+    /// Checks a drive, and opens what it names, unless it is `kept`.
+    fn open_backing_of(&self, drive: &api_socket::Drive, kept: Option<Session>) -> Result<Backing, Fault> {
         check_io_thread(drive.io_thread)?;
-        if drive.socket.is_some() {
-            return Err(Fault::bad_request(
-                "`socket` is set, and this version has no vhost-user-blk; give the disk as `path_on_host`.",
-            ));
-        }
         if let Some(partuuid) = &drive.partuuid {
             check_partuuid(partuuid, drive.is_root_device)?;
         }
         check_queues(drive)?;
+        if let Some(socket) = &drive.socket {
+            vhost_user::check(drive)?;
+            return kept.map_or_else(|| vhost_user::open(socket), Ok).map(Backing::Socket);
+        }
         let path = drive.path_on_host.as_deref().ok_or_else(|| {
             Fault::bad_request(
                 "`path_on_host` is not set; give the path of a disk image or of a block device.",
@@ -656,7 +703,7 @@ impl Config {
                  kernel.io_uring_disabled is 0 and no filter of system calls stands in the way."
             ))
         })?;
-        Ok(files)
+        Ok(Backing::Files(files))
     }
 
     /// Opens for reading what must be an ordinary file.
@@ -700,7 +747,11 @@ impl Config {
         let (device, read_only) = match (self.root(), self.pmems.root()) {
             (Some(drive), _) => {
                 let partition = drive.partuuid.as_ref().map(|partuuid| format!("PARTUUID={partuuid}"));
-                (partition.unwrap_or("/dev/vda".into()), drive.is_read_only.unwrap_or(false))
+                let read_only = match self.drives.first() {
+                    Some((_, Some(Backing::Socket(session)))) => is_read_only(session),
+                    _ => drive.is_read_only.unwrap_or(false),
+                };
+                (partition.unwrap_or("/dev/vda".into()), read_only)
             }
             (None, Some((number, pmem))) => (format!("/dev/pmem{number}"), pmem.read_only),
             (None, None) => return String::new(),
@@ -932,6 +983,24 @@ fn check_io_thread(number: Option<u8>) -> Result<(), Fault> {
             IO_THREAD.end()
         ))),
         _ => Ok(()),
+    }
+}
+
+fn comes_and_goes(drive: &str) -> Fault {
+    Fault::bad_request(format!(
+        "`socket` is set for {drive:?}, and this guest has memory that comes and goes, of which a vhost-user back-end cannot \
+         be told; leave out /hotplug/memory or the `socket`."
+    ))
+}
+
+/// The connection of a drive that is put again. Its back-end would not answer another call: it has one guest at a time.
+fn kept(before: &mut (api_socket::Drive, Option<Backing>), now: &api_socket::Drive) -> Option<Session> {
+    match before {
+        (settings, Some(Backing::Socket(session))) if settings.socket == now.socket => {
+            // One that is gone is called again.
+            session.receive().ok().and_then(|_| session.try_clone().ok())
+        }
+        _ => None,
     }
 }
 

@@ -69,9 +69,10 @@ impl Guest {
         let vm = Arc::new(create_vm(&kvm)?);
         let interrupts = Interrupts::new(vm.clone())?;
         ports::swallow(&vm)?;
+        config.check_shared_memory()?;
         let plug = config.memory_hotplug().ok();
         let more = plug.map_or(ByteSize::NONE, |plug| plug.total);
-        let mut memory = GuestMemory::new(settings.memory, more, settings.pages)?;
+        let mut memory = GuestMemory::new(settings.memory, more, settings.pages, config.shares_memory())?;
         map(&vm, &memory, settings.track_dirty_pages)?;
 
         let vcpu_count = u32::from(settings.vcpus);

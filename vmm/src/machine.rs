@@ -24,6 +24,7 @@ use devices::state::StateError;
 use devices::virtio::balloon::Balloon;
 use devices::virtio::console::Size;
 use devices::virtio::mem::{self, Mem};
+use devices::virtio::vhost_user::session::Lost;
 use devices::vmgenid::{self, VmGenId};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -258,6 +259,11 @@ impl Machine {
         limits: Option<RateLimiter>,
     ) -> io::Result<()> {
         self.virtio.update_drive(id, image, limits)
+    }
+
+    /// Reads the configuration of a drive that another process serves once more while the guest runs.
+    pub fn refresh_drive(&self, id: &str) -> Result<(), Lost> {
+        self.virtio.refresh_drive(id)
     }
 
     /// Gives a network interface other limits while the guest runs.

@@ -2,11 +2,13 @@
 //!
 //! Ordinary RAM is private and anonymous, because only that gets transparent huge pages under every host's default
 //! policy: a memfd's pages are mapped into the guest one by one, which costs a boot of Debian's kernel in 128 MiB some
-//! 15 000 more exits and twice the time. A memfd is for what needs one: 2 MiB pages of hugetlbfs, and sharing.
+//! 15 000 more exits and twice the time. A memfd is for what needs one: 2 MiB pages of hugetlbfs, and memory that another
+//! process is given (vhost-user).
 //!
 //! Bytes are reached through [`Memory`] alone. Does not tell KVM, does not track dirty pages; what comes and goes while the
 //! guest runs has its room here and its slots in `hotplug_memory.rs`.
 
+use std::ffi::CStr;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -122,12 +124,19 @@ pub struct Region {
 }
 
 impl GuestMemory {
-    /// Makes and maps `size` of zeroed RAM. There may be as much as `more` later: see [`GuestMemory::make_room`].
-    pub fn new(size: ByteSize, more: ByteSize, pages: Pages) -> Result<GuestMemory, MemoryError> {
+    /// Makes and maps `size` of zeroed RAM, in a file that other processes can be given if it `is_shared`.
+    /// There may be as much as `more` later: see [`GuestMemory::make_room`].
+    pub fn new(
+        size: ByteSize,
+        more: ByteSize,
+        pages: Pages,
+        is_shared: bool,
+    ) -> Result<GuestMemory, MemoryError> {
         if !size.bytes().is_multiple_of(pages.size()) {
             return Err(MemoryError::NotHuge { size });
         }
-        let file = (pages == Pages::Huge2M).then(|| sealed_memfd(size, more).map(Arc::new)).transpose()?;
+        let is_in_a_file = is_shared || pages == Pages::Huge2M;
+        let file = is_in_a_file.then(|| ram_file(size, more, pages).map(Arc::new)).transpose()?;
         let mut regions = Vec::new();
         let mut mappings = Vec::new();
         let mut offset = 0;
@@ -193,24 +202,33 @@ impl GuestMemory {
     }
 }
 
-/// A memfd of `size` zeros, and as many as `more`, in 2 MiB pages that nobody can resize: a shared mapping that shrinks would kill this process
-/// with SIGBUS.
-fn sealed_memfd(size: ByteSize, more: ByteSize) -> Result<File, MemoryError> {
-    let failed = |what| move |error| MemoryError::Host { size, what, error };
-    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
-    // SAFETY: memfd_create reads a NUL-terminated name, which the literal is, and touches no other memory.
-    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
+fn ram_file(size: ByteSize, more: ByteSize, pages: Pages) -> Result<File, MemoryError> {
+    let huge = if pages == Pages::Huge2M { libc::MFD_HUGETLB | libc::MFD_HUGE_2MB } else { 0 };
+    sealed_memfd(c"guest-ram", size.bytes().saturating_add(more.bytes()), huge)
+        .map_err(|error| MemoryError::Host { size, what: "make a memfd for it", error })
+}
+
+/// Memory beside the guest's that another process is given.
+pub fn shared_file(bytes: u64) -> io::Result<File> {
+    sealed_memfd(c"rings", bytes, 0)
+}
+
+/// A memfd of so many zeros that nobody can resize: a shared mapping that shrinks would kill this process with SIGBUS.
+fn sealed_memfd(name: &CStr, bytes: u64, huge: libc::c_uint) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge;
+    // SAFETY: memfd_create reads a NUL-terminated name, which a `CStr` is, and touches no other memory.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
     let file = match fd {
-        ..0 => return Err(failed("create a memfd for it")(io::Error::last_os_error())),
+        ..0 => return Err(io::Error::last_os_error()),
         // SAFETY: `fd` is not negative, so memfd_create has just made it and nobody else owns it.
         _ => unsafe { File::from_raw_fd(fd) },
     };
-    file.set_len(size.bytes().saturating_add(more.bytes())).map_err(failed("size its memfd"))?;
+    file.set_len(bytes)?;
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: F_ADD_SEALS takes an integer; `file` holds the descriptor open during the call.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
         0 => Ok(file),
-        _ => Err(failed("seal its memfd")(io::Error::last_os_error())),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -222,7 +240,7 @@ fn map(
     pages: Pages,
 ) -> Result<GuestRegionMmap<()>, io::Error> {
     let mapping = match file {
-        Some(file) => shared(file.clone(), offset, len),
+        Some(file) => shared(file.clone(), offset, len, pages),
         None => anonymous(len),
     }
     .map_err(io::Error::other)?;
@@ -236,12 +254,12 @@ fn map(
 }
 
 /// Huge pages are reserved here, because running out of them is a SIGBUS that no OOM killer softens.
-fn shared(file: Arc<File>, offset: u64, len: u64) -> Result<MmapRegion<()>, MmapRegionError> {
+fn shared(file: Arc<File>, offset: u64, len: u64, pages: Pages) -> Result<MmapRegion<()>, MmapRegionError> {
     MmapRegionBuilder::new(len as usize)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_SHARED)
         .with_file_offset(FileOffset::from_arc(file, offset))
-        .with_hugetlbfs(true)
+        .with_hugetlbfs(pages == Pages::Huge2M)
         .build()
 }
 
@@ -269,8 +287,8 @@ fn anonymous(len: u64) -> Result<MmapRegion<()>, MmapRegionError> {
 /// A guest that could not be started leaves no pages behind, and no address that a handle could still use is invalid.
 impl Drop for GuestMemory {
     fn drop(&mut self) {
-        let anonymous = self.pages != Pages::Huge2M;
-        for region in self.memory.memory().iter().filter(|_| anonymous) {
+        // What is in a file goes with the last mapping of it.
+        for region in self.memory.memory().iter().filter(|_| self.file.is_none()) {
             advise(region, libc::MADV_DONTNEED);
         }
     }
@@ -305,7 +323,7 @@ mod tests {
 
     #[test]
     fn regions_are_flat_in_a_file_while_guest_addresses_jump_the_hole() {
-        let memory = GuestMemory::new(mib(3 * 1024 + 2), ByteSize::NONE, Pages::Base).unwrap();
+        let memory = GuestMemory::new(mib(3 * 1024 + 2), ByteSize::NONE, Pages::Base, false).unwrap();
         let [low, high] = memory.regions() else { panic!("{:?}", memory.regions()) };
         assert_eq!((low.guest, low.size, low.offset), (0, 3 << 30, 0));
         assert_eq!((high.guest, high.size, high.offset), (4 << 30, 2 << 20, 3 << 30));
@@ -321,7 +339,7 @@ mod tests {
     #[test]
     fn odd_sizes_too_lie_where_huge_pages_can_back_them() {
         for size in [1, 3, 128, 129, 4097] {
-            let memory = GuestMemory::new(mib(size), ByteSize::NONE, Pages::Base).unwrap();
+            let memory = GuestMemory::new(mib(size), ByteSize::NONE, Pages::Base, false).unwrap();
             for region in memory.regions() {
                 assert_eq!(region.host % (2 << 20), 0, "{size} MiB: {region:x?}");
             }
@@ -330,7 +348,7 @@ mod tests {
 
     #[test]
     fn a_handle_outlives_the_memory_but_nothing_of_what_was_in_it() {
-        let memory = GuestMemory::new(mib(1), ByteSize::NONE, Pages::Base).unwrap();
+        let memory = GuestMemory::new(mib(1), ByteSize::NONE, Pages::Base, false).unwrap();
         let ram = memory.handle();
         ram.memory().write_obj(0x11u8, GuestAddress(5)).unwrap();
         drop(memory);
@@ -338,8 +356,36 @@ mod tests {
     }
 
     #[test]
+    fn what_another_process_is_given_is_the_guest_s_memory_itself_and_goes_back_to_the_host_too() {
+        use devices::virtio::reclaim::Ram;
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let memory = GuestMemory::new(mib(4), ByteSize::NONE, Pages::Base, true).unwrap();
+        let ram = memory.handle();
+        ram.memory().write_slice(&[0x11; 1 << 20], GuestAddress(0)).unwrap();
+        let ram = ram.memory();
+        let region = ram.iter().next().unwrap();
+        let file = vm_memory::GuestMemoryRegion::file_offset(region).unwrap().file();
+        let mut bytes = [0; 2];
+        file.read_exact_at(&mut bytes, (1 << 20) - 1).unwrap();
+        assert_eq!(bytes, [0x11, 0]);
+        let before = file.metadata().unwrap().blocks();
+        let given = Ram {
+            regions: memory.regions().iter().map(|part| part.guest..part.guest + part.size).collect(),
+            page: layout::PAGE,
+        };
+        assert_eq!(given.give_back(&ram, 0..1 << 19), Ok(1 << 19));
+        assert_eq!(
+            file.metadata().unwrap().blocks(),
+            before / 2,
+            "to the host, and not only out of this process"
+        );
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, [0, 0]);
+    }
+
+    #[test]
     fn nobody_resizes_the_memfd() {
-        let memfd = sealed_memfd(mib(2), ByteSize::NONE).unwrap();
+        let memfd = shared_file(2 << 20).unwrap();
         for len in [0, 4 << 20] {
             assert_eq!(memfd.set_len(len).unwrap_err().raw_os_error(), Some(libc::EPERM));
         }
@@ -347,7 +393,7 @@ mod tests {
 
     #[test]
     fn room_for_what_comes_later_is_behind_ram_and_no_memory_yet() {
-        let mut memory = GuestMemory::new(mib(3), mib(1024), Pages::Transparent).unwrap();
+        let mut memory = GuestMemory::new(mib(3), mib(1024), Pages::Transparent, false).unwrap();
         assert_eq!(memory.all_regions().count(), 1);
         let guest = 1 << 38..(1 << 38) + (1 << 30);
         memory.make_room(guest.clone()).unwrap();
@@ -360,10 +406,10 @@ mod tests {
 
     #[test]
     fn huge_pages_that_the_size_or_the_host_does_not_allow_are_refused_by_name() {
-        let odd = GuestMemory::new(mib(3), ByteSize::NONE, Pages::Huge2M).err().unwrap().to_string();
+        let odd = GuestMemory::new(mib(3), ByteSize::NONE, Pages::Huge2M, false).err().unwrap().to_string();
         assert!(odd.contains("mem_size_mib is 3") && odd.contains("multiple of 2"), "{odd}");
         // No host has 64 TiB of huge pages set aside.
-        let none = GuestMemory::new(mib(layout::MAX_RAM >> 20), ByteSize::NONE, Pages::Huge2M)
+        let none = GuestMemory::new(mib(layout::MAX_RAM >> 20), ByteSize::NONE, Pages::Huge2M, false)
             .err()
             .unwrap()
             .to_string();

@@ -8,7 +8,8 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use api_socket::{NetworkInterfaceUpdate, RateLimiter};
 use devices::backend::disk::Format;
@@ -25,17 +26,23 @@ use devices::virtio::pci::{Pci, PciError};
 use devices::virtio::pmem::{self, Pmem};
 use devices::virtio::rng::{Config as RngConfig, Rng};
 use devices::virtio::transport::{NewError, Shared, SharedDevice};
+use devices::virtio::vhost_user;
+use devices::virtio::vhost_user::blk::VhostUserBlk;
+use devices::virtio::vhost_user::frontend::store_us;
+use devices::virtio::vhost_user::session::{Lost, Session};
 use devices::virtio::vsock::Vsock;
 
 use crate::balloon::pages;
 use crate::config::console::Ends;
 use crate::config::network::Interface;
 use crate::config::pmem::PmemFile;
+use crate::config::vhost_user::{calls, connecting};
 use crate::config::vsock::Socket;
-use crate::config::{self, Drive};
+use crate::config::{self, Backing, Drive};
 use crate::file_memory::{FileMemory, FileMemoryError};
 use crate::host::{KvmHost, NoSuchThread};
 use crate::machine::Board;
+use crate::memory::shared_file;
 use crate::metrics::Metrics;
 use crate::x86_64::acpi::{PciWindows, VirtioMmio};
 use crate::x86_64::layout;
@@ -48,6 +55,9 @@ pub const MAX_MMIO: usize = 18;
 const _: () = assert!(MAX_PCI == devices::pci::root::SLOTS - 1);
 const _: () = assert!(MAX_MMIO == (layout::IOAPIC_PINS - layout::VIRTIO_MMIO_GSI) as usize);
 
+/// Between two looks whether a back-end has answered, which takes it less as a rule.
+const ASK_AGAIN: Duration = Duration::from_millis(2);
+
 /// How many virtio devices there is room for. Each drive is one, and so are the entropy device and the console.
 pub fn capacity(pci: bool) -> usize {
     if pci { MAX_PCI } else { MAX_MMIO }
@@ -57,6 +67,8 @@ pub fn capacity(pci: bool) -> usize {
 pub struct Slots {
     places: Vec<Place>,
     drives: Vec<Named<Blk>>,
+    /// Those that another process serves.
+    vhost_user_drives: Vec<Named<VhostUserBlk>>,
     interfaces: Vec<Named<Net>>,
     pmems: Vec<Named<Pmem>>,
     entropy: Option<Arc<Mutex<Rng>>>,
@@ -107,6 +119,7 @@ impl Slots {
         Ok(Self {
             places: Vec::new(),
             drives: Vec::new(),
+            vhost_user_drives: Vec::new(),
             interfaces: Vec::new(),
             pmems: Vec::new(),
             entropy: None,
@@ -140,7 +153,10 @@ impl Slots {
     /// The slot of a device; `None` also when there is no such device.
     pub fn slot_of(&self, device: &Unpluggable) -> Option<usize> {
         match device {
-            Unpluggable::Drive(id) => find(&self.drives, id)?.slot,
+            Unpluggable::Drive(id) => match find(&self.drives, id) {
+                Some(drive) => drive.slot,
+                None => find(&self.vhost_user_drives, id)?.slot,
+            },
             Unpluggable::Interface(id) => find(&self.interfaces, id)?.slot,
             Unpluggable::Pmem(id) => find(&self.pmems, id)?.slot,
         }
@@ -155,7 +171,9 @@ impl Slots {
         self.places.retain(|place| place.slot() != Some(slot));
         let plain = |device| Unplugged { device, memory: None };
         take(&mut self.drives, slot)
-            .map(|drive| plain(Unpluggable::Drive(drive.id)))
+            .map(|drive| drive.id)
+            .or_else(|| take(&mut self.vhost_user_drives, slot).map(|drive| drive.id))
+            .map(|id| plain(Unpluggable::Drive(id)))
             .or_else(|| take(&mut self.interfaces, slot).map(|net| plain(Unpluggable::Interface(net.id))))
             .or_else(|| {
                 let Named { id, device, .. } = take(&mut self.pmems, slot)?;
@@ -165,7 +183,11 @@ impl Slots {
 
     /// A block device for `drive`. Each of these gives the slot on PCI.
     pub fn add_drive(&mut self, drive: Drive, board: &Board) -> Result<Option<usize>, SlotsError> {
-        let Drive { settings, files } = drive;
+        let Drive { settings, backing } = drive;
+        let files = match backing {
+            Backing::Files(files) => files,
+            Backing::Socket(session) => return self.add_vhost_user_drive(settings, session, board),
+        };
         let (file, format) = files.for_device(&settings);
         let host = board.hosts.of(settings.io_thread)?;
         let blk = Arc::new(Mutex::new(Blk::new(
@@ -173,11 +195,7 @@ impl Slots {
                 file,
                 format,
                 read_only: settings.is_read_only.unwrap_or(false),
-                cache: match settings.cache_type {
-                    api_socket::CacheType::Unsafe => Cache::Unsafe,
-                    api_socket::CacheType::Writeback => Cache::Writeback,
-                    api_socket::CacheType::Writethrough => Cache::Writethrough,
-                },
+                cache: cache(&settings),
                 engine: config::engine(&settings),
                 queues: settings.queues.unwrap_or(1).into(),
                 serial: settings.drive_id.clone(),
@@ -187,6 +205,36 @@ impl Slots {
         )?));
         let slot = self.plug(blk.clone(), host, board)?;
         self.drives.push(Named { id: settings.drive_id, slot, device: blk });
+        Ok(slot)
+    }
+
+    /// A block device for a drive that another process serves.
+    fn add_vhost_user_drive(
+        &mut self,
+        settings: api_socket::Drive,
+        session: Session,
+        board: &Board,
+    ) -> Result<Option<usize>, SlotsError> {
+        // From the first question on.
+        let begin = Instant::now().checked_sub(session.took()).unwrap_or_else(Instant::now);
+        let socket = settings.socket.clone().unwrap_or_default();
+        let queues = settings.queues.unwrap_or(1).into();
+        let host = board.hosts.of(settings.io_thread)?;
+        let config = vhost_user::blk::Config {
+            name: format!("drive {:?} at {}", settings.drive_id, socket.display()),
+            session,
+            connect: connecting(&socket),
+            calls: calls()?,
+            rings: shared_file(vhost_user::blk::ring_bytes(queues))?,
+            cache: cache(&settings),
+            queues,
+        };
+        let blk =
+            VhostUserBlk::new(config, None).map_err(|error| SlotsError::Backend { path: socket, error })?;
+        store_us(&blk.counters().init_time_us, begin);
+        let blk = Arc::new(Mutex::new(blk));
+        let slot = self.plug(blk.clone(), host, board)?;
+        self.vhost_user_drives.push(Named { id: settings.drive_id, slot, device: blk });
         Ok(slot)
     }
 
@@ -377,6 +425,19 @@ impl Slots {
         Ok(())
     }
 
+    /// Reads the configuration of a drive that another process serves once more, and tells the guest. Waits for the answer
+    /// for a limited time, with the device going on.
+    pub fn refresh_drive(&self, id: &str) -> Result<(), Lost> {
+        let Some(drive) = find(&self.vhost_user_drives, id) else { return Ok(()) };
+        let begin = Instant::now();
+        lock(&drive.device).ask_config()?;
+        while !lock(&drive.device).config_asked(begin)? {
+            thread::sleep(ASK_AGAIN);
+        }
+        store_us(&lock(&drive.device).counters().config_change_time_us, begin);
+        Ok(())
+    }
+
     /// Gives a network interface other limits.
     pub fn update_interface(&self, update: &NetworkInterfaceUpdate) {
         if let Some(interface) = find(&self.interfaces, &update.iface_id) {
@@ -470,6 +531,9 @@ impl Slots {
         for drive in self.drives.iter().filter(|drive| is_meant(drive.slot)) {
             metrics.at(drive.slot).add_block(&drive.id, lock(&drive.device).counters());
         }
+        for drive in self.vhost_user_drives.iter().filter(|drive| is_meant(drive.slot)) {
+            metrics.at(drive.slot).add_vhost_user_block(&drive.id, lock(&drive.device).counters());
+        }
         for net in self.interfaces.iter().filter(|net| is_meant(net.slot)) {
             metrics.at(net.slot).add_net(&net.id, lock(&net.device).counters());
         }
@@ -554,6 +618,14 @@ fn next_mmio(taken: &[VirtioMmio]) -> Result<VirtioMmio, SlotsError> {
     Ok(next)
 }
 
+fn cache(drive: &api_socket::Drive) -> Cache {
+    match drive.cache_type {
+        api_socket::CacheType::Unsafe => Cache::Unsafe,
+        api_socket::CacheType::Writeback => Cache::Writeback,
+        api_socket::CacheType::Writethrough => Cache::Writethrough,
+    }
+}
+
 fn limits(limiter: Option<&RateLimiter>) -> Limits {
     let bucket = |bucket: Option<api_socket::TokenBucket>| {
         bucket.map(|b| Bucket {
@@ -585,6 +657,8 @@ pub enum SlotsError {
     NoWindow { mib: u64, bits: u8 },
     #[error("pmem: `path_on_host` is {}: {error}", .path.display())]
     File { path: PathBuf, error: FileMemoryError },
+    #[error("drive: `socket` is {}: {error}", .path.display())]
+    Backend { path: PathBuf, error: Lost },
     #[error("{0}")]
     IoThread(#[from] NoSuchThread),
     #[error("{0}")]

@@ -21,6 +21,7 @@ use crate::args::{Args, COMPATIBLE_VERSION, Identity};
 use crate::balloon;
 use crate::config::Config;
 use crate::config::network::{changed, check_limits};
+use crate::config::vhost_user;
 use crate::guest::{Guest, Surroundings};
 use crate::handed::Handed;
 use crate::logger::LOGGER;
@@ -292,6 +293,9 @@ impl Vm {
 
     fn update_drive(&mut self, update: DriveUpdate) -> Result<(), Fault> {
         let drive = self.config.drive(&update.drive_id)?;
+        if drive.socket.is_some() {
+            return self.refresh_drive(&update);
+        }
         // Limits that the update leaves out stay as they are.
         let limits = update.rate_limiter.and_then(|change| changed(drive.rate_limiter, Some(change)));
         let open = |path| Ok(self.config.open_in_place(drive, path)?.for_device(drive));
@@ -301,6 +305,15 @@ impl Vm {
         })?;
         self.config.drive_updated(update);
         Ok(())
+    }
+
+    /// Nothing is changed but what the guest knows of it.
+    fn refresh_drive(&self, update: &DriveUpdate) -> Result<(), Fault> {
+        vhost_user::check_update(update)?;
+        self.guest()?.machine.refresh_drive(&update.drive_id).map_err(|error| {
+            let id = &update.drive_id;
+            Fault::bad_request(format!("The back-end of the drive {id:?} cannot be asked: {error}."))
+        })
     }
 
     fn update_interface(&mut self, update: NetworkInterfaceUpdate) -> Result<(), Fault> {

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::host::Source;
 use crate::memory::Memory;
 use crate::virtio::queue::Queue;
-use crate::virtio::{balloon, blk, console, mem, net, pmem, rng, vsock};
+use crate::virtio::{balloon, blk, console, mem, net, pmem, rng, vhost_user, vsock};
 
 /// A device model behind any transport. The transport holds its lock for every call; none may block.
 pub trait VirtioDevice: Send {
@@ -122,6 +122,7 @@ pub enum DeviceState {
     Network(net::State),
     PersistentMemory(pmem::State),
     Socket(vsock::State),
+    VhostUserBlock(vhost_user::blk::State),
 }
 
 /// Why a device could not start; the driver sees DEVICE_NEEDS_RESET.

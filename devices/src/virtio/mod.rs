@@ -22,4 +22,5 @@ pub mod running;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;
+pub mod vhost_user;
 pub mod vsock;

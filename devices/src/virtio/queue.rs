@@ -51,6 +51,24 @@ impl Queue {
     /// The next chain the driver made available, or `None` when there is none. It stays the driver's until
     /// [`Queue::push`] or [`Queue::undo_pop`].
     pub fn pop(&mut self, memory: &GuestRam) -> Result<Option<Chain>, QueueError> {
+        let Some(head) = self.head(memory)? else { return Ok(None) };
+        let chain = Chain::parse(memory, self.ring.desc_table(), self.ring.size(), head)?;
+        self.step();
+        Ok(Some(chain))
+    }
+
+    /// As [`Queue::pop`] for who does not look at the chain: its head, a number of this queue's table.
+    pub fn pop_head(&mut self, memory: &GuestRam) -> Result<Option<u16>, QueueError> {
+        let Some(head) = self.head(memory)? else { return Ok(None) };
+        let entries = self.ring.size();
+        if head >= entries {
+            return Err(QueueError::Index { index: head, entries: entries.into() });
+        }
+        self.step();
+        Ok(Some(head))
+    }
+
+    fn head(&self, memory: &GuestRam) -> Result<Option<u16>, QueueError> {
         let next = Wrapping(self.ring.next_avail());
         let pending = (self.avail_index(memory)? - next).0;
         let size = self.ring.size();
@@ -61,10 +79,11 @@ impl Queue {
             return Ok(None);
         }
         let slot = u64::from(next.0 % size.max(1));
-        let head = load(memory, self.ring.avail_ring(), AVAIL_RING + 2 * slot)?;
-        let chain = Chain::parse(memory, self.ring.desc_table(), size, head)?;
-        self.ring.set_next_avail((next + Wrapping(1)).0);
-        Ok(Some(chain))
+        load(memory, self.ring.avail_ring(), AVAIL_RING + 2 * slot).map(Some)
+    }
+
+    fn step(&mut self) {
+        self.ring.set_next_avail((Wrapping(self.ring.next_avail()) + Wrapping(1)).0);
     }
 
     /// Takes back the last [`Queue::pop`]: the same chain comes again. For a request whose time has not come yet.
@@ -396,6 +415,8 @@ pub enum QueueError {
     Buffer { address: u64, len: u32 },
     #[error("the device may only read what is at {address:#x}+{bytes:#x}")]
     ReadOnly { address: u64, bytes: u64 },
+    #[error("the chain at {head} is made available again before it was used")]
+    Twice { head: u16 },
     #[error("the request needs {needed} more bytes, its buffers have {left}")]
     Short { needed: usize, left: u32 },
 }

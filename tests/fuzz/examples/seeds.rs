@@ -93,6 +93,7 @@ fn seeds() -> Vec<Seed> {
         seeds.push(("virtio_pci", name, [&[kind], &pci_driver()[..]].concat()));
         seeds.push(("virtio_mmio", name, [&[kind], &mmio_driver()[..]].concat()));
     }
+    seeds.push(("vhost_user", "introduction", introduction()));
     seeds
 }
 
@@ -124,6 +125,20 @@ fn qcow2_patched() -> Vec<u8> {
 fn qcow2_whole() -> Vec<u8> {
     let image = Blank { cluster_bits: 9, size: 1 << 18, backing: None }.bytes();
     [&[0x40][..], &(image.len() as u16).to_le_bytes(), &image, &qcow2_operations()].concat()
+}
+
+/// What a back-end says of itself: features, protocol features, queues, configuration space; and that it confirms.
+fn introduction() -> Vec<u8> {
+    let reply = |request: u32, payload: &[u8]| {
+        let header = [request, 0b101, payload.len() as u32].map(u32::to_ne_bytes).concat();
+        [&header, payload].concat()
+    };
+    let number = |request, value: u64| reply(request, &value.to_ne_bytes());
+    let confirmed = |request| number(request, 0);
+    let mut said = [number(1, 1 << 30 | 1 << 32), number(15, 1 << 9 | 1 << 3 | 1), number(17, 1)].concat();
+    said.extend(reply(24, &[0; 72]));
+    said.extend([2, 5, 8, 10, 9, 13, 12, 18].map(confirmed).concat());
+    said.chunks(100).flat_map(|piece| [&[piece.len() as u8][..], piece].concat()).collect()
 }
 
 fn http() -> Vec<Seed> {
@@ -622,7 +637,8 @@ fn elf(pvh: bool) -> Vec<u8> {
 }
 
 fn saved_states() -> Vec<Seed> {
-    let devices: [(&str, SharedDevice); 8] = [
+    let devices: [(&str, SharedDevice); 9] = [
+        ("vhost-user-blk", Arc::new(Mutex::new(berth_fuzz::vhost_user::device(None)))),
         ("balloon", Arc::new(Mutex::new(balloon(None)))),
         ("blk", Arc::new(Mutex::new(blk(None)))),
         ("console", Arc::new(Mutex::new(console(None)))),

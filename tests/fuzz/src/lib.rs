@@ -14,6 +14,7 @@ pub mod ports;
 pub mod qcow2;
 pub mod queue;
 pub mod saved_state;
+pub mod vhost_user;
 pub mod vsock;
 
 use std::sync::Once;

@@ -69,6 +69,7 @@ pub fn restored(state: DeviceState) -> Option<SharedDevice> {
         DeviceState::Memory(state) => Arc::new(Mutex::new(mem(Some(state)).ok()?)),
         DeviceState::Network(state) => Arc::new(Mutex::new(net(Some(state)))),
         DeviceState::PersistentMemory(state) => Arc::new(Mutex::new(pmem(Some(state)))),
+        DeviceState::VhostUserBlock(state) => Arc::new(Mutex::new(crate::vhost_user::device(Some(state)))),
         socket @ DeviceState::Socket(_) => Arc::new(Mutex::new(vsock(Some(socket)))),
     })
 }

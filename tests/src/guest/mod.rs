@@ -15,6 +15,7 @@ pub mod block_device;
 pub mod console;
 pub mod huge_pages;
 pub mod setup;
+pub mod storage_daemon;
 pub mod streams;
 pub mod tap;
 pub mod vmm;

@@ -13,6 +13,7 @@ use api_socket::{
 };
 use berth_tests::guest::huge_pages::HugePages;
 use berth_tests::guest::setup::{VSOCK, disk_drive};
+use berth_tests::guest::storage_daemon::StorageDaemon;
 use berth_tests::guest::tap::{self, Tap};
 use berth_tests::guest::{asset, blank_disk, debian_drive, program, program_drive};
 use berth_tests::host::{process, provide};
@@ -36,6 +37,7 @@ pub const ALL: &[(&str, Life)] = &[
     ("with a balloon", with_a_balloon),
     ("with memory that comes and goes", with_more_memory),
     ("on images", on_images),
+    ("with disks of another process", with_disks_of_another_process),
     ("busy", busy),
 ];
 
@@ -383,6 +385,40 @@ fn with_more_memory() -> Vec<Call> {
     }
     drop(huge);
     calls
+}
+
+/// A disk whose process comes, goes and hangs; another that is plugged in and out; a driver that comes and goes.
+fn with_disks_of_another_process() -> Vec<Call> {
+    let (mut first, second) = (StorageDaemon::blank(4 * MIB), StorageDaemon::blank(4 * MIB));
+    let setup = Setup { drives: vec![first.drive("first")], ..Setup::default() };
+    let mut guest = Guest::configured(setup);
+    let tracer = Tracer::attach(guest.vmm.pid());
+    guest.apply(Request::Action(ActionType::InstanceStart));
+    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+    guest.console.wait_for("# ", limits::BOOT);
+    guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync");
+    guest.run("for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_blk/$way; done");
+    guest.pause();
+    guest.resume();
+    first.resize(5 * MIB);
+    send(&mut guest.api, "PATCH", "/drives/first", json!({"drive_id": "first"}));
+    guest.apply(Request::PutDrive(second.drive("second")));
+    guest.run("until [ -b /dev/vdb ]; do sleep 0.1; done; dd if=/dev/vdb of=/dev/null bs=1M count=1");
+    guest.apply(Request::DeleteDrive("second".into()));
+    guest.run("while [ -e /dev/vdb ]; do sleep 0.1; done");
+    guest.run("(while dd if=/dev/zero of=/dev/vda bs=64k oflag=direct; do :; done) > /dev/null 2>&1 &");
+    first.kill();
+    std::thread::sleep(Duration::from_secs(1));
+    first.start();
+    guest.run("dd if=/dev/vda of=/dev/null bs=1M count=1 iflag=direct");
+    first.hang(true);
+    guest.pause();
+    guest.resume();
+    first.hang(false);
+    guest.run("dd if=/dev/vda of=/dev/null bs=1M count=1 iflag=direct");
+    guest.say("poweroff -f");
+    guest.ended();
+    tracer.calls()
 }
 
 /// Serial output beyond its limit.

@@ -2,6 +2,9 @@
 //! `PATCH /drives` finds a drive's next file; with PCI, where devices come later, also those of persistent memory, and
 //! where taps and the kernel's back-ends for them come from.
 //!
+//! The socket of a vhost-user back-end, which a device connects to again, needs no place here: Landlock does not restrict
+//! connecting to a Unix socket that has a path.
+//!
 //! A drive's path may be a link to elsewhere, so its file is named too, and not only its directory.
 
 use std::collections::BTreeMap;
@@ -10,8 +13,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::Config;
 use super::network::{TUN, VHOST};
+use super::{Backing, Config};
 use crate::sandbox::landlock::Allowed;
 
 /// Open directories and files; those of drives that were handed over are not among them.
@@ -27,8 +30,10 @@ impl Config {
     /// itself is left out.
     pub fn reach(&self) -> Reach<'_> {
         let mut reach = Reach { directories: BTreeMap::new(), files: Vec::new(), devices: Vec::new() };
-        for (settings, files) in &self.drives {
-            let (Some(path), Some(files)) = (&settings.path_on_host, files) else { continue };
+        for (settings, backing) in &self.drives {
+            let (Some(path), Some(Backing::Files(files))) = (&settings.path_on_host, backing) else {
+                continue;
+            };
             let is_writable = !settings.is_read_only.unwrap_or(false);
             let behind = settings.backing.iter().zip(&files.backing);
             // Those behind a drive's next image are opened again too.

@@ -69,6 +69,18 @@ impl Fixture {
         }
     }
 
+    /// The file of the drive in this place.
+    fn opened(&self, place: usize) -> File {
+        self.files(place).image
+    }
+
+    fn files(&self, place: usize) -> Files {
+        match self.config.drives().unwrap().remove(place).backing {
+            Backing::Files(files) => files,
+            other => panic!("{other:?}"),
+        }
+    }
+
     fn ids(&self) -> Vec<String> {
         self.config.drives().unwrap().into_iter().map(|drive| drive.settings.drive_id).collect()
     }
@@ -364,7 +376,7 @@ fn every_field_of_a_drive_arrives_and_is_told_back() {
     assert_eq!(fixture.config.wire().drives, std::slice::from_ref(&drive));
     let drives = fixture.config.drives().unwrap();
     assert_eq!(drives[0].settings, drive);
-    assert_eq!(std::os::unix::fs::MetadataExt::ino(&drives[0].files.image.metadata().unwrap()), inode);
+    assert_eq!(std::os::unix::fs::MetadataExt::ino(&fixture.opened(0).metadata().unwrap()), inode);
 }
 
 #[test]
@@ -406,7 +418,7 @@ fn a_drive_is_direct_when_it_is_asked_for_and_its_next_file_too() {
     for (direct, expected) in [(None, false), (Some(false), false), (Some(true), true)] {
         let drive = api_socket::Drive { direct, ..fixture.drive("a", false) };
         fixture.accept(Request::PutDrive(drive.clone()));
-        assert_eq!(blocks(&fixture.config.drives().unwrap()[0].files.image).is_some(), expected);
+        assert_eq!(blocks(&fixture.opened(0)).is_some(), expected);
         assert_eq!(blocks(&fixture.config.open_disk(&next, &drive).unwrap()).is_some(), expected);
     }
 }
@@ -421,7 +433,7 @@ fn a_direct_drive_that_cannot_be_is_refused_with_the_reason() {
         ..fixture.drive("a", false)
     };
     fixture.accept(Request::PutDrive(direct.clone()));
-    let block = blocks(&fixture.config.drives().unwrap()[0].files.image).unwrap();
+    let block = blocks(&fixture.opened(0)).unwrap();
     File::options().write(true).open(&path).unwrap().set_len(block + 512).unwrap();
     if block > 512 {
         let words = ["`direct`", "odd", &format!("multiple of {block}"), "Leave `direct` out"];
@@ -452,12 +464,12 @@ fn a_file_that_was_handed_over_once_is_direct_for_all_drives_or_none() {
         .map(|(id, direct)| drive(&fixture, id, direct));
     fixture.accept(Request::PutDrive(cached));
     fixture.refuse(Request::PutDrive(direct.clone()), &["`direct`", "drive \"a\"", "fd:disk"]);
-    assert_eq!(blocks(&fixture.config.drives().unwrap()[0].files.image), None);
+    assert_eq!(blocks(&fixture.opened(0)), None);
     fixture.accept(Request::PutDrive(again));
     fixture.accept(Request::PutDrive(direct));
     // It has no choice any more.
     fixture.accept(Request::PutDrive(also));
-    assert!(fixture.config.drives().unwrap().iter().all(|drive| blocks(&drive.files.image).is_some()));
+    assert!((0..fixture.ids().len()).all(|place| blocks(&fixture.opened(place)).is_some()));
 }
 
 #[test]
@@ -466,7 +478,7 @@ fn a_drive_is_open_for_writing_unless_it_is_read_only() {
     for (is_read_only, writable) in [(None, true), (Some(false), true), (Some(true), false)] {
         let drive = api_socket::Drive { is_read_only, ..fixture.drive("a", false) };
         fixture.accept(Request::PutDrive(drive));
-        let mut file = fixture.config.drives().unwrap().remove(0).files.image;
+        let mut file = fixture.opened(0);
         assert_eq!(file.write(b"x").is_ok(), writable, "{is_read_only:?}");
     }
 }
@@ -477,7 +489,7 @@ fn drives_are_taken_as_often_as_a_start_is_tried() {
     let drive = fixture.drive("a", true);
     fixture.accept(Request::PutDrive(drive));
     for _ in 0..2 {
-        assert_eq!(content(&fixture.config.drives().unwrap()[0].files.image), "a");
+        assert_eq!(content(&fixture.opened(0)), "a");
     }
 }
 
@@ -539,7 +551,7 @@ fn a_drive_that_is_given_again_is_replaced_in_its_place() {
     let again = api_socket::Drive { path_on_host: Some(fixture.file("new")), ..fixture.drive("b", false) };
     fixture.accept(Request::PutDrive(again));
     assert_eq!(fixture.ids(), ["a", "b", "c"]);
-    assert_eq!(content(&fixture.config.drives().unwrap()[1].files.image), "new");
+    assert_eq!(content(&fixture.opened(1)), "new");
     let root = fixture.drive("c", true);
     fixture.accept(Request::PutDrive(root));
     assert_eq!(fixture.ids(), ["c", "a", "b"]);
@@ -567,14 +579,48 @@ fn a_drive_that_cannot_be_opened_is_named_and_the_one_before_stays() {
         let request = at(&fixture, path, Some(read_only));
         fixture.refuse(request, &["`path_on_host`", word]);
     }
-    assert_eq!(content(&fixture.config.drives().unwrap()[0].files.image), "a");
+    assert_eq!(content(&fixture.opened(0)), "a");
 }
 
 #[test]
-fn what_this_version_does_not_have_is_refused_and_not_ignored() {
+fn a_drive_of_another_process_has_no_path_and_only_a_guest_whose_memory_is_shared_gets_one_while_it_runs() {
     let mut fixture = fixture();
-    let socket = api_socket::Drive { socket: Some("/s".into()), ..fixture.drive("a", false) };
-    fixture.refuse(Request::PutDrive(socket), &["`socket`", "vhost-user", "`path_on_host`"]);
+    let both = api_socket::Drive { socket: Some("/s".into()), ..fixture.drive("a", false) };
+    fixture.refuse(Request::PutDrive(both), &["`socket`", "`path_on_host`"]);
+    let gone = api_socket::Drive {
+        socket: Some(fixture.path("gone")),
+        path_on_host: None,
+        ..fixture.drive("a", false)
+    };
+    fixture.refuse(Request::PutDrive(gone.clone()), &["`socket`", "No such file"]);
+    fixture.config.started();
+    let text = fixture.config.drive_to_plug(gone.clone()).unwrap_err().message;
+    assert!(
+        text.contains("`socket`") && text.contains("memory of this guest") && text.contains("2M"),
+        "{text}"
+    );
+
+    let huge = MachineConfig { mem_size_mib: 128, huge_pages: HugePages::Hugetlbfs2M, ..Default::default() };
+    let mut fixture = self::fixture();
+    fixture.accept(Request::PutMachineConfig(huge));
+    fixture.config.started();
+    let text = fixture.config.drive_to_plug(gone).unwrap_err().message;
+    assert!(text.contains("No such file"), "its memory can be given away: {text}");
+}
+
+#[test]
+fn a_drive_of_another_process_and_memory_that_comes_and_goes_do_not_go_together() {
+    let mut fixture = fixture();
+    fixture.accept(Request::PutMemoryHotplug(plug(1024, 128, 2)));
+    assert!(fixture.config.check_shared_memory().is_ok());
+    let drive =
+        api_socket::Drive { socket: Some("/s".into()), path_on_host: None, ..fixture.drive("a", false) };
+    fixture.config.drive_plugged(drive);
+    let text = fixture.config.check_shared_memory().unwrap_err().message;
+    assert!(
+        text.contains("`socket`") && text.contains("\"a\"") && text.contains("/hotplug/memory"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -1188,7 +1234,7 @@ fn a_qcow2_drive_has_the_images_behind_it_that_are_listed_and_no_others() {
     f.accept(put(&good));
     let told = f.config.wire().drives.remove(0);
     assert_eq!((told.format, &told.backing), (good.format, &good.backing));
-    assert_eq!(f.config.drives().unwrap().pop().unwrap().files.backing.len(), 1);
+    assert_eq!(f.files(0).backing.len(), 1);
     // What another image is replaced by, on the same ones.
     assert!(f.config.open_in_place(&good, &image).is_ok());
     let fault = f.config.open_in_place(&good, &plain).unwrap_err();

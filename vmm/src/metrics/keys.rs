@@ -7,7 +7,7 @@ pub const AGGREGATED: [&str; 3] = ["min_us", "max_us", "sum_us"];
 
 /// The keys of a group, none for one that Firecracker does not have.
 pub fn of(group: &str) -> &'static [&'static str] {
-    KEYS.iter().find(|(name, _)| *name == group).map_or(&[], |(_, keys)| keys)
+    KEYS.iter().chain([&OF_ONE]).find(|(name, _)| *name == group).map_or(&[], |(_, keys)| keys)
 }
 
 /// Whether Firecracker writes this key, which may be `a.b` for `b` in `a`.
@@ -21,9 +21,24 @@ pub fn is_measured(group: &str, key: &str) -> bool {
     match group {
         "api_server" | "latencies_us" | "seccomp" | "vmm" => true,
         "signals" => key != "sigpipe",
+        _ if group.starts_with(VHOST_USER_BLOCK) => key.ends_with("_time_us"),
         _ => key.ends_with(".min_us") || key.ends_with(".max_us"),
     }
 }
+
+/// Whether the value goes into the group of all too, where it is of a device `with_id`. The least and the most of several
+/// devices do not add up; Firecracker writes 0 there, so do we.
+pub fn is_summed(group: &str, key: &str, with_id: bool) -> bool {
+    group != VHOST_USER_BLOCK && !(with_id && is_measured(group, key))
+}
+
+/// The group of a drive that another process serves, with its id behind it.
+pub const VHOST_USER_BLOCK: &str = "vhost_user_block";
+/// There is none of all such drives.
+const OF_ONE: (&str, &[&str]) = (
+    VHOST_USER_BLOCK,
+    &["activate_fails", "cfg_fails", "init_time_us", "activate_time_us", "config_change_time_us"],
+);
 
 /// See the module.
 #[rustfmt::skip]
