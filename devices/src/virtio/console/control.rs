@@ -74,11 +74,11 @@ impl Message<'_> {
         let mut bytes = [&self.id.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
         match self.event {
             Event::PortName(name) => bytes.extend(name.as_bytes()),
-            // The specification names the columns first. Linux has always read the rows first, took a change of that back
-            // since devices rely on it, and is who listens.
+            // In the order of 5.3.6.2. Linux long read the rows first, and nothing tells a device which kernel it has; the
+            // one that the tests boot (Debian's 6.12.117) follows the specification.
             Event::Resize(Size { columns, rows }) => {
-                bytes.extend(rows.to_le_bytes());
                 bytes.extend(columns.to_le_bytes());
+                bytes.extend(rows.to_le_bytes());
             }
             _ => {}
         }

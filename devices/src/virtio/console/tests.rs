@@ -488,14 +488,14 @@ fn a_driver_that_is_ready_hears_what_ports_there_are_and_what_each_is() {
     ports.say(u32::MAX, 0, 1);
     assert_eq!(ports.heard(), [0, 1, 2].map(|id| message(id, 1, 0, &[])));
     ports.say(1, 3, 1);
-    let size = [24, 0, 80, 0];
+    let size = [80, 0, 24, 0];
     let of_second =
         [message(1, 4, 1, &[]), message(1, 7, 1, b"second"), message(1, 5, 0, &size), message(1, 6, 1, &[])];
     assert_eq!(ports.heard(), of_second);
     ports.say(2, 3, 1);
     assert_eq!(ports.heard(), [message(2, 7, 1, b"org.test.stream"), message(2, 6, 1, &[])]);
     ports.say(0, 3, 1);
-    let of_first = [message(0, 4, 1, &[]), message(0, 5, 0, &[43, 0, 132, 0]), message(0, 6, 1, &[])];
+    let of_first = [message(0, 4, 1, &[]), message(0, 5, 0, &[132, 0, 43, 0]), message(0, 6, 1, &[])];
     assert_eq!(ports.heard(), of_first);
 }
 
@@ -593,21 +593,21 @@ fn a_terminal_is_resized_by_its_number_and_its_driver_told_once_also_after_a_pau
     ports.slot.device.resize(17, size(1, 1));
     assert!(ports.heard().is_empty(), "nothing has changed");
     ports.slot.device.resize(SECOND, size(101, 31));
-    assert_eq!(ports.heard(), [message(1, 5, 0, &[31, 0, 101, 0])]);
+    assert_eq!(ports.heard(), [message(1, 5, 0, &[101, 0, 31, 0])]);
     assert_eq!(
         ports.slot.calls.config.load(Ordering::SeqCst),
         0,
         "the configuration space is the first port's"
     );
     ports.slot.device.resize(0, size(5, 6));
-    assert_eq!(ports.heard(), [message(0, 5, 0, &[6, 0, 5, 0])]);
+    assert_eq!(ports.heard(), [message(0, 5, 0, &[5, 0, 6, 0])]);
     assert_eq!(ports.slot.calls.config.load(Ordering::SeqCst), 1);
 
     let queues = ports.slot.stop();
     ports.slot.device.resize(SECOND, size(7, 8));
     ports.slot.device.resize(SECOND, size(9, 10));
     ports.slot.start(queues, MULTIPORT);
-    assert_eq!(ports.heard(), [message(1, 5, 0, &[10, 0, 9, 0])]);
+    assert_eq!(ports.heard(), [message(1, 5, 0, &[9, 0, 10, 0])]);
 }
 
 #[test]
@@ -686,7 +686,7 @@ fn what_the_driver_knows_and_has_open_is_saved_and_forgotten_at_reset() {
     let DeviceState::Console(state) = ports.slot.device.save() else { unreachable!() };
     let mut restored = ports_with(MULTIPORT, Some(state.clone()));
     restored.listen(20, 100);
-    assert_eq!(restored.heard(), [message(1, 5, 0, &[12, 0, 11, 0])]);
+    assert_eq!(restored.heard(), [message(1, 5, 0, &[11, 0, 12, 0])]);
     let room = restored.room_for_input(STREAM);
     restored.keyboards[STREAM].write_all(b"still open").unwrap();
     assert_eq!(restored.input(STREAM, room), b"still open");
