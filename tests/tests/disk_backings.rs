@@ -62,8 +62,8 @@ fn every_way_to_a_disk_verifies_under_random_writes_of_all_sizes() {
         .map(|number| format!("--name={0} --filename=/dev/{0} --cpus_allowed={1}", name(number), number % 4))
         .collect();
     let fio = format!(
-        "chroot /debian fio --direct=1 --rw=randrw --bsrange=512-128k --fsync=50 --ioengine=libaio --iodepth=8 --size=4m \
-         --io_size=512k --verify=crc32c --verify_fatal=1 --randrepeat=0 --thread --minimal {}",
+        "chroot /debian fio --direct=1 --rw=randrw --rwmixwrite=75 --bsrange=512-128k --fsync=50 --ioengine=libaio --iodepth=8 --size=4m \
+         --io_size=1m --verify=crc32c --verify_fatal=1 --randrepeat=0 --thread --minimal {}",
         jobs.join(" ")
     );
     guest.run_within(&fio, 2 * limits::COMMAND);
