@@ -15,6 +15,7 @@ use api_socket::{
     NetworkInterface, NetworkInterfaceUpdate, Pmem, RateLimiter, Request,
 };
 use berth_tests::cell::{Cells, GID, UID, Vmm};
+use berth_tests::guest::setup::disk_drive;
 use berth_tests::guest::tap::{self, Tap, host};
 use berth_tests::guest::{Guest, Name, Setup, blank_disk, limits, md5, times};
 use berth_tests::host::process;
@@ -205,7 +206,9 @@ fn an_interface_comes_and_goes_while_the_guest_runs_and_memory_too_and_the_kerne
     let tap = Tap::new(33, &["user", "root"]);
     let directory = tempfile::tempdir().unwrap();
     let arguments = ["--metrics-path", "metrics"].map(String::from).into();
-    let mut guest = Guest::booted(Setup { arguments, ..Setup::default() });
+    // Beside a drive's file the guest may be given others.
+    let drives = vec![disk_drive("first", blank_disk(directory.path().join("first"), 1 << 20))];
+    let mut guest = Guest::booted(Setup { arguments, drives, ..Setup::default() });
     guest.run(NETWORK_DRIVER);
     let pmem =
         || Pmem { path_on_host: directory.path().join("memory"), id: "memory".into(), ..Pmem::default() };
@@ -306,6 +309,8 @@ fn a_cell_has_the_kernels_back_end_only_where_that_is_asked_for_or_handed_over()
         let cells = Cells::rootless();
         chown(VHOST, None, Some(GID)).unwrap();
         fs::set_permissions(VHOST, Permissions::from_mode(0o660)).unwrap();
+        // As udev leaves it.
+        fs::set_permissions("/dev/net/tun", Permissions::from_mode(0o666)).unwrap();
         let _vmm = cells.start(&["--vhost-net"]);
         cells.client().apply(&put(&interface)).unwrap();
         assert!(cells.root().join("dev/vhost-net").exists());

@@ -20,6 +20,7 @@ pub mod logger;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod program;
 pub mod sandbox;
 pub mod signals;
 pub mod sink;

@@ -26,6 +26,7 @@ use crate::guest::{Guest, Surroundings};
 use crate::handed::Handed;
 use crate::logger::LOGGER;
 use crate::metrics::Metrics;
+use crate::program;
 use crate::sandbox::{Role, Sandbox};
 use crate::slots::Unpluggable;
 use crate::vcpu::{Ending, EndingSender};
@@ -214,6 +215,7 @@ impl Vm {
         self.metrics.add_vcpus(guest.exits.clone());
         guest.machine.count(&mut self.metrics);
         self.config.started();
+        program::forget_the_start();
         self.sandbox.enter(Role::Control);
         guest.resume();
         self.guest = Some(guest);
