@@ -103,8 +103,9 @@ fn further_ports(name: Name) {
         ConsolePort { input_path: Some(stream_in), ..port("org.test.stream", stream_out) },
         port("org.test.unread", unread_out),
     ];
-    // Nobody reads the first either.
-    let _first = pipe(&first);
+    // Nobody reads the first either, and its pipe is full.
+    let mut full = pipe(&first);
+    full.write_all(&[0; 64 << 10]).unwrap();
     guest.apply(Request::PutConsole(Console {
         output_path: first,
         columns: 132,
@@ -160,8 +161,9 @@ fn further_ports(name: Name) {
     assert_eq!(&said, b"said", "{}", String::from_utf8_lossy(&said));
     assert_eq!(guest.run("cat /run/typed"), "typed");
 
-    // Nobody reads these: the terminal's output is lost, and who writes to the stream waits.
-    guest.run("yes | head -c 300000 > /dev/hvc0");
+    // Nobody reads these: the terminal's output is lost, and who writes to the stream waits. Linux hands a terminal's over in
+    // pieces of 16 bytes and waits for each, which on one processor takes milliseconds.
+    guest.run("head -c 80000 /dev/zero > /dev/hvc0");
     guest.run("(yes | head -c 500000 > /run/org.test.unread; touch /run/written) 2> /dev/null &");
 
     // What is written before a program has the port open is not lost.
