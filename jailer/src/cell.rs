@@ -27,8 +27,8 @@ const PLACE: u32 = 0o600;
 /// What a VMM opens by path, from Documentation/admin-guide/devices.txt of Linux.
 const KVM: Node = Node { name: "kvm", major: 10, minor: 232 };
 const URANDOM: Node = Node { name: "urandom", major: 1, minor: 9 };
-const TUN: Node = Node { name: "tun", major: 10, minor: 200 };
-const VHOST_NET: Node = Node { name: "vhost-net", major: 10, minor: 238 };
+pub(crate) const TUN: Node = Node { name: "tun", major: 10, minor: 200 };
+pub(crate) const VHOST_NET: Node = Node { name: "vhost-net", major: 10, minor: 238 };
 const VHOST_NET_PATH: &str = "/dev/vhost-net";
 /// Its minor number is the running kernel's choice.
 const USERFAULTFD: &str = "userfaultfd";

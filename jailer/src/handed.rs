@@ -1,12 +1,16 @@
 //! Files that the VMM gets as open descriptors, so that they need not be in the cell and the VMM needs no right to open
-//! them. The kinds of file are those that lead to no other: a directory would lead out of the cell.
+//! them. The kinds of file are those that lead to no other: a directory would lead out of the cell. Of other devices there
+//! are a tap and the kernel's back-end for one, which the VMM may be given in place of the nodes in the cell.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::fs::makedev;
+
 use crate::args::{self, Source};
+use crate::cell::{TUN, VHOST_NET};
 use crate::error::{During, Error, Result};
 
 /// An open file and the name that it has for the VMM.
@@ -27,7 +31,7 @@ impl Handed {
 /// caller.
 ///
 /// # Errors
-/// What is named cannot be opened, or is not a file or a block device.
+/// What is named cannot be opened, or is not a file, a block device or a device of networks.
 pub fn open(wanted: &[args::Handed]) -> Result<Vec<Handed>> {
     // First those that are open, before another file gets their numbers.
     let (descriptors, paths): (Vec<_>, Vec<_>) = wanted.iter().partition(|wanted| wanted.number().is_some());
@@ -43,13 +47,19 @@ fn open_one(wanted: &args::Handed) -> Result<Handed> {
         }
     };
     let file = file.during(|| format!("{shown} cannot be opened"))?;
-    let kind = file.metadata().during(|| shown.clone())?.file_type();
-    match kind.is_file() || kind.is_block_device() {
+    let metadata = file.metadata().during(|| shown.clone())?;
+    let kind = metadata.file_type();
+    match kind.is_file() || kind.is_block_device() || is_of_networks(&metadata) {
         true => Ok(Handed { name, file }),
         false => Err(Error::Refused(format!(
-            "{shown} is neither a file nor a block device; only these are handed over"
+            "{shown} is neither a file nor a block device, a tap or /dev/vhost-net; only these are handed over"
         ))),
     }
+}
+
+fn is_of_networks(metadata: &Metadata) -> bool {
+    let devices = [TUN, VHOST_NET].map(|node| makedev(node.major, node.minor));
+    metadata.file_type().is_char_device() && devices.contains(&metadata.rdev())
 }
 
 fn open_path(path: &Path, is_read_only: bool) -> std::io::Result<File> {
@@ -100,6 +110,17 @@ mod tests {
         assert_eq!(open(&[wanted]).unwrap()[0].file.metadata().unwrap().len(), 7);
         let wanted = args::Handed { name: "disk".into(), source: Source::Descriptor(libc::c_int::MAX) };
         assert!(open(&[wanted]).unwrap_err().to_string().contains("--fd disk=2147483647 cannot be opened"));
+    }
+
+    #[test]
+    fn devices_of_networks_are_known_by_their_numbers() {
+        let is_of_networks = |path| std::fs::metadata(path).ok().map(|metadata| is_of_networks(&metadata));
+        assert_eq!(is_of_networks("/dev/null"), Some(false));
+        assert_eq!(is_of_networks("/"), Some(false));
+        // Not every machine has them.
+        for device in ["/dev/net/tun", "/dev/vhost-net"] {
+            assert_ne!(is_of_networks(device), Some(false), "{device}");
+        }
     }
 
     #[test]
