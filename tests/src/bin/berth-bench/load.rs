@@ -78,7 +78,7 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Boots a guest of one vCPU with these devices, and mounts the Debian that is its disk `debian`.
+    /// Boots a guest of one vCPU with these devices, and mounts the Debian that is its disk `debian`, with room in /tmp.
     pub fn boot(subject: &Subject, directory: TempDir, mut devices: Devices) -> Result<Loaded> {
         let debian = peer::debian()?;
         devices.add_disk("debian", &debian, true, &Value::Null);
@@ -120,7 +120,8 @@ impl Loaded {
         let disk = loaded.disk("debian")?;
         loaded.run(&format!(
             "mkdir -p /debian && mount -t ext4 -o ro /dev/{disk} /debian && \
-             for tree in dev proc sys; do mount -o bind /$tree /debian/$tree; done"
+             for tree in dev proc sys; do mount -o bind /$tree /debian/$tree; done && \
+             mount -t tmpfs tmp /debian/tmp"
         ))?;
         Ok(loaded)
     }

@@ -92,7 +92,7 @@ struct Tap;
 
 impl Tap {
     fn new() -> Result<Tap> {
-        host("ip", &["tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr"])?;
+        host("ip", &["tuntap", "add", "dev", TAP, "mode", "tap"])?;
         let tap = Tap;
         host("ip", &["address", "add", &format!("{HOST}/24"), "dev", TAP])?;
         host("ip", &["link", "set", TAP, "up"])?;
