@@ -76,7 +76,7 @@ fn measure(subject: &Subject, trace: &Trace, costs: &mut Costs) -> Result<()> {
         costs.add(subject, name, Unit::Mib, cost);
     }
     let cost = guest.cost(trace, ROUND_TRIPS, |guest, count| {
-        guest.run(&format!("chroot /debian ping -q -f -c {count} {HOST} > /dev/null")).map(drop)
+        guest.run(&format!("chroot /debian /usr/bin/ping -q -f -c {count} {HOST} > /dev/null")).map(drop)
     })?;
     costs.add(subject, "a ping of the host", Unit::RoundTrip, cost);
     let cost = guest.cost(trace, ROUND_TRIPS, |_, count| {
