@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use api_socket::{Drive, DriveUpdate, IoEngine, NetworkInterface, Pmem, Request};
 use berth_tests::guest::setup::disk_drive;
 use berth_tests::guest::tap::{Tap, host};
-use berth_tests::guest::{Guest, Name, Setup, blank_disk, times};
+use berth_tests::guest::{Guest, Name, Setup, blank_disk, refused, times};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -51,14 +51,6 @@ fn ids(guest: &mut Guest) -> Vec<String> {
 fn open_files(guest: &Guest) -> Vec<PathBuf> {
     let directory = fs::read_dir(format!("/proc/{}/fd", guest.vmm.pid())).unwrap();
     directory.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok()).collect()
-}
-
-#[track_caller]
-fn refused(guest: &mut Guest, request: &Request, words: &[&str]) {
-    let message = guest.api.apply(request).expect_err("accepted").to_string();
-    for word in words {
-        assert!(message.contains(word), "{word:?} is not in: {message}");
-    }
 }
 
 #[test]

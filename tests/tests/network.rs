@@ -4,15 +4,15 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::net::{Shutdown, UdpSocket};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use api_socket::{NetworkInterface, NetworkInterfaceUpdate, RateLimiter, Request, TokenBucket};
 use berth_tests::footprint::Footprint;
-use berth_tests::guest::tap::{self, Tap, host};
-use berth_tests::guest::{Guest, Name, Setup, debian_drive, limits, md5, times};
+use berth_tests::guest::tap::{self, Tap, host, serve};
+use berth_tests::guest::{Guest, Name, Setup, debian_drive, md5, times};
 
 /// Of a tap.
 const LARGEST_MTU: u16 = 65521;
@@ -53,21 +53,6 @@ fn reach(name: Name) {
         assert_eq!(guest.metric("net", key), 0, "{key}");
     }
     guest.power_off();
-}
-
-/// The other end of the guest's next connection to a port of the host, which `talk` is called with.
-fn serve<T: Send + 'static>(
-    tap: &Tap,
-    port: u16,
-    talk: impl FnOnce(TcpStream) -> T + Send + 'static,
-) -> thread::JoinHandle<T> {
-    let listener = TcpListener::bind((tap.host(), port)).unwrap();
-    thread::spawn(move || {
-        let (stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(limits::COMMAND)).unwrap();
-        stream.set_write_timeout(Some(limits::COMMAND)).unwrap();
-        talk(stream)
-    })
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::Shutdown;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::process::Stdio;
 use std::thread;
@@ -16,8 +16,8 @@ use api_socket::{
 };
 use berth_tests::cell::{Cells, GID, UID, Vmm};
 use berth_tests::guest::setup::disk_drive;
-use berth_tests::guest::tap::{self, Tap, host};
-use berth_tests::guest::{Guest, Name, Setup, blank_disk, limits, md5, times};
+use berth_tests::guest::tap::{self, Tap, host, serve};
+use berth_tests::guest::{Guest, Name, Setup, blank_disk, md5, refused, times};
 use berth_tests::host::process;
 
 /// The test's init loads drivers for what is there when it starts, and no others.
@@ -45,21 +45,6 @@ fn guest_on(tap: &Tap, pairs: Option<u8>, setup: Setup) -> Guest {
     let mut guest = Guest::booted(Setup { interfaces, arguments, ..setup });
     tap.set_up(&mut guest, "eth0", None);
     guest
-}
-
-/// The other end of the guest's next connection to a port of the host, which `talk` is called with.
-fn serve<T: Send + 'static>(
-    tap: &Tap,
-    port: u16,
-    talk: impl FnOnce(TcpStream) -> T + Send + 'static,
-) -> thread::JoinHandle<T> {
-    let listener = TcpListener::bind((tap.host(), port)).unwrap();
-    thread::spawn(move || {
-        let (stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(limits::COMMAND)).unwrap();
-        stream.set_write_timeout(Some(limits::COMMAND)).unwrap();
-        talk(stream)
-    })
 }
 
 /// Sends `bytes` to the host and gets them back, all as they were.
@@ -250,14 +235,6 @@ fn a_driver_that_breaks_the_rules_is_told_by_the_kernels_word_and_the_next_one_w
     tap.set_up(&mut guest, "eth0", None);
     there_and_back(&mut guest, &tap, 4300, 1 << 20);
     guest.power_off();
-}
-
-#[track_caller]
-fn refused(guest: &mut Guest, request: &Request, words: &[&str]) {
-    let message = guest.api.apply(request).expect_err("accepted").to_string();
-    for word in words {
-        assert!(message.contains(word), "{word:?} is not in: {message}");
-    }
 }
 
 #[test]

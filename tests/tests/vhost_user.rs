@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use api_socket::{ActionType, Balloon, CacheType, Drive, DriveUpdate, HugePages, MachineConfig, Request};
 use berth_tests::guest::setup::disk_drive;
 use berth_tests::guest::storage_daemon::StorageDaemon;
-use berth_tests::guest::{Ended, Guest, Name, Setup, asset, blank_disk, debian_drive, limits, times};
+use berth_tests::guest::{
+    Ended, Guest, Name, Setup, asset, blank_disk, debian_drive, limits, refused, times,
+};
 use berth_tests::host::disk::WritableDisk;
 use berth_tests::host::provide;
 
@@ -47,14 +49,6 @@ fn fio(megabytes: u32) -> String {
 
 fn log(guest: &Guest) -> String {
     fs::read_to_string(guest.path("vmm.log")).unwrap()
-}
-
-#[track_caller]
-fn refused(guest: &mut Guest, request: &Request, words: &[&str]) {
-    let message = guest.api.apply(request).expect_err("accepted").to_string();
-    for word in words {
-        assert!(message.contains(word), "{word:?} is not in: {message}");
-    }
 }
 
 #[track_caller]

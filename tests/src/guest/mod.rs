@@ -266,6 +266,15 @@ pub fn curl_drive(directory: &Path) -> Drive {
     Drive { drive_id: "curl".into(), is_read_only: Some(true), path_on_host: Some(disk), ..Drive::default() }
 }
 
+/// Makes a request that must be refused with a text that has these words.
+#[track_caller]
+pub fn refused(guest: &mut Guest, request: &Request, words: &[&str]) {
+    let message = guest.api.apply(request).expect_err("accepted").to_string();
+    for word in words {
+        assert!(message.contains(word), "{word:?} is not in: {message}");
+    }
+}
+
 /// What `md5sum` in a guest prints of these bytes.
 pub fn md5(data: &[u8]) -> String {
     let sum = || {

@@ -1,10 +1,12 @@
 //! A tap of the host with an address, for a guest's network interface, and the two ends' addresses.
 
+use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output};
+use std::thread;
 
 use api_socket::NetworkInterface;
 
-use super::Guest;
+use super::{Guest, limits};
 
 /// A tap that is there as long as the value is. Its number makes its name, its network and the guest's address.
 pub struct Tap {
@@ -120,6 +122,21 @@ pub fn driver_without_buffers(guest: &mut Guest, device: &str) {
     // Low memory that nobody has used.
     guest.run(&format!("cd /sys/class/net/{device}; queues='0 1'; avail=0x32000; {OWN_DRIVER}"));
     assert_eq!(guest.run("echo $(($(devmem $((bar + 0x14)) 8)))"), "15\n", "it runs");
+}
+
+/// The other end of the guest's next connection to a port of the host, which `talk` is called with.
+pub fn serve<T: Send + 'static>(
+    tap: &Tap,
+    port: u16,
+    talk: impl FnOnce(TcpStream) -> T + Send + 'static,
+) -> thread::JoinHandle<T> {
+    let listener = TcpListener::bind((tap.host(), port)).unwrap();
+    thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(limits::COMMAND)).unwrap();
+        stream.set_write_timeout(Some(limits::COMMAND)).unwrap();
+        talk(stream)
+    })
 }
 
 /// Runs a command of the host that must succeed, and gives what it printed.
