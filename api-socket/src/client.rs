@@ -198,15 +198,7 @@ impl Client {
     /// # Errors
     /// [`ClientError::Io`] and [`ClientError::Protocol`]
     pub fn request(&mut self, method: &str, path: &str, body: Option<&str>) -> Result<Response, ClientError> {
-        let mut text = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n");
-        match body {
-            Some(body) => text.push_str(&format!(
-                "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-                body.len()
-            )),
-            None => text.push_str("\r\n"),
-        }
-        self.exchange(text.as_bytes())
+        self.exchange(request_text(method, path, body).as_bytes())
     }
 
     /// Sends these bytes and reads one reply.
@@ -255,6 +247,19 @@ impl Response {
         let body: serde_json::Value = serde_json::from_str(&self.body).unwrap_or_default();
         body.get("fault_message").and_then(|message| message.as_str()).unwrap_or_default().to_string()
     }
+}
+
+/// A request as it is sent.
+pub(crate) fn request_text(method: &str, path: &str, body: Option<&str>) -> String {
+    let mut text = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n");
+    match body {
+        Some(body) => text.push_str(&format!(
+            "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )),
+        None => text.push_str("\r\n"),
+    }
+    text
 }
 
 /// The method, path and body that [`route`](crate::route) reads as this request.
@@ -362,7 +367,7 @@ fn unexpected<T>(reply: &Reply) -> Result<T, ClientError> {
     Err(ClientError::Protocol(format!("a reply to another request: {reply:?}")))
 }
 
-fn fault(response: &Response) -> Fault {
+pub(crate) fn fault(response: &Response) -> Fault {
     let message = match response.fault_message() {
         text if text.is_empty() => format!("status {} without a reason", response.status),
         text => text,
@@ -387,8 +392,26 @@ struct Head {
     content_length: usize,
 }
 
+/// Reads one reply of the fleet API.
+pub(crate) fn read_reply(stream: &mut impl Read) -> io::Result<Response> {
+    read_response(stream).map_err(|error| match error {
+        ReadError::Io(error) => error,
+        ReadError::Protocol(what) => io::Error::new(ErrorKind::InvalidData, what),
+    })
+}
+
+/// The status in a whole head.
+pub(crate) fn status_of(head: &[u8]) -> Result<u16, String> {
+    match parse_head(head) {
+        Ok(Some(head)) => Ok(head.response.status),
+        Ok(None) => Err("its head is not complete".into()),
+        Err(ReadError::Io(error)) => Err(error.to_string()),
+        Err(ReadError::Protocol(what)) => Err(what),
+    }
+}
+
 /// Reads one reply; interim ones (1xx) are passed over.
-fn read_response(stream: &mut UnixStream) -> Result<Response, ReadError> {
+fn read_response(stream: &mut impl Read) -> Result<Response, ReadError> {
     let mut input = Vec::new();
     loop {
         match parse_head(&input)? {
@@ -412,7 +435,7 @@ fn read_response(stream: &mut UnixStream) -> Result<Response, ReadError> {
     }
 }
 
-fn read_more(stream: &mut UnixStream, input: &mut Vec<u8>) -> Result<(), ReadError> {
+fn read_more(stream: &mut impl Read, input: &mut Vec<u8>) -> Result<(), ReadError> {
     let mut buffer = [0; 4096];
     let count = loop {
         match stream.read(&mut buffer) {

@@ -78,12 +78,14 @@ enum State {
 }
 
 #[derive(Debug)]
-struct Head {
-    method: String,
-    path: String,
-    content_length: usize,
-    keep_alive: bool,
-    expects_continue: bool,
+pub(crate) struct Head {
+    pub method: String,
+    pub path: String,
+    pub content_length: usize,
+    pub keep_alive: bool,
+    pub expects_continue: bool,
+    /// The client has an `Upgrade` header. The guest API has no use for it.
+    pub upgrades: bool,
 }
 
 impl Connection {
@@ -198,6 +200,11 @@ impl Connection {
 impl HttpResponse {
     /// The response as sent.
     pub fn bytes(&self, keep_alive: bool) -> Vec<u8> {
+        self.bytes_of_type("application/json", keep_alive)
+    }
+
+    /// The same for a body that is not JSON.
+    pub(crate) fn bytes_of_type(&self, kind: &str, keep_alive: bool) -> Vec<u8> {
         let connection = if keep_alive { "keep-alive" } else { "close" };
         let mut text =
             format!("HTTP/1.1 {} {}\r\nConnection: {connection}\r\n", self.status, reason(self.status));
@@ -205,10 +212,8 @@ impl HttpResponse {
             text.push_str("Deprecation: true\r\n");
         }
         match &self.body {
-            Some(body) => text.push_str(&format!(
-                "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-                body.len()
-            )),
+            Some(body) => text
+                .push_str(&format!("Content-Type: {kind}\r\nContent-Length: {}\r\n\r\n{body}", body.len())),
             None => text.push_str("\r\n"),
         }
         text.into_bytes()
@@ -220,6 +225,12 @@ pub fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
         204 => "No Content",
+        403 => "Forbidden",
+        404 => "Not Found",
+        409 => "Conflict",
+        426 => "Upgrade Required",
+        504 => "Gateway Timeout",
+        507 => "Insufficient Storage",
         400 => "Bad Request",
         413 => "Payload Too Large",
         417 => "Expectation Failed",
@@ -231,7 +242,7 @@ pub fn reason(status: u16) -> &'static str {
 }
 
 /// The head at the start of `input` and its length, or `None` while it is not complete.
-fn parse_head(input: &[u8], max_body: usize) -> Result<Option<(Head, usize)>, ProtocolError> {
+pub(crate) fn parse_head(input: &[u8], max_body: usize) -> Result<Option<(Head, usize)>, ProtocolError> {
     let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut fields);
     // Never more than the limit, so that a longer head is refused in the same way however it arrives.
@@ -265,6 +276,7 @@ impl Head {
             // keeps its client from taking the body for the next reply.
             keep_alive: keep_alive(request) && method != "HEAD",
             expects_continue: expects_continue(request)?,
+            upgrades: fields().any(|field| is(field, "upgrade")),
         })
     }
 }

@@ -6,6 +6,7 @@
 //! - [`http`]: bytes to messages and back, without I/O
 //! - [`server`], [`client`]: the two ends of the socket
 //! - [`counters`]: how often each endpoint was used
+//! - [`fleet`]: the other API, that of the daemon that keeps the guests
 //!
 //! This is the only crate that knows HTTP and JSON. It does not know KVM, devices or what a request does to a guest:
 //! whether a request is legal now and what its values may be together is decided by whoever handles the [`Request`].
@@ -15,6 +16,7 @@
 pub mod client;
 pub mod config_file;
 pub mod counters;
+pub mod fleet;
 pub mod http;
 mod json;
 pub mod routes;
