@@ -224,7 +224,7 @@ fn an_asynchronous_disk_is_discarded_trimmed_and_zeroed() {
     let drives = [vec![debian_drive()], disk.with(IoEngine::Async).drives].concat();
     let mut guest = Guest::booted(Setup { drives, memory_mib: 256, ..Setup::default() });
     guest.mount_debian();
-    guest.run("yes full | dd of=/dev/vdb bs=1M count=32 iflag=fullblock conv=fsync");
+    guest.run("dd if=/dev/urandom of=/dev/vdb bs=1M count=32 iflag=fullblock conv=fsync");
     let full = disk.allocated();
     guest.run("blkdiscard -o 8388608 -l 8388608 /dev/vdb; sync");
     guest.run("chroot /debian /sbin/blkdiscard --zeroout --offset 16777216 --length 4194304 /dev/vdb; sync");
@@ -256,7 +256,7 @@ fn zeroes_are_written_without_being_sent() {
     let mut guest = Guest::booted(Setup { drives, memory_mib: 256, ..Setup::default() });
     guest.mount_debian();
     assert!(guest.number("cat /sys/block/vdb/queue/write_zeroes_max_bytes") > 0);
-    guest.run("yes full | dd of=/dev/vdb bs=1M count=16 iflag=fullblock conv=fsync");
+    guest.run("dd if=/dev/urandom of=/dev/vdb bs=1M count=16 iflag=fullblock conv=fsync");
     let sectors = |guest: &mut Guest| guest.number("awk '{ print $7 }' /sys/block/vdb/stat");
     let before = sectors(&mut guest);
     guest.run("chroot /debian /sbin/blkdiscard --zeroout --offset 4096 --length 8388608 /dev/vdb");

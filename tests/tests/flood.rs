@@ -171,7 +171,8 @@ fn a_guest_at_full_blast_on_every_device_moves_nothing_beyond_its_limits() {
     println!("{work}\n{before:?}\n{after:?}");
 
     assert!(after.footprint.rss_kib <= before.footprint.rss_kib + GROWTH_KIB, "{before:?} {after:?}");
-    assert_eq!(after.descriptors, before.descriptors);
+    // The first flood's last connection may end a moment after the flood.
+    assert!(after.descriptors <= before.descriptors, "{before:?} {after:?}");
     assert!(after.log <= before.log + LOG_GROWTH, "{before:?} {after:?}");
     let (vcpus, callers) = (after.vcpus - before.vcpus, after.callers - before.callers);
     assert!(callers * CALLERS_SHARE <= vcpus, "{callers} ticks for the callers, {vcpus} for vCPUs");
