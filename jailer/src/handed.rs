@@ -1,6 +1,7 @@
 //! Files that the VMM gets as open descriptors, so that they need not be in the cell and the VMM needs no right to open
 //! them. The kinds of file are those that lead to no other: a directory would lead out of the cell. Of other devices there
-//! are a tap and the kernel's back-end for one, which the VMM may be given in place of the nodes in the cell.
+//! are a tap and the kernel's back-end for one, which the VMM may be given in place of the nodes in the cell; of sockets,
+//! one that listens at a path, for the API: whom it hears the file's owner decides.
 
 use std::fs::{File, Metadata};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
@@ -8,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::makedev;
+use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use crate::args::{self, Source};
 use crate::cell::{TUN, VHOST_NET};
@@ -31,7 +33,7 @@ impl Handed {
 /// caller.
 ///
 /// # Errors
-/// What is named cannot be opened, or is not a file, a block device or a device of networks.
+/// What is named cannot be opened, or is none of the kinds that are handed over.
 pub fn open(wanted: &[args::Handed]) -> Result<Vec<Handed>> {
     // First those that are open, before another file gets their numbers.
     let (descriptors, paths): (Vec<_>, Vec<_>) = wanted.iter().partition(|wanted| wanted.number().is_some());
@@ -49,12 +51,20 @@ fn open_one(wanted: &args::Handed) -> Result<Handed> {
     let file = file.during(|| format!("{shown} cannot be opened"))?;
     let metadata = file.metadata().during(|| shown.clone())?;
     let kind = metadata.file_type();
-    match kind.is_file() || kind.is_block_device() || is_of_networks(&metadata) {
+    let is_plain = kind.is_file() || kind.is_block_device() || kind.is_fifo();
+    match is_plain || is_of_networks(&metadata) || is_listening(&file) {
         true => Ok(Handed { name, file }),
         false => Err(Error::Refused(format!(
-            "{shown} is neither a file nor a block device, a tap or /dev/vhost-net; only these are handed over"
+            "{shown} is neither a file nor a block device, a pipe, a tap, /dev/vhost-net or a Unix stream socket that \
+             listens; only these are handed over"
         ))),
     }
+}
+
+fn is_listening(file: &File) -> bool {
+    sockopt::socket_domain(file) == Ok(AddressFamily::UNIX)
+        && sockopt::socket_type(file) == Ok(SocketType::STREAM)
+        && sockopt::socket_acceptconn(file) == Ok(true)
 }
 
 fn is_of_networks(metadata: &Metadata) -> bool {
@@ -80,11 +90,16 @@ fn take(number: RawFd) -> std::io::Result<File> {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::os::fd::IntoRawFd;
+    use std::os::fd::{IntoRawFd, OwnedFd};
+    use std::os::unix::net::{UnixListener, UnixStream};
     use std::path::PathBuf;
 
     fn path(path: PathBuf, is_read_only: bool) -> args::Handed {
         args::Handed { name: "disk".into(), source: Source::Path { path, is_read_only } }
+    }
+
+    fn descriptor(fd: OwnedFd) -> args::Handed {
+        args::Handed { name: "disk".into(), source: Source::Descriptor(fd.into_raw_fd()) }
     }
 
     #[test]
@@ -105,9 +120,7 @@ mod tests {
     fn a_descriptor_that_is_open_is_taken() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"content").unwrap();
-        let number = file.into_raw_fd();
-        let wanted = args::Handed { name: "disk".into(), source: Source::Descriptor(number) };
-        assert_eq!(open(&[wanted]).unwrap()[0].file.metadata().unwrap().len(), 7);
+        assert_eq!(open(&[descriptor(file.into())]).unwrap()[0].file.metadata().unwrap().len(), 7);
         let wanted = args::Handed { name: "disk".into(), source: Source::Descriptor(libc::c_int::MAX) };
         assert!(open(&[wanted]).unwrap_err().to_string().contains("--fd disk=2147483647 cannot be opened"));
     }
@@ -126,16 +139,32 @@ mod tests {
     #[test]
     fn what_leads_to_other_files_is_refused() {
         let place = tempfile::tempdir().unwrap();
-        let (socket, pipe) = (place.path().join("socket"), place.path().join("pipe"));
-        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
-            .unwrap();
-        for wrong in [place.path().into(), socket, pipe, "/dev/null".into(), place.path().join("absent")] {
+        let socket = place.path().join("socket");
+        let _listener = UnixListener::bind(&socket).unwrap();
+        for wrong in [place.path().into(), socket.clone(), "/dev/null".into(), place.path().join("absent")] {
             let error = open(&[path(wrong.clone(), true)]).unwrap_err().to_string();
             assert!(error.contains(&format!("--file disk={}", wrong.display())), "{error}");
         }
-        let directory = File::open(place.path()).unwrap().into_raw_fd();
-        let wanted = args::Handed { name: "disk".into(), source: Source::Descriptor(directory) };
-        assert!(open(&[wanted]).unwrap_err().to_string().contains("neither a file nor a block device"));
+        let directory = File::open(place.path()).unwrap();
+        let connected = UnixStream::connect(&socket).unwrap();
+        let of_networks = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for wrong in [OwnedFd::from(directory), connected.into(), of_networks.into()] {
+            let error = open(&[descriptor(wrong)]).unwrap_err().to_string();
+            assert!(error.contains("neither a file nor a block device"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pipe_and_a_unix_socket_that_listens_are_handed_over() {
+        let place = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(place.path().join("socket")).unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        for right in [OwnedFd::from(listener), reader.into(), writer.into()] {
+            open(&[descriptor(right)]).unwrap();
+        }
+        let pipe = place.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+            .unwrap();
+        open(&[path(pipe, false)]).unwrap();
     }
 }

@@ -436,7 +436,7 @@ const FLAGS: &[(&str, &[Flag])] = &[
             values(
                 "fd",
                 "NAME=NUMBER",
-                "An open descriptor: in the API, fd:NAME stands for the path of a\nkernel, an initrd or a disk, or the name of a tap. May be repeated.",
+                "An open descriptor: fd:NAME stands for the path of a kernel, an\ninitrd or a disk, or the name of a tap; of the API's socket, the\nlog, the metrics. May be repeated.",
             ),
             value("seccomp-filter", "FILE", "System call filters in place of the built-in ones (JSON)."),
             switch("no-seccomp", "Run without system call filters. Not with a guest you do not trust."),

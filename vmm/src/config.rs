@@ -256,6 +256,11 @@ impl Config {
         Ok(interfaces)
     }
 
+    /// The files that were handed over.
+    pub fn handed(&self) -> &Handed {
+        &self.handed
+    }
+
     /// What the metadata service has done.
     pub fn mmds_counters(&self) -> Arc<metadata::Counters> {
         self.mmds.counters()
@@ -888,16 +893,8 @@ impl Config {
     }
 
     fn put_serial(&mut self, settings: &api_socket::Serial) -> Result<(), Fault> {
-        let output = settings.serial_out_path.as_deref().map(|path| {
-            Sink::open(path).map_err(|error| {
-                Fault::bad_request(format!(
-                    "`serial_out_path` is {}, which cannot be written: {error}. Give a file in a directory that exists, \
-                     or a named pipe.",
-                    path.display()
-                ))
-            })
-        });
-        let output = output.transpose()?;
+        let output = settings.serial_out_path.as_deref();
+        let output = output.map(|path| Sink::named("serial_out_path", path, &self.handed)).transpose()?;
         self.serial = Serial { output, limit: settings.rate_limiter, dropped: self.serial.dropped.clone() };
         Ok(())
     }

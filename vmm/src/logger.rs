@@ -17,6 +17,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::args::Args;
 use crate::faults;
+use crate::handed::Handed;
 use crate::sink::Sink;
 
 /// The longest line, in bytes. What is cut off is marked. A pipe that says it takes bytes takes as many.
@@ -55,13 +56,13 @@ pub static LOGGER: Logger = Logger {
 ///
 /// # Errors
 /// Those of [`Logger::configure`]; lines go to standard output then.
-pub fn start(args: &Args) -> Result<(), Fault> {
+pub fn start(args: &Args, handed: &Handed) -> Result<(), Fault> {
     LOGGER.state().id = args.id.clone();
     // It fails only when there is a logger already, which is this one.
     if log::set_logger(&LOGGER).is_ok() {
         log::set_max_level(LevelFilter::Info);
     }
-    LOGGER.configure(&args.log)?;
+    LOGGER.configure(&args.log, handed)?;
     // Opened now: when there is something to say, no filter lets a thread open it.
     let mut state = LOGGER.state();
     if state.sink.is_none() {
@@ -90,16 +91,8 @@ impl Logger {
     ///
     /// # Errors
     /// A `log_path` that cannot be opened; nothing is changed then.
-    pub fn configure(&self, config: &api_socket::Logger) -> Result<(), Fault> {
-        let sink = config.log_path.as_deref().map(|path| {
-            Sink::open(path).map_err(|error| {
-                let path = path.display();
-                Fault::bad_request(format!(
-                    "`log_path` is {path}, which cannot be written: {error}. Give a file in a directory that exists, \
-                     or a named pipe."
-                ))
-            })
-        });
+    pub fn configure(&self, config: &api_socket::Logger, handed: &Handed) -> Result<(), Fault> {
+        let sink = config.log_path.as_deref().map(|path| Sink::named("log_path", path, handed));
         let sink = sink.transpose()?;
         let mut state = self.state();
         if let Some(sink) = sink {
@@ -352,14 +345,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let logger = logger();
-        logger.configure(&to(&path)).unwrap();
+        logger.configure(&to(&path), &Handed::default()).unwrap();
         let show = |level, origin| api_socket::Logger {
             show_level: Some(level),
             show_log_origin: Some(origin),
             ..Default::default()
         };
         for (level, origin) in [(false, false), (true, false), (false, true), (true, true)] {
-            logger.configure(&show(level, origin)).unwrap();
+            logger.configure(&show(level, origin), &Handed::default()).unwrap();
             log_from(&logger, "vmm::vm", 7, "hello");
         }
         let thread = std::thread::current().name().unwrap().to_string();
@@ -372,10 +365,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let logger = logger();
-        logger.configure(&to(&path)).unwrap();
+        logger.configure(&to(&path), &Handed::default()).unwrap();
         let mut wrong = to(&dir.path().join("no/log"));
         wrong.show_level = Some(true);
-        let fault = logger.configure(&wrong).unwrap_err();
+        let fault = logger.configure(&wrong, &Handed::default()).unwrap_err();
         assert!(fault.message.contains("log_path") && fault.message.contains("no/log"), "{fault}");
         log_from(&logger, "vmm", 1, "still here");
         assert!(lines(&path)[0].ends_with("] still here") && !lines(&path)[0].contains("WARN"));
@@ -386,9 +379,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let logger = logger();
-        logger.configure(&to(&path)).unwrap();
+        logger.configure(&to(&path), &Handed::default()).unwrap();
         let module = api_socket::Logger { module: Some("vmm::vm".to_string()), ..Default::default() };
-        logger.configure(&module).unwrap();
+        logger.configure(&module, &Handed::default()).unwrap();
         for module in ["vmm::vm", "vmm::vm::inner", "vmm::config", "api_socket"] {
             log_from(&logger, module, 1, module);
         }
@@ -503,7 +496,7 @@ mod tests {
         let (end, pipe) = std::io::pipe().unwrap();
         let name = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&pipe));
         let logger = logger();
-        logger.configure(&to(Path::new(&name))).unwrap();
+        logger.configure(&to(Path::new(&name)), &Handed::default()).unwrap();
         let text = "x".repeat(1000);
         for _ in 0..200 {
             log_from(&logger, "vmm", 1, &text);
@@ -517,7 +510,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let logger = logger();
-        logger.configure(&to(&path)).unwrap();
+        logger.configure(&to(&path), &Handed::default()).unwrap();
         // More than the periods that pass while this runs let through.
         for _ in 0..1000 {
             log_from(&logger, "devices::serial", 1, "flood");

@@ -3,6 +3,7 @@
 
 #![no_main]
 
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::thread;
@@ -81,7 +82,7 @@ impl Death {
 }
 
 fn live(args: Args, handed: Handed) -> Result<Code, Death> {
-    logger::start(&args).map_err(Death::configuration)?;
+    logger::start(&args, &handed).map_err(Death::configuration)?;
     faults::install().map_err(Death::host("signal handlers"))?;
     if args.no_seccomp {
         log::warn!("{NO_SECCOMP}");
@@ -90,6 +91,9 @@ fn live(args: Args, handed: Handed) -> Result<Code, Death> {
     let sandbox = Arc::new(Sandbox::new(&args).map_err(Death::configuration)?);
     vcpu::install_kick_signal().map_err(Death::host("signal handlers"))?;
     let signals = Requests::new().map_err(Death::host("signal descriptor"))?;
+    let listener =
+        args.api.as_ref().and_then(|api| handed.find_listener("api-sock", &api.socket)).transpose();
+    let listener = listener.map_err(Death::configuration)?;
 
     let wake = Arc::new(event("the control loop's event")?);
     let attention = event("the devices' event")?;
@@ -113,7 +117,8 @@ fn live(args: Args, handed: Handed) -> Result<Code, Death> {
         wake.write(1).map_err(Death::host("the control loop's event"))?;
     }
     if let Some(api) = &args.api {
-        serve(&args, api, call, wake.clone(), &mut vm, sandbox)?;
+        let server = listen(api, listener)?;
+        serve(&args, server, call, wake.clone(), &mut vm, sandbox)?;
     }
 
     let input = Input::new().map_err(Death::host("standard input"))?;
@@ -132,23 +137,30 @@ fn obey(vm: &mut Vm, request: Request) -> Result<(), Death> {
     }
 }
 
-/// Opens the socket, so that clients find it from here on, and answers them on a thread of its own.
+/// Opens the socket, if none was handed over, so that clients find it from here on.
+fn listen(api: &Api, listener: Option<UnixListener>) -> Result<Server, Death> {
+    let limits = Limits { max_body: api.max_payload, ..Limits::default() };
+    match listener {
+        Some(listener) => Server::from_listener(listener, limits).map_err(Death::host("--api-sock")),
+        None => Server::bind(&api.socket, limits).map_err(|error| Death {
+            code: Code::Generic,
+            reason: format!(
+                "--api-sock {}: the socket cannot be made: {error}; remove what is there, or name another path",
+                api.socket.display()
+            ),
+        }),
+    }
+}
+
+/// Answers clients on a thread of its own.
 fn serve(
     args: &Args,
-    api: &Api,
+    server: Server,
     calls: Sender<Call>,
     wake: Arc<EventFd>,
     vm: &mut Vm,
     sandbox: Arc<Sandbox>,
 ) -> Result<(), Death> {
-    let limits = Limits { max_body: api.max_payload, ..Limits::default() };
-    let server = Server::bind(&api.socket, limits).map_err(|error| Death {
-        code: Code::Generic,
-        reason: format!(
-            "--api-sock {}: the socket cannot be made: {error}; remove what is there, or name another path",
-            api.socket.display()
-        ),
-    })?;
     vm.metrics().add_api(&server.counters());
     vm.metrics().started(&args.start);
     let answer = move |request| {

@@ -21,6 +21,7 @@ use devices::{i8042, serial};
 use serde::Serialize;
 
 use crate::args::{Identity, StartTimes};
+use crate::handed::Handed;
 use crate::logger::LOGGER;
 use crate::sink::Sink;
 use crate::vcpu::ExitCounters;
@@ -405,7 +406,7 @@ impl Metrics {
     ///
     /// # Errors
     /// A second time, and a path that cannot be opened.
-    pub fn open(&mut self, config: &api_socket::Metrics) -> Result<(), Fault> {
+    pub fn open(&mut self, config: &api_socket::Metrics, handed: &Handed) -> Result<(), Fault> {
         let path = config.metrics_path.display();
         if let Some(output) = &self.output {
             let first = output.config.metrics_path.display();
@@ -413,12 +414,7 @@ impl Metrics {
                 "`metrics_path` is {path}, but metrics are written to {first} already; they can be set up once."
             )));
         }
-        let sink = Sink::open(&config.metrics_path).map_err(|error| {
-            Fault::bad_request(format!(
-                "`metrics_path` is {path}, which cannot be written: {error}. Give a file in a directory that exists, or \
-                 a named pipe."
-            ))
-        })?;
+        let sink = Sink::named("metrics_path", &config.metrics_path, handed)?;
         self.output = Some(Output { sink, config: config.clone() });
         Ok(())
     }
@@ -727,7 +723,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics");
         let mut metrics = Metrics::new(identity, "vm-1");
-        metrics.open(&config(&path)).unwrap();
+        metrics.open(&config(&path), &Handed::default()).unwrap();
         Fixture { _dir: dir, path, metrics }
     }
 
@@ -990,7 +986,10 @@ mod tests {
         let mut metrics = Metrics::new(Identity::Firecracker, "vm-1");
         let properties = BTreeMap::from([("customer".to_string(), "7".to_string())]);
         metrics
-            .open(&api_socket::Metrics { emit_id: true, properties: Some(properties), ..config(&path) })
+            .open(
+                &api_socket::Metrics { emit_id: true, properties: Some(properties), ..config(&path) },
+                &Handed::default(),
+            )
             .unwrap();
         let mut fixture = Fixture { _dir: dir, path, metrics };
         let line = fixture.line();
@@ -1040,15 +1039,15 @@ mod tests {
     fn a_second_set_up_and_a_path_that_cannot_be_opened_are_refused() {
         let mut fixture = fixture(Identity::Berth);
         let other = fixture.path.with_file_name("other");
-        let fault = fixture.metrics.open(&config(&other)).unwrap_err();
+        let fault = fixture.metrics.open(&config(&other), &Handed::default()).unwrap_err();
         assert_eq!(fault.status, 400);
         assert!(fault.message.contains("other") && fault.message.contains("once"), "{fault}");
         assert!(!other.exists());
 
         let mut metrics = Metrics::new(Identity::Berth, "");
-        let fault = metrics.open(&config(&fixture.path.join("no"))).unwrap_err();
+        let fault = metrics.open(&config(&fixture.path.join("no")), &Handed::default()).unwrap_err();
         assert!(fault.message.contains("metrics_path") && fault.message.contains("/no"), "{fault}");
-        metrics.open(&config(&other)).unwrap();
+        metrics.open(&config(&other), &Handed::default()).unwrap();
     }
 
     #[test]
@@ -1057,7 +1056,7 @@ mod tests {
         let (mut end, pipe) = std::io::pipe().unwrap();
         let name = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&pipe));
         let mut metrics = Metrics::new(Identity::Firecracker, "");
-        metrics.open(&config(Path::new(&name))).unwrap();
+        metrics.open(&config(Path::new(&name)), &Handed::default()).unwrap();
         let exits = Arc::new(ExitCounters::default());
         metrics.add_vcpus(exits.clone());
         let mut taken = 0;

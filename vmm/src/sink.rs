@@ -6,8 +6,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+
+use api_socket::Fault;
+
+use crate::handed::Handed;
 
 /// An output that never makes its writer wait.
 #[derive(Debug)]
@@ -20,6 +24,29 @@ pub struct Sink {
 }
 
 impl Sink {
+    /// What a client's or the command line's `field` names: a file that was handed over, or as [`Sink::open`].
+    ///
+    /// # Errors
+    /// It cannot be written to.
+    pub fn named(field: &str, path: &Path, handed: &Handed) -> Result<Sink, Fault> {
+        match handed.find_output(field, path) {
+            Some(file) => file.map(Sink::of_handed),
+            None => Sink::open(path).map_err(|error| {
+                Fault::bad_request(format!(
+                    "`{field}` is {}, which cannot be written: {error}. Give a file in a directory that exists, or a named \
+                     pipe.",
+                    path.display()
+                ))
+            }),
+        }
+    }
+
+    /// Does not block, unless it is a terminal or the like.
+    fn of_handed(file: File) -> Sink {
+        let ask = file.metadata().is_ok_and(|metadata| metadata.file_type().is_char_device());
+        Sink { file, ask, rest: Vec::new() }
+    }
+
     /// Opens a file, which is made if it is not there and appended to, or a named pipe, which need not have a reader.
     pub fn open(path: &Path) -> io::Result<Sink> {
         let mut options = OpenOptions::new();

@@ -60,7 +60,8 @@ impl Vm {
     ) -> Result<Self, Fault> {
         let mut metrics = Metrics::new(args.identity, &args.id);
         if let Some(path) = &args.metrics_path {
-            metrics.open(&api_socket::Metrics { metrics_path: path.clone(), ..Default::default() })?;
+            let settings = api_socket::Metrics { metrics_path: path.clone(), ..Default::default() };
+            metrics.open(&settings, &handed)?;
         }
         let config = Config::new(args.identity, args.pci, args.mmds_limit, handed)?;
         metrics.add_mmds(config.mmds_counters());
@@ -170,8 +171,8 @@ impl Vm {
                 return Ok(Reply::BalloonHintingStatus(status));
             }
             Request::GetMemoryHotplug => return Ok(Reply::MemoryHotplug(self.memory_hotplug_status()?)),
-            Request::PutLogger(logger) => LOGGER.configure(&logger)?,
-            Request::PutMetrics(metrics) => self.metrics.open(&metrics)?,
+            Request::PutLogger(logger) => LOGGER.configure(&logger, self.config.handed())?,
+            Request::PutMetrics(metrics) => self.metrics.open(&metrics, self.config.handed())?,
             Request::Action(ActionType::InstanceStart) => self.start()?,
             Request::Action(ActionType::FlushMetrics) => drop(self.metrics.flush()?),
             Request::Action(ActionType::SendCtrlAltDel) => self.guest()?.machine.ctrl_alt_del(),
