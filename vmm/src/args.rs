@@ -179,6 +179,8 @@ pub struct Args {
     /// What the `--log-path`, `--level`, `--module` and `--show-*` flags say, in the form of `PUT /logger`.
     pub log: Logger,
     pub metrics_path: Option<PathBuf>,
+    /// Where to tell how the process ended.
+    pub exit_status: Option<PathBuf>,
     /// What the guest can read from the metadata service at its start.
     pub metadata: Option<PathBuf>,
     /// The most that the metadata may be, in bytes of JSON.
@@ -282,6 +284,7 @@ fn args(identity: Identity, given: &Given) -> Result<Args, ArgsError> {
             module: given.text("module")?,
         },
         metrics_path: given.path("metrics-path"),
+        exit_status: given.path("exit-status"),
         metadata: given.path("metadata"),
         mmds_limit: given.number("mmds-size-limit")?.unwrap_or(max_payload),
         seccomp_filter: given.path("seccomp-filter"),
@@ -430,6 +433,11 @@ const FLAGS: &[(&str, &[Flag])] = &[
     (
         "For the program that starts this one",
         &[
+            value(
+                "exit-status",
+                "PATH",
+                "File or named pipe that is told how this process ended, in a line of\nJSON.",
+            ),
             value("start-time-us", "US", "When it began, by the monotonic clock."),
             value("start-time-cpu-us", "US", "The same, by this process's CPU clock."),
             value("parent-cpu-time-us", "US", "CPU time that the parent had used by then."),
@@ -639,6 +647,7 @@ mod tests {
             config_file: None,
             log: Logger::default(),
             metrics_path: None,
+            exit_status: None,
             metadata: None,
             mmds_limit: 51_200,
             seccomp_filter: None,
@@ -656,7 +665,7 @@ mod tests {
         let spaced = "--api-sock /s --id a-1 --config-file /c --log-path /l --level warn --module devices \
              --show-level --show-log-origin --metrics-path /m --no-seccomp --boot-timer --enable-pci \
              --http-api-max-payload-size 7 --start-time-us 1 --start-time-cpu-us 2 --parent-cpu-time-us 3 \
-             --fd disk=3 --metadata /d --mmds-size-limit 9";
+             --fd disk=3 --metadata /d --mmds-size-limit 9 --exit-status /e";
         let args = run(spaced);
         let expected = Args {
             identity: Identity::Berth,
@@ -671,6 +680,7 @@ mod tests {
                 module: Some("devices".to_string()),
             },
             metrics_path: Some("/m".into()),
+            exit_status: Some("/e".into()),
             metadata: Some("/d".into()),
             mmds_limit: 9,
             seccomp_filter: None,

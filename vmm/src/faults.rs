@@ -1,5 +1,6 @@
-//! What ends the process for a fault: a fatal signal, a forbidden system call, a panic. Each is said on standard error, and in
-//! the log's file where there is one, and has the exit code that callers know (docs/vmm.md).
+//! What ends the process for a fault: a fatal signal, a forbidden system call, a panic. Each is said on standard error, in
+//! the log's file where there is one, and to whoever wants the exit status, and has the exit code that callers know
+//! (docs/vmm.md).
 //!
 //! Handlers run in whatever the thread was doing, under its system call filter: they take no lock, allocate nothing, write,
 //! give the terminal back, and exit. Where a thread has signals blocked, as the C library has for moments when it sends one,
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use vmm_sys_util::signal::register_signal_handler;
 
 use crate::args::ExitCode;
+use crate::exit_status;
 use crate::sandbox::seccomp::syscall_name;
 use crate::terminal;
 
@@ -165,18 +167,33 @@ impl Message {
         }
     }
 
+    /// Without a character that was cut in the middle.
+    fn text(&self) -> &str {
+        let bytes = self.bytes.get(..self.length).unwrap_or_default();
+        bytes.utf8_chunks().next().map_or("", |chunk| chunk.valid())
+    }
+
     /// Says it and ends the process.
     fn end(mut self, code: ExitCode) -> ! {
+        exit_status::tell(code, self.text());
         if let Some(place) = self.bytes.get_mut(self.length) {
             *place = b'\n';
         }
-        for fd in [libc::STDERR_FILENO, LOG.load(Ordering::Relaxed)].into_iter().filter(|fd| takes_now(*fd)) {
-            // SAFETY: write(2) is async-signal-safe; pointer and length are within one live array. -1 is no descriptor.
-            unsafe { libc::write(fd, self.bytes.as_ptr().cast(), (self.length + 1).min(MAX_MESSAGE)) };
+        let line = self.bytes.get(..=self.length).unwrap_or(&self.bytes);
+        for fd in [libc::STDERR_FILENO, LOG.load(Ordering::Relaxed)] {
+            write_now(fd, line);
         }
         terminal::restore();
         // SAFETY: _exit(2) is async-signal-safe and does not return.
         unsafe { libc::_exit(code as libc::c_int) }
+    }
+}
+
+/// Writes bytes if they are taken at once. In a signal handler too; -1 is nobody.
+pub fn write_now(fd: libc::c_int, bytes: &[u8]) {
+    if takes_now(fd) {
+        // SAFETY: write(2) is async-signal-safe; pointer and length are those of one live slice.
+        unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
     }
 }
 
@@ -231,6 +248,10 @@ mod tests {
         assert_eq!(text(&message), "a b ");
         message.push(&"x".repeat(2 * MAX_MESSAGE));
         assert_eq!(message.length, MAX_MESSAGE - 1);
+        let mut message = Message::default();
+        message.push("x");
+        message.push(&"é".repeat(MAX_MESSAGE));
+        assert_eq!(message.text(), format!("x{}", "é".repeat((MAX_MESSAGE - 2) / 2)));
     }
 
     #[test]

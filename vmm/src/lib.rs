@@ -8,6 +8,7 @@ pub mod boot;
 pub mod boot_timer;
 pub mod config;
 pub mod control;
+pub mod exit_status;
 pub mod faults;
 pub mod file_memory;
 pub mod guest;

@@ -1,5 +1,5 @@
-//! The life of a `berth-vmm` process: who we are, what we give up, how we log, what may end us, what confines us, the guest,
-//! its API, the loop, the end.
+//! The life of a `berth-vmm` process: who we are, what we give up, what may end us and who hears of it, how we log, what
+//! confines us, the guest, its API, the loop, the end.
 
 #![no_main]
 
@@ -18,9 +18,9 @@ use vmm::logger;
 use vmm::sandbox::{Role, Sandbox, process};
 use vmm::signals::Requests;
 use vmm::terminal::Input;
-use vmm::vcpu::EndingSender;
+use vmm::vcpu::{Ending, EndingSender};
 use vmm::vm::Vm;
-use vmm::{faults, heap, vcpu};
+use vmm::{exit_status, faults, heap, vcpu};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Called by the C library. By way of Rust's own entry each thread would get a signal stack, for a report of stack overflows
@@ -53,10 +53,14 @@ fn run() -> Code {
         Err(error) => return bad_arguments(&error),
     };
     match live(args, handed) {
-        Ok(code) => code,
+        Ok((code, ending)) => {
+            exit_status::tell(code, &format!("the guest has ended: {ending}"));
+            code
+        }
         Err(Death { code, reason }) => {
             log::error!("{reason}");
             eprintln!("berth-vmm: {reason}");
+            exit_status::tell(code, &reason);
             code
         }
     }
@@ -81,9 +85,12 @@ impl Death {
     }
 }
 
-fn live(args: Args, handed: Handed) -> Result<Code, Death> {
-    logger::start(&args, &handed).map_err(Death::configuration)?;
+fn live(args: Args, handed: Handed) -> Result<(Code, Ending), Death> {
     faults::install().map_err(Death::host("signal handlers"))?;
+    if let Some(path) = &args.exit_status {
+        exit_status::open(path, &handed).map_err(Death::configuration)?;
+    }
+    logger::start(&args, &handed).map_err(Death::configuration)?;
     if args.no_seccomp {
         log::warn!("{NO_SECCOMP}");
         eprintln!("berth-vmm: {NO_SECCOMP}");
@@ -126,7 +133,7 @@ fn live(args: Args, handed: Handed) -> Result<Code, Death> {
     let control = Control::new(vm, sources).map_err(Death::host("the control loop"))?;
     let ending = control.run().map_err(Death::host("the control loop"))?.map_err(Death::configuration)?;
     log::info!("The guest has ended: {ending}.");
-    Ok(args.identity.exit_code(&ending))
+    Ok((args.identity.exit_code(&ending), ending))
 }
 
 /// A request that must succeed: without a client there is nobody to mend it.

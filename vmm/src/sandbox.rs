@@ -17,7 +17,7 @@ use std::io;
 use api_socket::Fault;
 
 use crate::args::{Args, ExitCode};
-use crate::faults;
+use crate::{exit_status, faults};
 use landlock::Allowed;
 use seccomp::Filters;
 
@@ -151,5 +151,6 @@ fn drop_capabilities() -> io::Result<()> {
 fn give_up(reason: &str) -> ! {
     log::error!("{reason}");
     eprintln!("berth-vmm: {reason}");
+    exit_status::tell(ExitCode::Generic, reason);
     std::process::exit(ExitCode::Generic as i32)
 }

@@ -47,18 +47,9 @@ impl Sink {
         Sink { file, ask, rest: Vec::new() }
     }
 
-    /// Opens a file, which is made if it is not there and appended to, or a named pipe, which need not have a reader.
+    /// As [`open`].
     pub fn open(path: &Path) -> io::Result<Sink> {
-        let mut options = OpenOptions::new();
-        options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
-        let file = match options.open(path) {
-            // A pipe that nobody reads yet. Whoever opens it for reading and writing reads it himself.
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
-                OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path)?
-            }
-            opened => opened?,
-        };
-        Ok(Sink { file, ask: false, rest: Vec::new() })
+        Ok(Sink { file: open(path)?, ask: false, rest: Vec::new() })
     }
 
     /// Standard output, as it is: it may be a terminal that others use too, so its flags are not changed.
@@ -91,6 +82,20 @@ impl Sink {
         let taken = self.write(&rest);
         self.rest = rest;
         taken
+    }
+}
+
+/// Opens a file, which is made if it is not there and appended to, or a named pipe, which need not have a reader. Writes
+/// to it do not wait.
+pub fn open(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
+    match options.open(path) {
+        // A pipe that nobody reads yet. Whoever opens it for reading and writing reads it himself.
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path)
+        }
+        opened => opened,
     }
 }
 

@@ -473,6 +473,11 @@ fn ended_by_a_signal() -> Vec<Call> {
         assert_eq!(status.code(), Some(156), "{name}: {status}");
         let said = if name == "firecracker" { "main" } else { name };
         assert!(vmm.errors().contains(&format!("in thread {said}\n")), "{}", vmm.errors());
+        let told = fs::read_to_string(vmm.place.path().join("exit")).unwrap();
+        assert!(
+            told.starts_with("{\"exit_code\":156,") && told.contains(&format!("in thread {said}\"")),
+            "{told}"
+        );
         calls.extend(tracer.calls());
     }
     calls
@@ -571,7 +576,7 @@ impl OnTerminal {
         let output = File::create(place.path().join("output")).unwrap();
         let mut command = Command::new(link);
         command.arg("--api-sock").arg(place.path().join("api.sock")).args(["--level", "Debug"]);
-        command.args(["--metrics-path", "/dev/null"]);
+        command.args(["--metrics-path", "/dev/null", "--exit-status", "exit"]);
         let errors = File::create(place.path().join("errors")).unwrap();
         command.stdin(end).stdout(output).stderr(errors).current_dir(place.path());
         let child = process::spawn_bound(&mut command, Vec::new()).unwrap();
