@@ -96,6 +96,7 @@ impl Identity {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Confine(Box<Args>),
+    Remove(Removal),
     /// Write this to standard output and exit with [`ExitCode::Ok`].
     Print(String),
 }
@@ -128,6 +129,16 @@ pub struct Args {
     pub handed: Vec<Handed>,
     /// What comes after `--`.
     pub vmm_arguments: Vec<OsString>,
+}
+
+/// A cell whose VMM has ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Removal {
+    pub id: String,
+    /// As in [`Args`].
+    pub program_name: OsString,
+    pub base: PathBuf,
+    pub cgroups: Cgroups,
 }
 
 /// Which control group the VMM gets.
@@ -219,7 +230,17 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Command, ArgsEr
     if given.has("version") {
         return Ok(Command::Print(identity.version_text()));
     }
-    Ok(Command::Confine(Box::new(args(given)?)))
+    match given.has("remove") {
+        true => Ok(Command::Remove(removal(&given)?)),
+        false => Ok(Command::Confine(Box::new(args(given)?))),
+    }
+}
+
+/// Other flags of the start say nothing about what it left.
+fn removal(given: &Given) -> Result<Removal, ArgsError> {
+    let program_name = program_name(Path::new(given.needed("exec-file")?))?;
+    let cgroups = cgroups(given, &program_name)?;
+    Ok(Removal { id: id(given)?, program_name, base: base(given), cgroups })
 }
 
 fn args(given: Given) -> Result<Args, ArgsError> {
@@ -234,7 +255,7 @@ fn args(given: Given) -> Result<Args, ArgsError> {
         id: id(&given)?,
         user: user(&given, rootless)?,
         rootless,
-        base: given.last("chroot-base-dir").map_or_else(|| DEFAULT_BASE.into(), PathBuf::from),
+        base: base(&given),
         netns: given.last("netns").map(PathBuf::from),
         daemonize: given.has("daemonize"),
         // The VMM has the user's number, and could signal all of the user's processes that it can name.
@@ -247,6 +268,10 @@ fn args(given: Given) -> Result<Args, ArgsError> {
         program_name,
         vmm_arguments: given.rest,
     })
+}
+
+fn base(given: &Given) -> PathBuf {
+    given.last("chroot-base-dir").map_or_else(|| DEFAULT_BASE.into(), PathBuf::from)
 }
 
 fn id(given: &Given) -> Result<String, ArgsError> {

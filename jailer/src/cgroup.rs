@@ -1,13 +1,16 @@
 //! The control group of a VMM: found among the mounted hierarchies, made, limited, and entered.
 //!
 //! With settings, the group is `<hierarchy>/<parent>/<id>`, in version 1 once for each controller. Without settings,
-//! version 2 means an existing parent to be entered, and version 1 nothing. No group is removed here: the VMM is in it
-//! when we are gone, and what a failed start made is taken back with all else (`claim`).
+//! version 2 means an existing parent to be entered, and version 1 nothing. The VMM is in its group when we are gone: what a
+//! failed start made is taken back with all else (`claim`), and what a VMM leaves is removed with its cell (`remove`).
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -17,6 +20,9 @@ use crate::error::{During, Error, Result};
 
 /// Mode of a group's directory.
 const GROUP: u32 = 0o755;
+/// How long a group may still have a process that has ended already.
+const TRIES: usize = 200;
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// A group to be made or entered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,6 +115,67 @@ pub fn leave(ways_back: &[File]) -> Result<()> {
 /// The kernel refuses a setting, or a parent that must be there is not.
 pub fn enter(plans: &[Plan], id: &str) -> Result<()> {
     plans.iter().try_for_each(|plan| plan.enter(id))
+}
+
+/// Removes a group in another, as soon as what has ended in it is gone; it need not be there.
+///
+/// # Errors
+/// A process is in it, or a group.
+pub fn remove(parent: &Dir, name: impl AsRef<OsStr>) -> Result<()> {
+    let name = name.as_ref();
+    for _ in 1..TRIES {
+        match parent.remove_dir(name) {
+            Err(error) if error.is(Errno::BUSY) => thread::sleep(PAUSE),
+            done => return done,
+        }
+    }
+    parent.remove_dir(name)
+}
+
+/// Removes the groups that a start with these flags makes for this id, of those that are there. Parents stay.
+///
+/// # Errors
+/// Somebody is in one of them.
+pub fn remove_all(cgroups: &Cgroups, id: &str) -> Result<()> {
+    let mounts =
+        std::fs::read_to_string("/proc/self/mounts").during(|| "cannot read /proc/self/mounts".into())?;
+    for hierarchy in hierarchies(&mounts, cgroups.version) {
+        let parent = Dir::open(&hierarchy).and_then(|hierarchy| hierarchy.descend(&cgroups.parent));
+        match parent {
+            Ok(parent) => remove(&parent, id).map_err(|error| inhabited(error, &parent, id))?,
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// All hierarchies of a version: which of those of version 1 a VMM was put into, its start knew by its settings.
+fn hierarchies(mounts: &str, version: Version) -> Vec<PathBuf> {
+    match version {
+        Version::V2 => find_v2(mounts).into_iter().collect(),
+        Version::V1 => {
+            let points = mount_points(mounts).filter(|(kind, _, _)| *kind == "cgroup");
+            points.map(|(_, point, _)| unescaped(point)).collect()
+        }
+    }
+}
+
+/// Who is in a group that cannot be removed.
+fn inhabited(error: Error, parent: &Dir, id: &str) -> Error {
+    if !error.is(Errno::BUSY) {
+        return error;
+    }
+    let procs = parent.enter(id).and_then(|group| group.read("cgroup.procs")).unwrap_or_default();
+    let who = match procs.lines().next() {
+        Some(pid) => format!("process {pid} is"),
+        None => "other groups are".into(),
+    };
+    let group = parent.path().join(id);
+    Error::Refused(format!(
+        "{who} in the control group {}; when that has ended, remove the cell",
+        group.display()
+    ))
 }
 
 fn plan_v1(cgroups: &Cgroups, host: &Host) -> Result<Vec<Plan>> {
@@ -368,6 +435,14 @@ broken
         assert_eq!(find_v1(MOUNTS, "cpuset"), Some("/sys/fs/cgroup/cpuset".into()));
         assert_eq!(find_v1(MOUNTS, "memory"), None);
         assert_eq!(find_v2("tmpfs / tmpfs rw 0 0\n"), None);
+    }
+
+    #[test]
+    fn groups_to_remove_are_looked_for_in_all_hierarchies_of_the_version() {
+        assert_eq!(hierarchies(MOUNTS, Version::V2), [Path::new("/sys/fs/cgroup/uni fied")]);
+        let v1 = ["cpu,cpuacct", "cpuset", "systemd"].map(|name| Path::new("/sys/fs/cgroup").join(name));
+        assert_eq!(hierarchies(MOUNTS, Version::V1), v1);
+        assert!(hierarchies("", Version::V1).is_empty() && hierarchies("", Version::V2).is_empty());
     }
 
     #[test]

@@ -14,13 +14,12 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use self::before::{Before, Stage};
+use crate::cgroup;
 use crate::dir::{Dir, Owner};
 use crate::error::{During, Error, Result};
 
@@ -43,9 +42,6 @@ pub const FILES: [&str; 5] =
 
 /// How often a file is locked anew that its last holder has removed in between.
 const MAX_TRIES: usize = 64;
-/// How long a control group may still have a process that has ended already.
-const GROUP_TRIES: usize = 200;
-const GROUP_PAUSE: Duration = Duration::from_millis(5);
 
 /// Of one process and the children it makes.
 #[derive(Debug)]
@@ -70,9 +66,7 @@ impl Claim {
     /// # Errors
     /// Another jailer works on it, or the base is none.
     pub fn stake(base: &Path, program: &OsStr, id: &str) -> Result<Claim> {
-        let base = Dir::open(base).map_err(|error| {
-            Error::Refused(format!("--chroot-base-dir: {error}; make it first, as a directory of your own"))
-        })?;
+        let base = open_base(base)?;
         let host = Dir::open(Path::new("/"))?;
         let cells = base.enter_or_make(program, PASSAGE)?;
         let was_there = !cells.make(id, PASSAGE)?;
@@ -186,13 +180,7 @@ impl Claim {
             Err(error) if error.is_not_found() => return Ok(()),
             Err(error) => return Err(error),
         };
-        for _ in 1..GROUP_TRIES {
-            match parent.remove_dir(name) {
-                Err(error) if error.is(Errno::BUSY) => thread::sleep(GROUP_PAUSE),
-                done => return done,
-            }
-        }
-        parent.remove_dir(name)
+        cgroup::remove(&parent, name)
     }
 
     /// What a start makes, without the directories.
@@ -248,8 +236,21 @@ impl Claim {
     }
 }
 
+/// Opens the directory where cells are made.
+///
+/// # Errors
+/// It is not there, or no directory.
+pub fn open_base(base: &Path) -> Result<Dir> {
+    Dir::open(base).map_err(|error| {
+        Error::Refused(format!("--chroot-base-dir: {error}; make it first, as a directory of your own"))
+    })
+}
+
 /// Opens the marker and locks it, so that it is this process's until its end, or the exec.
-fn lock(directory: &Dir) -> Result<File> {
+///
+/// # Errors
+/// Another jailer has it, or what is there is no marker.
+pub fn lock(directory: &Dir) -> Result<File> {
     for _ in 0..MAX_TRIES {
         let marker = directory.open_own(MARKER)?;
         match flock(&marker, FlockOperation::NonBlockingLockExclusive) {
@@ -267,7 +268,7 @@ fn lock(directory: &Dir) -> Result<File> {
 }
 
 /// The processes whose root this is, as far as we may know. For a message only: they come and go.
-fn processes_in(root: &Dir) -> Vec<u32> {
+pub fn processes_in(root: &Dir) -> Vec<u32> {
     let Ok(own) = rustix::fs::fstat(root) else { return Vec::new() };
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());

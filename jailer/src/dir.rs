@@ -7,11 +7,12 @@
 //!
 //! The exception is [`Dir::open`], which takes a path from the administrator and follows his links.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
@@ -24,6 +25,13 @@ const MAX_TRIES: usize = 64;
 
 /// The longest control file or list of the kernel's that is read, in bytes.
 const MAX_TEXT: u64 = 1 << 20;
+
+/// How deep directories may lie in one that is emptied. A cell has three, and nothing in a VMM makes any.
+const MAX_DEPTH: usize = 64;
+/// How many names are looked at before they are removed.
+const MAX_NAMES: usize = 1024;
+/// How often a directory is looked at until there is nothing in it: somebody might put files there all the time.
+const MAX_ROUNDS: usize = 4096;
 
 /// An open directory.
 #[derive(Debug)]
@@ -141,6 +149,73 @@ impl Dir {
     /// As rmdir(2), but for these two.
     pub fn remove_dir(&self, name: impl AsRef<OsStr>) -> Result<()> {
         self.remove(name.as_ref(), AtFlags::REMOVEDIR)
+    }
+
+    /// Removes all that is in this directory and below it, but for entries of it that have one of these names.
+    ///
+    /// # Errors
+    /// Something below it is a mount, or lies deeper than a cell's files do, or cannot be removed.
+    pub fn empty(&self, but: &[&str]) -> Result<()> {
+        self.empty_at(0, but)
+    }
+
+    fn empty_at(&self, depth: usize, but: &[&str]) -> Result<()> {
+        for _ in 0..MAX_ROUNDS {
+            let names = self.names(but)?;
+            if names.is_empty() {
+                return Ok(());
+            }
+            names.iter().try_for_each(|name| self.remove_all(name, depth))?;
+        }
+        Err(Error::Refused(format!(
+            "{} gets new files all the time; end who makes them",
+            self.path.display()
+        )))
+    }
+
+    /// Some of the names in this directory, if there are any.
+    fn names(&self, but: &[&str]) -> Result<Vec<OsString>> {
+        let of_the_directory = |name: &OsStr| name == "." || name == "..";
+        let read = rustix::fs::Dir::read_from(&self.fd).and_then(|entries| {
+            let names = entries.map(|entry| Ok(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned()));
+            let wanted = |name: &rustix::io::Result<OsString>| {
+                name.as_ref().is_ok_and(|name| !of_the_directory(name) && !but.iter().any(|but| name == but))
+                    || name.is_err()
+            };
+            names.filter(wanted).take(MAX_NAMES).collect()
+        });
+        read.during(|| format!("cannot see what is in {}", self.path.display()))
+    }
+
+    fn remove_all(&self, name: &OsStr, depth: usize) -> Result<()> {
+        let refused = |error| match error {
+            Errno::BUSY | Errno::XDEV => Err(Error::Refused(format!(
+                "{} is a mount, and what is mounted is not touched; unmount it first",
+                self.shown(name)
+            ))),
+            error => Err(error).during(|| format!("cannot remove {}", self.shown(name))),
+        };
+        match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::ISDIR) if depth < MAX_DEPTH => {}
+            Err(Errno::ISDIR) => {
+                return Err(Error::Refused(format!(
+                    "{} lies deeper than anything in a cell does; look what it is, then remove it",
+                    self.shown(name)
+                )));
+            }
+            Err(error) => return refused(error),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        match self.look_up_with(name, flags, Mode::empty(), ResolveFlags::NO_XDEV) {
+            Ok(fd) => Dir { fd, path: self.path.join(name) }.empty_at(depth + 1, &[])?,
+            Err(Errno::NOENT) => return Ok(()),
+            Err(error) => return refused(error),
+        }
+        match rustix::fs::unlinkat(&self.fd, name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => refused(error),
+        }
     }
 
     fn remove(&self, name: &OsStr, flags: AtFlags) -> Result<()> {
@@ -262,7 +337,17 @@ impl Dir {
     }
 
     fn look_up_below(&self, path: &OsStr, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
-        let rules = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        self.look_up_with(path, flags, mode, ResolveFlags::empty())
+    }
+
+    fn look_up_with(
+        &self,
+        path: &OsStr,
+        flags: OFlags,
+        mode: Mode,
+        more: ResolveFlags,
+    ) -> rustix::io::Result<OwnedFd> {
+        let rules = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | more;
         let mut result = Err(Errno::AGAIN);
         for _ in 0..MAX_TRIES {
             result = rustix::fs::openat2(&self.fd, path, flags | OFlags::CLOEXEC, mode, rules);
@@ -416,6 +501,33 @@ mod tests {
         full.remove_dir("empty").unwrap();
         dir.remove_dir("full").unwrap();
         assert!(!dir.has("full").unwrap() && dir.has("victim").unwrap());
+    }
+
+    #[test]
+    fn a_directory_is_emptied_of_everything_but_what_was_excepted() {
+        let (place, dir) = dir();
+        fs::write(place.path().join("kept"), "").unwrap();
+        for number in 0..MAX_NAMES + 10 {
+            fs::write(place.path().join(number.to_string()), "").unwrap();
+        }
+        fs::create_dir_all(place.path().join("a/kept/c")).unwrap();
+        fs::write(place.path().join("a/kept/file"), "").unwrap();
+        dir.empty(&["kept", "none"]).unwrap();
+        let left: Vec<_> =
+            fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["kept"]);
+    }
+
+    #[test]
+    fn what_lies_too_deep_is_named_and_stays() {
+        let (place, dir) = dir();
+        let deep: PathBuf = (0..MAX_DEPTH).map(|_| "d").collect();
+        fs::create_dir_all(place.path().join(&deep)).unwrap();
+        dir.empty(&[]).unwrap();
+        fs::create_dir_all(place.path().join(deep.join("d/d"))).unwrap();
+        let error = dir.empty(&[]).unwrap_err().to_string();
+        assert!(error.contains("d/d lies deeper"), "{error}");
+        assert!(place.path().join(deep.join("d/d")).exists());
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The jailer as a library: `main.rs` is the life of the process, everything else is here so that tests reach it.
 //!
-//! It builds a cell around one VMM process and becomes that process. It watches nothing and removes nothing: when the
-//! VMM runs, no jailer is left. It knows nothing of guests, and of the VMM only the five flags that it is handed.
+//! It builds a cell around one VMM process and becomes that process. It watches nothing: when the VMM runs, no jailer is
+//! left, and its cell stays until it is told to remove it. It knows nothing of guests, and of the VMM only the five flags
+//! that it is handed.
 
 pub mod args;
 pub mod cell;
@@ -16,5 +17,6 @@ pub mod inherited;
 pub mod limits;
 pub mod mounts;
 pub mod namespaces;
+pub mod remove;
 pub mod undo;
 pub mod vmm;

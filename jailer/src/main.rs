@@ -15,7 +15,7 @@ use jailer::error::{During, Result};
 use jailer::family::{self, Voice};
 use jailer::undo::Undo;
 use jailer::vmm::{self, Launch, Times};
-use jailer::{cgroup, handed, ids, inherited, limits, mounts, namespaces};
+use jailer::{cgroup, handed, ids, inherited, limits, mounts, namespaces, remove};
 use rustix::fs::Mode;
 
 fn main() -> ExitCode {
@@ -24,6 +24,12 @@ fn main() -> ExitCode {
     let identity = Identity::of(argv.first().unwrap_or(&OsString::new()));
     let args = match args::parse(argv) {
         Ok(Command::Confine(args)) => *args,
+        Ok(Command::Remove(removal)) => {
+            return match remove::remove(&removal) {
+                Ok(()) => Code::Ok.into(),
+                Err(error) => Voice::new(identity).last_word(&error),
+            };
+        }
         Ok(Command::Print(text)) => {
             print!("{text}");
             return Code::Ok.into();

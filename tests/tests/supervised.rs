@@ -221,3 +221,85 @@ fn what_cannot_be_served_or_written_to_is_named() {
     let flag = format!("--fd=api={}", process::number(&one));
     was_refused(&output(&mut Cells::new().jailer(&[&flag])), &["--fd api=", "socket that listens"]);
 }
+
+/// A group of the cell's own.
+const GROUP: [&str; 6] =
+    ["--cgroup-version", "2", "--parent-cgroup", "berth-supervised", "--cgroup", "pids.max=100"];
+const PARENT: &str = "/sys/fs/cgroup/berth-supervised";
+
+#[track_caller]
+fn removed(cells: &Cells, flags: &[&str]) {
+    let output = cells.run(&[&["--remove"], flags].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(!cells.directory().exists());
+}
+
+#[test]
+fn a_cell_is_removed_with_its_group_when_its_vmm_has_ended_and_not_before() {
+    for way in [&[][..], &["--new-pid-ns"]] {
+        let cells = Cells::new();
+        removed(&cells, &GROUP);
+        let mut vmm = cells.start(&[way, &GROUP].concat());
+        cells.client();
+        let pid = cells.pid();
+        was_refused(
+            &cells.run(&[&["--remove"][..], &GROUP].concat()),
+            &[&format!("process {pid} is in the cell")],
+        );
+        assert!(cells.client().instance_info().is_ok());
+        process::kill(&mut vmm.child);
+        cells.kill();
+        fs::create_dir_all(cells.root().join("images/more")).unwrap();
+        std::os::unix::fs::symlink(PARENT, cells.root().join("images/link")).unwrap();
+        // What its caller has mounted there is not the jailer's to take away.
+        let mounted = cells.root().join("images/more");
+        let mount = |command: &str, arguments: &[&str]| {
+            assert!(Command::new(command).args(arguments).arg(&mounted).status().unwrap().success());
+        };
+        mount("mount", &["-t", "tmpfs", "tmpfs"]);
+        fs::write(mounted.join("precious"), "").unwrap();
+        was_refused(&cells.run(&[&["--remove"][..], &GROUP].concat()), &["images/more is a mount"]);
+        assert!(mounted.join("precious").exists());
+        mount("umount", &[]);
+        for _ in 0..2 {
+            removed(&cells, &GROUP);
+            assert!(!Path::new(PARENT).join("cell-1").exists() && Path::new(PARENT).exists());
+        }
+        // It can be used again.
+        let mut vmm = cells.start(&[way, &GROUP].concat());
+        cells.client();
+        process::kill(&mut vmm.child);
+        cells.kill();
+        removed(&cells, &GROUP);
+        fs::remove_dir(PARENT).unwrap();
+    }
+}
+
+#[test]
+fn who_lives_in_the_group_of_a_cell_is_named() {
+    let cells = Cells::new();
+    let group = Path::new(PARENT).join("cell-1");
+    let flags = ["--remove", "--cgroup-version", "2", "--parent-cgroup", "berth-supervised"];
+    fs::create_dir_all(&group).unwrap();
+    let mut other = Command::new("sleep").arg("1000").spawn().unwrap();
+    fs::write(group.join("cgroup.procs"), other.id().to_string()).unwrap();
+    fs::create_dir_all(cells.root()).unwrap();
+    was_refused(&cells.run(&flags), &[&format!("process {} is in the control group", other.id())]);
+    assert!(cells.root().exists());
+    // A zombie is in nobody's way.
+    other.kill().unwrap();
+    removed(&cells, &flags[1..]);
+    other.wait().unwrap();
+    fs::remove_dir(PARENT).unwrap();
+}
+
+#[test]
+fn an_ordinary_user_removes_his_cell_when_its_vmm_has_ended() {
+    let cells = Cells::rootless();
+    let mut outside = cells.start(&[]);
+    cells.client();
+    assert_eq!(outside.ended(), Ended::Code(0));
+    was_refused(&cells.run(&["--remove"]), &[&format!("process {} is in the cell", cells.pid())]);
+    cells.kill();
+    removed(&cells, &[]);
+}

@@ -25,7 +25,7 @@ const fn switch(name: &'static str, help: &'static str) -> Flag {
     Flag { name, value: None, is_repeatable: false, help }
 }
 
-pub const FLAGS: [Flag; 18] = [
+pub const FLAGS: [Flag; 19] = [
     value("id", "ID", "The cell's name: 1 to 64 letters, digits and hyphens. Needed."),
     value("exec-file", "FILE", "The VMM's program, one static file. Needed."),
     value("uid", "NUMBER", "The user that the VMM runs as. Needed without --rootless."),
@@ -46,6 +46,7 @@ pub const FLAGS: [Flag; 18] = [
     values("file", "NAME=PATH[:ro]", "Open this for the VMM's API, which calls it fd:NAME; may be repeated."),
     values("fd", "NAME=NUMBER", "As --file, with a descriptor that is open already; may be repeated."),
     switch("vhost-net", "Give the cell /dev/vhost-net, for network interfaces that the kernel serves."),
+    switch("remove", "Start nothing: remove the cell, and its group, of a VMM that has ended."),
     switch("version", "Print the version."),
     switch("help", "Print this."),
 ];

@@ -205,3 +205,22 @@ fn a_file_to_hand_over_has_a_name_and_a_path_or_a_number() {
     let long = "x".repeat(MAX_HANDED_NAME_LENGTH + 1);
     refused(&format!("{NEEDED} --file {long}=/a"), &["64 letters"]);
 }
+
+#[test]
+fn a_cell_is_removed_by_what_names_it() {
+    let removal = |words: &str| match read(words) {
+        Ok(Command::Remove(removal)) => removal,
+        other => panic!("{words}: {other:?}"),
+    };
+    let removed = removal("--remove --id vm-1 --exec-file /bin/berth-vmm");
+    let Args { id, program_name, base, cgroups, .. } = cell("");
+    assert_eq!(removed, Removal { id, program_name, base, cgroups });
+    let words =
+        "--chroot-base-dir /cells --cgroup-version 2 --parent-cgroup a/b --cgroup memory.max=1G --daemonize";
+    let Args { id, program_name, base, cgroups, .. } = cell(words);
+    let removed = removal(&format!("{NEEDED} {words} --remove"));
+    assert_eq!(removed, Removal { id, program_name, base, cgroups });
+    refused("--remove --id vm-1", &["--exec-file"]);
+    refused("--remove --exec-file /vmm", &["--id"]);
+    refused("--remove --id ../vm --exec-file /vmm", &["--id"]);
+}
