@@ -119,6 +119,7 @@ pub struct Args {
     /// A network namespace's file.
     pub netns: Option<PathBuf>,
     pub daemonize: bool,
+    pub new_session: bool,
     /// Always with `rootless`.
     pub new_pid_ns: bool,
     pub cgroups: Cgroups,
@@ -258,6 +259,7 @@ fn args(given: Given) -> Result<Args, ArgsError> {
         base: base(&given),
         netns: given.last("netns").map(PathBuf::from),
         daemonize: given.has("daemonize"),
+        new_session: given.has("new-session"),
         // The VMM has the user's number, and could signal all of the user's processes that it can name.
         new_pid_ns: given.has("new-pid-ns") || rootless,
         cgroups: cgroups(&given, &program_name)?,

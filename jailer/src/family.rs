@@ -74,6 +74,23 @@ impl Voice {
     }
 }
 
+/// Goes on in a session of its own: a key pressed on the caller's terminal, and that terminal's end, are no business of ours.
+///
+/// # Errors
+/// The process leads a group of its caller's session, and the kernel lets no such process leave.
+pub fn start_session() -> Result<()> {
+    match rustix::process::setsid() {
+        // It is the leader of its own already.
+        Err(Errno::PERM) if rustix::process::getsid(None) == Ok(rustix::process::getpid()) => Ok(()),
+        Err(Errno::PERM) => Err(Error::Refused(
+            "--new-session: this process leads a process group, as a job of a shell does, and cannot leave its session; \
+             start it by setsid(1), or give --daemonize"
+                .into(),
+        )),
+        done => done.map(drop).during(|| "--new-session: cannot start a session".into()),
+    }
+}
+
 /// Goes on as a process in a session of its own, which is not the session's leader and so can never get a terminal. The
 /// process that the caller waits for ends when the VMM runs, or returns with what went wrong. `processes` is the host's
 /// /proc.

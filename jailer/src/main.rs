@@ -55,6 +55,9 @@ fn confine(args: &Args, times: &mut Times, voice: &mut Voice, undo: &mut Undo) -
     let numbers: Vec<_> = args.handed.iter().filter_map(args::Handed::number).collect();
     inherited::close_descriptors(&numbers)?;
     inherited::leave_keyring()?;
+    if args.new_session {
+        family::start_session()?;
+    }
     let handed = handed::open(&args.handed)?;
     let user = ids::user(args)?;
     // Each file gets the mode that is said where it is made. The VMM has the caller's mask back.

@@ -2,18 +2,23 @@
 //! reads how they ended in a file; and a VMM takes no notice of its end.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use api_socket::{ActionType, Client, Request};
 use berth_tests::cell::{Cells, Vmm as Jailed, output, was_refused};
 use berth_tests::filters;
 use berth_tests::guest::vmm::signal_thread;
-use berth_tests::guest::{Ended, Guest, Kernel, Name, Setup, Vmm, asset, limits, program};
+use berth_tests::guest::{Console, Ended, Guest, Kernel, Name, Setup, Vmm, asset, limits, program};
 use berth_tests::host::{process, provide};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -139,6 +144,12 @@ impl Place {
 
 /// A jailer that is to become a VMM whose socket, log, metrics and exit status were made outside of the cell.
 fn handing_over(cells: &Cells, place: &Place, flags: &[&str]) -> Jailed {
+    let (mut command, listener) = jailer(cells, place, flags);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    Jailed { child: process::spawn_bound(&mut command, vec![listener]).unwrap() }
+}
+
+fn jailer(cells: &Cells, place: &Place, flags: &[&str]) -> (Command, OwnedFd) {
     let listener = process::passable(UnixListener::bind(place.path("api.sock")).unwrap()).unwrap();
     let mut files: Vec<_> = ["log", "metrics", "exit"].map(|name| place.flag(name)).into();
     for name in ["log", "metrics", "exit"] {
@@ -148,8 +159,25 @@ fn handing_over(cells: &Cells, place: &Place, flags: &[&str]) -> Jailed {
     let mut command = cells.jailer_of(&program("berth-vmm"), flags);
     command.args(files).args(["--", "--api-sock", "fd:api", "--log-path", "fd:log"]);
     command.args(["--metrics-path", "fd:metrics", "--exit-status", "fd:exit"]);
-    command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
-    Jailed { child: process::spawn_bound(&mut command, vec![listener]).unwrap() }
+    (command, listener)
+}
+
+/// Configures and starts a guest whose kernel and initrd were handed over.
+fn start(api: &mut Client) {
+    let setup = Setup { kernel: Kernel::Path("fd:kernel".into()), ..Setup::default() };
+    for mut request in setup.requests() {
+        if let Request::PutBootSource(boot) = &mut request {
+            boot.initrd_path = Some("fd:initrd".into());
+        }
+        api.apply(&request).unwrap();
+    }
+    api.apply(&Request::Action(ActionType::InstanceStart)).unwrap();
+}
+
+/// The flags that hand a guest's kernel and initrd over.
+fn images() -> [String; 2] {
+    [("kernel", provide::VMLINUX), ("initrd", provide::INITRAMFS)]
+        .map(|(name, file)| format!("--file={name}={}:ro", asset(file).display()))
 }
 
 fn client(place: &Place) -> Client {
@@ -161,20 +189,11 @@ fn client(place: &Place) -> Client {
 #[test]
 fn a_vmm_in_a_cell_serves_a_socket_and_writes_to_files_that_are_not_in_it() {
     let (cells, place) = (Cells::new(), Place::new());
-    let kernel = format!("--file=kernel={}:ro", asset(provide::VMLINUX).display());
-    let initrd = format!("--file=initrd={}:ro", asset(provide::INITRAMFS).display());
-    let mut vmm = handing_over(&cells, &place, &[&kernel, &initrd]);
+    let mut vmm = handing_over(&cells, &place, &images().each_ref().map(String::as_str));
     // Connected before anybody serves.
     let mut api = client(&place);
     let mut console = vmm.console();
-    let setup = Setup { kernel: Kernel::Path("fd:kernel".into()), ..Setup::default() };
-    for mut request in setup.requests() {
-        if let Request::PutBootSource(boot) = &mut request {
-            boot.initrd_path = Some("fd:initrd".into());
-        }
-        api.apply(&request).unwrap();
-    }
-    api.apply(&Request::Action(ActionType::InstanceStart)).unwrap();
+    start(&mut api);
     console.wait_for("# ", limits::BOOT);
     // The next client finds it too, whoever had the socket first.
     client(&place).apply(&Request::Action(ActionType::FlushMetrics)).unwrap();
@@ -192,13 +211,13 @@ fn a_vmm_in_a_cell_serves_a_socket_and_writes_to_files_that_are_not_in_it() {
 fn what_cannot_be_served_or_written_to_is_named() {
     let place = Place::new();
     fs::write(place.path("file"), "").unwrap();
-    let file = process::passable(fs::File::open(place.path("file")).unwrap()).unwrap();
+    let file = process::passable(File::open(place.path("file")).unwrap()).unwrap();
     let number = process::number(&file);
     let refused = |arguments: &[&str], words: &[&str]| {
         let mut command = Command::new(program("berth-vmm"));
         command.arg(format!("--fd=it={number}")).args(arguments).current_dir(place.0.path());
-        command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
-        command.stderr(std::process::Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(Stdio::piped());
         let passed = process::passable(&file).unwrap();
         assert_eq!(rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()), Ok(()));
         let child = process::spawn_bound(&mut command, vec![passed]).unwrap();
@@ -302,4 +321,185 @@ fn an_ordinary_user_removes_his_cell_when_its_vmm_has_ended() {
     was_refused(&cells.run(&["--remove"]), &[&format!("process {} is in the cell", cells.pid())]);
     cells.kill();
     removed(&cells, &[]);
+}
+
+const POLL: Duration = Duration::from_millis(20);
+
+#[track_caller]
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + limits::COMMAND;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(POLL);
+    }
+}
+
+/// A shell in the place of a supervisor: it makes its child die with it, if the child does not see to that.
+struct Supervisor {
+    shell: Child,
+    /// Its child, which becomes the VMM.
+    jailer: u32,
+}
+
+impl Supervisor {
+    /// Starts the jailer with FIFOs of the place as standard streams, each open for reading and writing.
+    fn start(place: &Place, jailer: &Command, passed: Vec<OwnedFd>) -> Supervisor {
+        const SCRIPT: &str =
+            r#"setpriv --pdeathsig KILL "$@" 0<>in 1<>out 2<>err & echo $! > pid.new; mv pid.new pid; wait"#;
+        for fifo in ["in", "out", "err"] {
+            let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+            rustix::fs::mkfifoat(rustix::fs::CWD, place.path(fifo), mode).unwrap();
+        }
+        let mut shell = Command::new("sh");
+        shell.args(["-c", SCRIPT, "sh"]).arg(jailer.get_program()).args(jailer.get_args());
+        let shell = process::spawn_bound(shell.current_dir(place.0.path()), passed).unwrap();
+        until("the jailer was not started", || place.path("pid").exists());
+        let jailer = fs::read_to_string(place.path("pid")).unwrap().trim().parse().unwrap();
+        Supervisor { shell, jailer }
+    }
+
+    fn kill(&mut self) {
+        self.shell.kill().unwrap();
+        self.shell.wait().unwrap();
+    }
+
+    /// The jailer, or what it has become, has not ended.
+    fn has_child(&self) -> bool {
+        fs::read_to_string(format!("/proc/{}/status", self.jailer))
+            .is_ok_and(|status| !status.contains("\nState:\tZ") && !status.contains("\nState:\tX"))
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.jailer as i32).unwrap()
+    }
+}
+
+/// Opens a FIFO that has another end.
+fn reader(place: &Place, name: &str) -> File {
+    File::options().read(true).custom_flags(libc::O_NONBLOCK).open(place.path(name)).unwrap()
+}
+
+/// Reads until this was said.
+#[track_caller]
+fn read_until(file: &mut File, words: &str) -> String {
+    let (mut said, deadline) = (String::new(), Instant::now() + limits::BOOT);
+    while !said.contains(words) {
+        assert!(Instant::now() < deadline, "{words:?} is not in: {said}");
+        let mut bytes = [0; 4096];
+        match file.read(&mut bytes) {
+            Ok(count) => said.push_str(&String::from_utf8_lossy(&bytes[..count])),
+            Err(_) => std::thread::sleep(POLL),
+        }
+    }
+    said
+}
+
+/// Bytes of the serial port that nobody took.
+fn lost(place: &Place) -> u64 {
+    client(place).apply(&Request::Action(ActionType::FlushMetrics)).unwrap();
+    let metrics = fs::read_to_string(place.path("metrics")).unwrap();
+    let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.map(|line| line["uart"]["missed_write_count"].as_u64().unwrap()).sum()
+}
+
+#[test]
+fn a_guest_lives_on_and_is_found_again_when_its_supervisor_was_killed() {
+    // Less than the guest says, and more than its shell does.
+    const FIFO: usize = 16 << 10;
+    const FLOOD: u64 = 60_000;
+    let (cells, place) = (Cells::new(), Place::new());
+    let images = images();
+    let flags = [images[0].as_str(), &images[1], "--new-session"];
+    let (command, listener) = jailer(&cells, &place, &flags);
+    let mut supervisor = Supervisor::start(&place, &command, vec![listener]);
+    start(&mut client(&place));
+    assert_eq!(cells.pid(), supervisor.jailer);
+    let mut errors = reader(&place, "err");
+    let mut output = reader(&place, "out");
+    read_until(&mut output, "# ");
+    rustix::pipe::fcntl_setpipe_size(&output, FIFO).unwrap();
+
+    supervisor.kill();
+    let mut input = File::options().write(true).open(place.path("in")).unwrap();
+    input.write_all(b"echo still ''here\n").unwrap();
+    read_until(&mut output, "still here");
+    // Nobody has the FIFOs but the VMM, and the guest fills one of them.
+    drop((input, output));
+    let mut input = File::options().write(true).open(place.path("in")).unwrap();
+    input.write_all(format!("yes 0123456789 | head -c {FLOOD}\n").as_bytes()).unwrap();
+    until("the guest waits for a reader", || lost(&place) >= FLOOD - 2 * FIFO as u64);
+    assert!(supervisor.has_child());
+
+    let mut output = reader(&place, "out");
+    read_until(&mut output, "0123456789\n0123456789\n");
+    let flags = rustix::fs::fcntl_getfl(&output).unwrap() - rustix::fs::OFlags::NONBLOCK;
+    rustix::fs::fcntl_setfl(&output, flags).unwrap();
+    let mut console = Console::new(output, input);
+    console.send(b"\n");
+    console.wait_for("# ", limits::COMMAND);
+    assert_eq!(console.shell("echo and here", limits::COMMAND).text, "and here\n");
+    console.send(b"poweroff -f\n");
+    cells.wait();
+    assert_eq!(told(&place.path("exit")), (0, "the guest has ended: powered off".into()));
+    let mut said = String::new();
+    let _ = errors.read_to_string(&mut said);
+    assert_eq!(said, "");
+    removed(&cells, &[]);
+}
+
+#[test]
+fn a_vmm_does_not_die_with_its_parent_whoever_it_runs_as_and_has_its_own_session_if_asked() {
+    for (flags, is_own) in [(&[][..], false), (&["--new-session"], true)] {
+        let (cells, place) = (Cells::new(), Place::new());
+        let (command, listener) = jailer(&cells, &place, flags);
+        let mut supervisor = Supervisor::start(&place, &command, vec![listener]);
+        client(&place).instance_info().unwrap();
+        let of_the_shell = rustix::process::getsid(Pid::from_raw(supervisor.shell.id() as i32)).unwrap();
+        let session = rustix::process::getsid(Some(supervisor.pid())).unwrap();
+        assert_eq!(session, if is_own { supervisor.pid() } else { of_the_shell });
+        supervisor.kill();
+        client(&place).instance_info().unwrap();
+        assert!(supervisor.has_child());
+    }
+    // Root without capabilities: no user is changed.
+    let (cells, place) = (Cells::new(), Place::new());
+    let listener = process::passable(UnixListener::bind(place.path("api.sock")).unwrap()).unwrap();
+    let mut command = Command::new(program("berth-jailer"));
+    command.args(["--id", "cell-1", "--uid", "0", "--gid", "0", "--exec-file"]).arg(program("berth-vmm"));
+    command.arg("--chroot-base-dir").arg(cells.base.path());
+    command.args([&format!("--fd=api={}", process::number(&listener)), "--", "--api-sock", "fd:api"]);
+    let mut supervisor = Supervisor::start(&place, &command, vec![listener]);
+    client(&place).instance_info().unwrap();
+    supervisor.kill();
+    client(&place).instance_info().unwrap();
+    assert!(supervisor.has_child());
+    rustix::process::kill_process(supervisor.pid(), Signal::KILL).unwrap();
+    until("it does not end", || !supervisor.has_child());
+}
+
+#[test]
+fn a_jailer_dies_with_its_parent_while_it_builds_the_cell() {
+    let (cells, place) = (Cells::new(), Place::new());
+    // It is stopped by its own group as soon as it is in it.
+    let flags = [&GROUP[..], &["--cgroup", "cgroup.freeze=1"]].concat();
+    let mut supervisor = Supervisor::start(&place, &cells.jailer(&flags), Vec::new());
+    let group = Path::new(PARENT).join("cell-1");
+    until("it was not stopped", || {
+        fs::read_to_string(group.join("cgroup.procs")).is_ok_and(|procs| !procs.is_empty())
+            && fs::read_to_string(group.join("cgroup.events")).is_ok_and(|events| events.contains("frozen 1"))
+    });
+    assert!(supervisor.has_child() && cells.directory().join(".unfinished").exists());
+    supervisor.kill();
+    until("it goes on", || !supervisor.has_child());
+    assert!(!cells.root().join("berth-vmm.pid").exists());
+    removed(&cells, &GROUP);
+    fs::remove_dir(PARENT).unwrap();
+}
+
+#[test]
+fn a_job_of_a_shell_cannot_have_a_session_and_is_told_so() {
+    let cells = Cells::new();
+    let mut command = cells.jailer(&["--new-session"]);
+    let output = command.process_group(0).stdin(Stdio::null()).output().unwrap();
+    was_refused(&output, &["--new-session", "setsid(1)"]);
 }

@@ -25,7 +25,7 @@ const fn switch(name: &'static str, help: &'static str) -> Flag {
     Flag { name, value: None, is_repeatable: false, help }
 }
 
-pub const FLAGS: [Flag; 19] = [
+pub const FLAGS: [Flag; 20] = [
     value("id", "ID", "The cell's name: 1 to 64 letters, digits and hyphens. Needed."),
     value("exec-file", "FILE", "The VMM's program, one static file. Needed."),
     value("uid", "NUMBER", "The user that the VMM runs as. Needed without --rootless."),
@@ -34,6 +34,7 @@ pub const FLAGS: [Flag; 19] = [
     value("chroot-base-dir", "DIR", "Where cells are made; /srv/jailer if not given."),
     value("netns", "FILE", "The network namespace to run in, such as /run/netns/NAME."),
     switch("daemonize", "Run in a session of its own, with standard input and output from and to /dev/null."),
+    switch("new-session", "Run in a session of its own, with standard input and output as they are."),
     switch("new-pid-ns", "Run as process 1 of a new pid namespace."),
     values("cgroup", "FILE=VALUE", "A control file of the VMM's group and its value; may be repeated."),
     value("cgroup-version", "1|2", "The kind of control groups; 1 if not given."),

@@ -32,7 +32,7 @@ fn what_is_not_given_is_as_with_firecracker() {
     assert!(!args.rootless && args.handed.is_empty());
     assert_eq!(args.program_name, "berth-vmm");
     assert_eq!(args.base, Path::new("/srv/jailer"));
-    assert_eq!((args.netns, args.daemonize, args.new_pid_ns), (None, false, false));
+    assert_eq!((args.netns, args.daemonize, args.new_session, args.new_pid_ns), (None, false, false, false));
     assert_eq!(args.limits, Limits { files: 2048, file_bytes: None });
     let parent = PathBuf::from("berth-vmm");
     let none = Cgroups { version: Version::V1, parent, is_parent_given: false, settings: vec![] };
@@ -43,7 +43,7 @@ fn what_is_not_given_is_as_with_firecracker() {
 #[test]
 fn every_flag_is_read() {
     let args = cell(
-        "--chroot-base-dir /cells --netns /run/netns/a --daemonize --new-pid-ns --cgroup-version 2 \
+        "--chroot-base-dir /cells --netns /run/netns/a --daemonize --new-session --new-pid-ns --cgroup-version 2 \
          --parent-cgroup a/b --cgroup memory.max=1G --cgroup cpu.weight=5 --resource-limit fsize=4096 \
          --resource-limit no-file=64",
     );
@@ -51,7 +51,7 @@ fn every_flag_is_read() {
         (args.base.as_path(), args.netns.as_deref()),
         (Path::new("/cells"), Some(Path::new("/run/netns/a")))
     );
-    assert!(args.daemonize && args.new_pid_ns);
+    assert!(args.daemonize && args.new_session && args.new_pid_ns);
     assert_eq!(args.limits, Limits { files: 64, file_bytes: Some(4096) });
     let setting = |file: &str, value: &str| Setting { file: file.into(), value: value.into() };
     let settings = vec![setting("memory.max", "1G"), setting("cpu.weight", "5")];
