@@ -125,6 +125,25 @@ fn what_was_wrong_before_there_was_a_guest_is_told() {
     }
 }
 
+#[test]
+fn a_full_pipe_that_nobody_reads_does_not_keep_a_process_from_its_end() {
+    for is_shared in [false, true] {
+        let place = tempfile::tempdir().unwrap();
+        let (_reader, mut writer) = std::io::pipe().unwrap();
+        // Of 64 KiB.
+        writer.write_all(&[0; 16 * 4096]).unwrap();
+        let passed = process::passable(&writer).unwrap();
+        let mut command = Command::new(program("berth-vmm"));
+        let log = [format!("--fd=log={}", process::number(&passed)), "--log-path=fd:log".into()];
+        command.args(if is_shared { &log[..] } else { &[] });
+        command.args(["--no-api", "--config-file", "none", "--exit-status", "exit"]);
+        command.stdin(Stdio::null()).stdout(writer.try_clone().unwrap()).stderr(writer);
+        let child = process::spawn_bound(command.current_dir(place.path()), vec![passed]).unwrap();
+        assert_eq!(Jailed { child }.ended(), Ended::Code(152));
+        assert_eq!(told(&place.path().join("exit")).0, 152);
+    }
+}
+
 /// What a supervisor makes for a VMM, where the VMM's user cannot come.
 struct Place(TempDir);
 

@@ -189,6 +189,14 @@ impl Message {
     }
 }
 
+/// Says on standard error why the process ends, or what is unsafe about it. Standard error may be a pipe that nobody reads
+/// any more, which must not keep the process from its end; what is longer than a pipe takes at once is cut.
+pub fn say(text: &str) {
+    let mut line = format!("berth-vmm: {text}\n").into_bytes();
+    line.truncate(libc::PIPE_BUF);
+    write_now(libc::STDERR_FILENO, &line);
+}
+
 /// Writes bytes if they are taken at once. In a signal handler too; -1 is nobody.
 pub fn write_now(fd: libc::c_int, bytes: &[u8]) {
     if takes_now(fd) {

@@ -44,7 +44,7 @@ fn run() -> Code {
     };
     let numbers: Vec<_> = args.fds.iter().map(|(_, number)| *number).collect();
     if let Err(error) = process::strip(&numbers) {
-        eprintln!("berth-vmm: what was inherited cannot be given up: {error}");
+        faults::say(&format!("what was inherited cannot be given up: {error}"));
         return Code::Generic;
     }
     // Before anything is opened: from then on a number may be that of another file.
@@ -59,7 +59,7 @@ fn run() -> Code {
         }
         Err(Death { code, reason }) => {
             log::error!("{reason}");
-            eprintln!("berth-vmm: {reason}");
+            faults::say(&reason);
             exit_status::tell(code, &reason);
             code
         }
@@ -93,7 +93,7 @@ fn live(args: Args, handed: Handed) -> Result<(Code, Ending), Death> {
     logger::start(&args, &handed).map_err(Death::configuration)?;
     if args.no_seccomp {
         log::warn!("{NO_SECCOMP}");
-        eprintln!("berth-vmm: {NO_SECCOMP}");
+        faults::say(NO_SECCOMP);
     }
     let sandbox = Arc::new(Sandbox::new(&args).map_err(Death::configuration)?);
     vcpu::install_kick_signal().map_err(Death::host("signal handlers"))?;
@@ -195,6 +195,6 @@ fn event(what: &'static str) -> Result<EventFd, Death> {
 }
 
 fn bad_arguments(error: &ArgsError) -> Code {
-    eprintln!("berth-vmm: {error}");
+    faults::say(&error.to_string());
     Code::BadArguments
 }

@@ -150,7 +150,7 @@ fn drop_capabilities() -> io::Result<()> {
 /// A thread that is not confined must not go on.
 fn give_up(reason: &str) -> ! {
     log::error!("{reason}");
-    eprintln!("berth-vmm: {reason}");
+    faults::say(reason);
     exit_status::tell(ExitCode::Generic, reason);
     std::process::exit(ExitCode::Generic as i32)
 }
