@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use agent::protocol::{Exit, Frame, FromGuest, Size, ToGuest};
 use berth_fuzz::saved_state::{KINDS, balloon, blk, console, mem, net, pmem, rng, vsock};
 use devices::backend::qcow2::testing::Blank;
 use devices::testing::FakeHost;
@@ -94,7 +95,40 @@ fn seeds() -> Vec<Seed> {
         seeds.push(("virtio_mmio", name, [&[kind], &mmio_driver()[..]].concat()));
     }
     seeds.push(("vhost_user", "introduction", introduction()));
+    seeds.extend(agent());
     seeds
+}
+
+/// Requests, replies, and frames of both directions; an archive whole, hostile and broken.
+fn agent() -> Vec<Seed> {
+    let exec = r#"{"exec":{"argv":["sh"],"environment":{"K":"V"},"directory":"/","user":"root","terminal":{"rows":24,"columns":80}}}"#;
+    let pack = r#"{"pack":{"path":"/etc/hosts","name":"copy"}}"#;
+    let frames = [
+        ToGuest::Stdin(b"words".into()).frame(),
+        ToGuest::Window(Size { rows: 24, columns: 80 }).frame(),
+        ToGuest::Signal(15).frame(),
+        ToGuest::StdinEnd.frame(),
+        FromGuest::Stderr(b"words".into()).frame(),
+        FromGuest::Exit(Exit::Signal(9)).frame(),
+    ];
+    let frames: Vec<u8> = frames.iter().flat_map(Frame::encode).collect();
+    let archive = |path: &str, name: &str| {
+        let mut archive = Vec::new();
+        // One of what is missing says so.
+        let _ = agent::files::pack(Path::new(path), Path::new(name), &mut archive);
+        archive
+    };
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/src/input.rs");
+    vec![
+        ("agent_protocol", "exec", format!("\x01{exec}\n").into_bytes()),
+        ("agent_protocol", "pack", format!("\x01{pack}\n").into_bytes()),
+        ("agent_protocol", "ping", b"\x01{\"ping\":{}}\n{\"shut_down\":{}}\n".to_vec()),
+        ("agent_protocol", "pong", b"\x02{\"ok\":{\"version\":\"1\",\"root_is_ready\":true}}\n".to_vec()),
+        ("agent_protocol", "frames", [&[7 << 2][..], &frames].concat()),
+        ("agent_files", "file", archive(file, "a/b")),
+        ("agent_files", "hostile", archive(file, "../outside/secret")),
+        ("agent_files", "broken", archive("/missing", "a")),
+    ]
 }
 
 /// Each operation at each end of the disk, then opened again and read.

@@ -4,6 +4,7 @@
 //! What is proven by a run: no panic, no overflow, no access that the address sanitizer sees, no endless loop, and the
 //! properties asserted here.
 
+pub mod agent;
 pub mod api;
 pub mod device;
 pub mod input;
