@@ -1,0 +1,6 @@
+//! One file for each kind of command, each of which asks berthd and shows what it says.
+
+pub mod guests;
+pub mod images;
+pub mod show;
+pub mod stats;
