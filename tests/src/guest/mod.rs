@@ -11,6 +11,7 @@
 // A fixture fails its test by panicking; nothing of this is in a shipped program.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod agent;
 pub mod block_device;
 pub mod console;
 pub mod huge_pages;

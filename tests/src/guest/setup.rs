@@ -29,6 +29,8 @@ pub struct Setup {
     pub memory_mib: u64,
     pub kernel: Kernel,
     pub initramfs: bool,
+    /// Another one than the asset.
+    pub initrd: Option<PathBuf>,
     pub drives: Vec<Drive>,
     pub interfaces: Vec<NetworkInterface>,
     pub pmems: Vec<Pmem>,
@@ -61,6 +63,7 @@ impl Default for Setup {
             // Unpacking a bzImage costs seconds in a nested host.
             kernel: Kernel::Elf,
             initramfs: true,
+            initrd: None,
             drives: Vec::new(),
             interfaces: Vec::new(),
             pmems: Vec::new(),
@@ -95,7 +98,7 @@ impl Setup {
         };
         let boot = BootSource {
             kernel_image_path: self.kernel.path(),
-            initrd_path: self.initramfs.then(|| asset(provide::INITRAMFS)),
+            initrd_path: self.initrd.clone().or_else(|| self.initramfs.then(|| asset(provide::INITRAMFS))),
             boot_args: Some(self.kernel_arguments()),
         };
         let mut requests = vec![Request::PutMachineConfig(machine), Request::PutBootSource(boot)];

@@ -1,0 +1,457 @@
+//! Files and directories as an archive (tar), for both ends of a connection: what one packs the other unpacks.
+//!
+//! Regular files, directories and symbolic links, with modes, owners and times. A hard link becomes a file of its own;
+//! devices, sockets and named pipes are left out, and so are extended attributes. Whatever an archive says, nothing is written
+//! outside of the directory that it is unpacked into.
+//!
+//! An archive that could not be finished ends with an entry that says why; one that was cut off is told from a whole one.
+
+use std::cell::Cell;
+use std::error::Error;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::rc::Rc;
+
+use tar::{Archive, Builder, EntryType, Header};
+use thiserror::Error;
+
+/// Directories of one archive that are kept in mind until the end, when they get their modes: about 1 KiB each.
+pub const MAX_DIRECTORIES: usize = 1 << 16;
+
+/// How much of what went wrong on the other side is shown.
+const MAX_REASON: u64 = 4096;
+
+/// The kind of the entry that says why an archive ends early. POSIX leaves the capital letters to everybody's own use.
+const BROKEN: u8 = b'E';
+
+#[derive(Debug, Error)]
+pub enum FilesError {
+    #[error("cannot {doing} {path}: {error}")]
+    At { doing: &'static str, path: String, error: io::Error },
+    #[error("cannot unpack into {into}: {why}")]
+    Unpack { into: String, why: String },
+    #[error("the archive names {path:?}, which is not below the directory that it is unpacked into")]
+    Outside { path: String },
+    #[error("the archive has {path:?}, which is neither a file nor a directory nor a link")]
+    Kind { path: String },
+    #[error("the archive has more than {MAX_DIRECTORIES} directories; copy it in parts")]
+    Directories,
+    /// What the other side said.
+    #[error("{0}")]
+    Broken(String),
+    #[error("the archive is cut off: the connection ended early")]
+    Cut,
+    #[error("the connection: {0}")]
+    Connection(io::Error),
+}
+
+/// Whose the unpacked files are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owners {
+    /// Those that the archive names, by number: for root.
+    Kept,
+    /// Who unpacks, and modes are those of plain files.
+    Own,
+}
+
+/// The name that a packed path gets when nobody says another: its last component, or `root`.
+pub fn name_of(path: &Path) -> OsString {
+    path.file_name().map_or_else(|| "root".into(), OsString::from)
+}
+
+/// Packs the file or directory at `path`, as entries of and below `name`. A symbolic link is packed as one. When something
+/// cannot be read the archive says so, and so does the error.
+pub fn pack(path: &Path, name: &Path, to: impl Write) -> Result<(), FilesError> {
+    let mut archive = Builder::new(to);
+    let packed = pack_all(&mut archive, path, name);
+    if let Err(error) = &packed
+        && !matches!(error, FilesError::Connection(_))
+    {
+        let reason = error.to_string();
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::new(BROKEN));
+        header.set_size(reason.len() as u64);
+        header.set_cksum();
+        archive.append(&header, reason.as_bytes()).map_err(FilesError::Connection)?;
+    }
+    archive.into_inner().and_then(|mut to| to.flush()).map_err(FilesError::Connection)?;
+    packed
+}
+
+fn pack_all(archive: &mut Builder<impl Write>, path: &Path, name: &Path) -> Result<(), FilesError> {
+    // What is still to do, the next last: as deep as the tree, times the entries of a directory.
+    let mut left = vec![(path.to_owned(), name.to_owned())];
+    while let Some((path, name)) = left.pop() {
+        let failed = |doing| at(doing, &path);
+        let metadata = fs::symlink_metadata(&path).map_err(failed("read"))?;
+        let mut header = Header::new_gnu();
+        header.set_metadata(&metadata);
+        if metadata.is_dir() {
+            archive.append_data(&mut header, &name, io::empty()).map_err(FilesError::Connection)?;
+            for entry in fs::read_dir(&path).map_err(failed("list"))? {
+                let entry = entry.map_err(failed("list"))?;
+                left.push((entry.path(), name.join(entry.file_name())));
+            }
+        } else if metadata.is_symlink() {
+            let target = fs::read_link(&path).map_err(failed("read the link"))?;
+            archive.append_link(&mut header, &name, target).map_err(FilesError::Connection)?;
+        } else if metadata.is_file() {
+            let file = open(&path).map_err(failed("open"))?;
+            // Of the file that is open now, which may be another than a moment ago.
+            header.set_metadata(&file.metadata().map_err(failed("read"))?);
+            let mut contents = Exactly::new(file, header.size().unwrap_or(0));
+            archive.append_data(&mut header, &name, &mut contents).map_err(FilesError::Connection)?;
+            if let Some(error) = contents.failed {
+                return Err(failed("read")(error));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Not one that a symbolic link leads to, nor a pipe that somebody has put there meanwhile.
+fn open(path: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
+}
+
+fn at(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FilesError {
+    let path = path.display().to_string();
+    move |error| FilesError::At { doing, path, error }
+}
+
+/// As many bytes of a file as the archive was told, whatever happens to the file: it is filled up with zeros.
+struct Exactly {
+    file: File,
+    left: u64,
+    failed: Option<io::Error>,
+}
+
+impl Exactly {
+    fn new(file: File, left: u64) -> Exactly {
+        Exactly { file, left, failed: None }
+    }
+}
+
+impl Read for Exactly {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let room = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let buffer = &mut buffer[..room];
+        let bytes = match self.failed {
+            None => self.file.read(buffer),
+            Some(_) => Ok(0),
+        };
+        let bytes = match bytes {
+            Ok(0) if room > 0 => {
+                self.failed.get_or_insert_with(|| io::Error::other("it became shorter meanwhile"));
+                buffer.fill(0);
+                room
+            }
+            Ok(bytes) => bytes,
+            Err(error) => {
+                self.failed = Some(error);
+                buffer.fill(0);
+                room
+            }
+        };
+        self.left -= bytes as u64;
+        Ok(bytes)
+    }
+}
+
+/// Unpacks an archive into a directory that exists, over what is there, and reads to the end of `from`.
+pub fn unpack(from: impl Read, into: &Path, owners: Owners) -> Result<(), FilesError> {
+    let ended = Rc::new(Cell::new(false));
+    let mut archive = Archive::new(Watched { from, ended: Rc::clone(&ended) });
+    archive.set_preserve_ownerships(owners == Owners::Kept);
+    archive.set_preserve_permissions(owners == Owners::Kept);
+    archive.set_overwrite(true);
+    unpack_all(&mut archive, into, &ended)?;
+    let mut rest = archive.into_inner();
+    // A whole archive says itself where it ends.
+    if ended.get() {
+        return Err(FilesError::Cut);
+    }
+    io::copy(&mut rest, &mut io::sink()).map(drop).map_err(FilesError::Connection)
+}
+
+fn unpack_all<R: Read>(archive: &mut Archive<R>, into: &Path, ended: &Cell<bool>) -> Result<(), FilesError> {
+    let failed = |error: io::Error| match ended.get() {
+        true => FilesError::Cut,
+        false => FilesError::Unpack { into: into.display().to_string(), why: reasons(&error) },
+    };
+    if !fs::metadata(into).map_err(failed)?.is_dir() {
+        return Err(failed(io::ErrorKind::NotADirectory.into()));
+    }
+    let mut directories = Vec::new();
+    for entry in archive.entries().map_err(failed)? {
+        let mut entry = entry.map_err(failed)?;
+        let path = entry.path().map_err(failed)?.into_owned();
+        let shown = || path.display().to_string();
+        match entry.header().entry_type() {
+            // Its mode may forbid to write what comes into it: at the end. Files make their directories themselves.
+            EntryType::Directory if directories.len() < MAX_DIRECTORIES => directories.push((path, entry)),
+            EntryType::Directory => return Err(FilesError::Directories),
+            EntryType::Regular
+            | EntryType::Continuous
+            | EntryType::GNUSparse
+            | EntryType::Link
+            | EntryType::Symlink => {
+                if !entry.unpack_in(into).map_err(failed)? {
+                    return Err(FilesError::Outside { path: shown() });
+                }
+            }
+            EntryType::XGlobalHeader => {}
+            kind if kind.as_byte() == BROKEN => {
+                let mut reason = Vec::new();
+                entry.take(MAX_REASON).read_to_end(&mut reason).map_err(failed)?;
+                return Err(FilesError::Broken(String::from_utf8_lossy(&reason).into_owned()));
+            }
+            _ => return Err(FilesError::Kind { path: shown() }),
+        }
+    }
+    // The deepest first: one that may not be entered any more is not entered any more.
+    directories.sort_by(|(one, _), (other, _)| other.cmp(one));
+    for (path, mut directory) in directories {
+        if !directory.unpack_in(into).map_err(failed)? {
+            return Err(FilesError::Outside { path: path.display().to_string() });
+        }
+    }
+    Ok(())
+}
+
+/// An error and what it came from, each once.
+fn reasons(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let reason = error.to_string();
+        if !text.contains(&reason) {
+            text = format!("{text}: {reason}");
+        }
+        source = error.source();
+    }
+    text
+}
+
+/// A reader of which is known whether it came to its end.
+struct Watched<R> {
+    from: R,
+    ended: Rc<Cell<bool>>,
+}
+
+impl<R: Read> Read for Watched<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let bytes = self.from.read(buffer)?;
+        if bytes == 0 && !buffer.is_empty() {
+            self.ended.set(true);
+        }
+        Ok(bytes)
+    }
+}
+
+/// Everything below a directory, for tests: names and what is there.
+#[cfg(test)]
+pub(crate) fn tree(directory: &Path) -> std::collections::BTreeMap<std::path::PathBuf, String> {
+    use std::os::unix::fs::PermissionsExt;
+    let mut found = std::collections::BTreeMap::new();
+    let mut left = vec![directory.to_owned()];
+    while let Some(path) = left.pop() {
+        let metadata = fs::symlink_metadata(&path).unwrap();
+        let what = if metadata.is_dir() {
+            left.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            format!("directory {:o}", metadata.permissions().mode())
+        } else if metadata.is_symlink() {
+            format!("link {}", fs::read_link(&path).unwrap().display())
+        } else {
+            let contents = fs::read(&path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+            format!("file {:o} {}", metadata.permissions().mode(), contents.unwrap_or_default())
+        };
+        found.insert(path.strip_prefix(directory).unwrap().to_owned(), what);
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use proptest::prelude::*;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn packed(path: &Path, name: &str) -> Vec<u8> {
+        let mut archive = Vec::new();
+        pack(path, Path::new(name), &mut archive).unwrap();
+        archive
+    }
+
+    /// A directory with a file that may not be written, in a directory that may not be.
+    fn some_tree() -> TempDir {
+        let scratch = tempfile::tempdir().unwrap();
+        let tree = scratch.path().join("tree");
+        fs::create_dir_all(tree.join("closed/deep")).unwrap();
+        fs::create_dir(tree.join("empty")).unwrap();
+        fs::write(tree.join("closed/deep/file"), "contents").unwrap();
+        fs::write(tree.join("program"), "#!").unwrap();
+        fs::write(tree.join("x".repeat(200)), "a long name").unwrap();
+        symlink("closed/deep/file", tree.join("link")).unwrap();
+        symlink("/nowhere", tree.join("dangling")).unwrap();
+        let mode = |path: &str, mode| {
+            fs::set_permissions(tree.join(path), fs::Permissions::from_mode(mode)).unwrap()
+        };
+        mode("program", 0o755);
+        mode("closed/deep/file", 0o440);
+        mode("closed", 0o555);
+        scratch
+    }
+
+    #[test]
+    fn a_tree_comes_out_as_it_went_in() {
+        let from = some_tree();
+        let archive = packed(&from.path().join("tree"), "copy");
+        let to = tempfile::tempdir().unwrap();
+        unpack(&archive[..], to.path(), Owners::Own).unwrap();
+        assert_eq!(tree(&to.path().join("copy")), tree(&from.path().join("tree")));
+        assert_eq!(fs::read_dir(to.path()).unwrap().count(), 1);
+        // Once more, over it.
+        let file = packed(&from.path().join("tree/program"), "copy/program");
+        fs::write(to.path().join("copy/program"), "another").unwrap();
+        unpack(&file[..], to.path(), Owners::Own).unwrap();
+        assert_eq!(fs::read(to.path().join("copy/program")).unwrap(), b"#!");
+        fs::set_permissions(to.path().join("copy/closed"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(from.path().join("tree/closed"), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    #[test]
+    fn a_name_is_the_last_component() {
+        assert_eq!(name_of(Path::new("/etc/hosts")), "hosts");
+        assert_eq!(name_of(Path::new("/etc/")), "etc");
+        assert_eq!(name_of(Path::new("/")), "root");
+        assert_eq!(name_of(Path::new("..")), "root");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named_to_both_sides() {
+        let scratch = tempfile::tempdir().unwrap();
+        let missing = scratch.path().join("missing");
+        let mut archive = Vec::new();
+        let error = pack(&missing, Path::new("m"), &mut archive).unwrap_err().to_string();
+        assert!(error.contains(missing.to_str().unwrap()), "{error}");
+        assert_eq!(unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string(), error);
+    }
+
+    #[test]
+    fn a_file_that_becomes_shorter_breaks_its_archive_and_no_other_entry() {
+        let scratch = tempfile::tempdir().unwrap();
+        fs::write(scratch.path().join("file"), "short").unwrap();
+        let mut contents = Exactly::new(File::open(scratch.path().join("file")).unwrap(), 8);
+        let mut read = Vec::new();
+        contents.read_to_end(&mut read).unwrap();
+        assert_eq!(read, b"short\0\0\0");
+        assert!(contents.failed.is_some());
+    }
+
+    #[test]
+    fn an_archive_that_is_cut_off_is_no_whole_one() {
+        let from = some_tree();
+        let archive = packed(&from.path().join("tree"), "copy");
+        let to = tempfile::tempdir().unwrap();
+        for length in [0, 100, 512, 700, archive.len() - 1024] {
+            let error = unpack(&archive[..length], to.path(), Owners::Own).unwrap_err();
+            assert!(matches!(error, FilesError::Cut), "{length}: {error}");
+        }
+        fs::set_permissions(from.path().join("tree/closed"), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    #[test]
+    fn a_place_that_is_no_directory_is_named() {
+        let scratch = tempfile::tempdir().unwrap();
+        let file = scratch.path().join("file");
+        fs::write(&file, "").unwrap();
+        for place in [file, scratch.path().join("missing")] {
+            let error = unpack(&[0; 1024][..], &place, Owners::Own).unwrap_err().to_string();
+            assert!(error.contains(place.to_str().unwrap()), "{error}");
+        }
+    }
+
+    #[test]
+    fn devices_are_refused_by_name() {
+        let mut archive = Builder::new(Vec::new());
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::Block);
+        header.set_size(0);
+        archive.append_data(&mut header, "disk", io::empty()).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let archive = archive.into_inner().unwrap();
+        let error = unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string();
+        assert!(error.contains("\"disk\""), "{error}");
+    }
+
+    /// An archive of entries as no library would write them.
+    fn hostile(entries: &[(EntryType, String, String)]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (kind, name, link) in entries {
+            let mut header = Header::new_gnu();
+            let old = header.as_old_mut();
+            old.name[..name.len()].copy_from_slice(name.as_bytes());
+            old.linkname[..link.len()].copy_from_slice(link.as_bytes());
+            header.set_entry_type(*kind);
+            header.set_mode(0o755);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            let data: &[u8] = if kind.is_file() { b"hostile" } else { b"" };
+            header.set_size(data.len() as u64);
+            header.set_cksum();
+            bytes.extend(header.as_bytes());
+            bytes.extend(data);
+            bytes.resize(bytes.len().next_multiple_of(512), 0);
+        }
+        bytes.resize(bytes.len() + 1024, 0);
+        bytes
+    }
+
+    fn kind() -> impl Strategy<Value = EntryType> {
+        prop_oneof![
+            3 => Just(EntryType::Regular),
+            3 => Just(EntryType::Symlink),
+            1 => Just(EntryType::Link),
+            1 => Just(EntryType::Directory),
+        ]
+    }
+
+    fn name() -> impl Strategy<Value = String> {
+        let part = prop_oneof![
+            Just("a"),
+            Just("b"),
+            Just(".."),
+            Just("."),
+            Just(""),
+            Just("outside"),
+            Just("secret")
+        ];
+        proptest::collection::vec(part, 1..5).prop_map(|parts| parts.join("/"))
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_written_outside(
+            entries in proptest::collection::vec((kind(), name(), prop_oneof![name(), Just("../outside".to_owned())]), 1..8)
+        ) {
+            let scratch = tempfile::tempdir().unwrap();
+            let (into, outside) = (scratch.path().join("into"), scratch.path().join("outside"));
+            fs::create_dir(&into).unwrap();
+            fs::create_dir(&outside).unwrap();
+            fs::write(outside.join("secret"), "kept").unwrap();
+            let before = tree(&outside);
+            // It may succeed or not.
+            let _ = unpack(&hostile(&entries)[..], &into, Owners::Own);
+            prop_assert_eq!(tree(&outside), before);
+            prop_assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 2);
+        }
+    }
+}

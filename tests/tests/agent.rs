@@ -1,0 +1,348 @@
+//! The agent that comes with an image's initramfs: the host runs commands and copies files in a guest that has nothing of
+//! ours installed.
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::time::Duration;
+
+use agent::client::{self, ClientError};
+use agent::files::{self, Owners};
+use agent::protocol::{Exec, Exit, FromGuest, Kind, Size, ToGuest};
+use berth_tests::guest::agent::{Outcome, command, hear, with_agent};
+use berth_tests::guest::streams::data;
+use berth_tests::guest::tap::{Tap, host};
+use berth_tests::guest::{Ended, Guest, Setup, asset, limits, md5};
+use berth_tests::host::disk::WritableDisk;
+use berth_tests::host::provide;
+use tempfile::TempDir;
+
+/// Enough to fill every buffer on the way many times.
+const BYTES: usize = 8 << 20;
+
+/// Waits until systemd has started everything, or found that it cannot.
+const UNTIL_RUNNING: &str =
+    "until [ \"$(systemctl is-system-running --wait 2> /dev/null)\" = running ]; do sleep 0.2; done";
+
+/// A Debian with the agent. The disk before the directory, which is the order of their ends.
+struct Debian {
+    guest: Guest,
+    _disk: WritableDisk,
+    _directory: TempDir,
+}
+
+fn debian(change: impl FnOnce(Setup) -> Setup) -> Debian {
+    let directory = tempfile::tempdir().unwrap();
+    let name = format!("agent-{}", std::process::id());
+    let disk = WritableDisk::new(&asset(provide::DEBIAN), directory.path(), &name).unwrap();
+    let setup = with_agent(directory.path(), Setup::debian(disk.path().to_owned()));
+    Debian { guest: Guest::started(change(setup)), _disk: disk, _directory: directory }
+}
+
+/// The busybox guest with the agent, which needs no disk.
+fn busybox(directory: &Path) -> Guest {
+    Guest::started(with_agent(directory, Setup::default()))
+}
+
+fn run(guest: &Guest, script: &str) -> Outcome {
+    guest.exec(&["sh", "-c", script])
+}
+
+#[track_caller]
+fn said(guest: &Guest, script: &str) -> String {
+    run(guest, script).text()
+}
+
+#[test]
+fn a_debian_is_reached_before_and_after_its_root_is_there_and_goes_down_when_asked() {
+    let mut debian = debian(|setup| setup);
+    let guest = &mut debian.guest;
+    // In the initramfs, which is another one's and has a busybox.
+    assert!(said(guest, "uname -a").starts_with("Linux "));
+    assert!(!client::ping(&mut guest.agent()).unwrap().root_is_ready);
+    guest.wait_for_root();
+    said(guest, UNTIL_RUNNING);
+    assert_eq!(said(guest, "cat /proc/1/comm; . /etc/os-release; echo $ID"), "systemd\ndebian\n");
+    // It is where it was and nothing of it is to be seen: no mount, no unit, no file, no complaint.
+    assert_eq!(said(guest, "cat /proc/*/cmdline | tr '\\0' '\\n' | grep ^@"), "@berth-agent\n");
+    assert_eq!(said(guest, "grep berth /proc/mounts; ls -d /berth 2> /dev/null; true"), "");
+    assert_eq!(said(guest, "systemctl list-units --failed --no-legend --plain"), "");
+    assert_eq!(said(guest, "dmesg --level=emerg,alert,crit,err,warn | grep -i berth; true"), "");
+
+    assert_eq!(run(guest, "exit 7").exit, Exit::Code(7));
+    let missing = guest.exec(&["no-such-program"]);
+    assert_eq!((missing.exit, missing.stdout.as_slice()), (Exit::Code(127), &b""[..]));
+    assert!(String::from_utf8(missing.stderr).unwrap().contains("no-such-program"));
+    assert_eq!(guest.exec(&["/etc/passwd"]).exit, Exit::Code(126));
+    assert_eq!(run(guest, "kill -KILL $$").exit, Exit::Signal(9));
+    // As after a login.
+    assert_eq!(
+        said(guest, "pwd; echo $HOME $USER $SHELL; umask; id -u"),
+        "/root\n/root root /bin/bash\n0022\n0\n"
+    );
+    let daemon = Exec {
+        user: Some("daemon".into()),
+        ..command(&["sh", "-c", "id -un; id -gn; id -Gn; pwd; echo $HOME"])
+    };
+    assert_eq!(guest.exec_with(daemon, b"").text(), "daemon\ndaemon\ndaemon\n/usr/sbin\n/usr/sbin\n");
+    let elsewhere = Exec {
+        directory: Some("/tmp".into()),
+        environment: [("WORD".into(), "a b".into()), ("HOME".into(), "/x".into())].into(),
+        ..command(&["sh", "-c", "pwd; echo $WORD $HOME"])
+    };
+    assert_eq!(guest.exec_with(elsewhere, b"").text(), "/tmp\na b /x\n");
+    for (command, words) in [
+        (Exec { user: Some("nobody-here".into()), ..command(&["true"]) }, "nobody-here"),
+        (Exec { directory: Some("/no/place".into()), ..command(&["true"]) }, "/no/place"),
+        (Exec::default(), "argv"),
+    ] {
+        let refused = client::exec(&mut guest.agent(), command).unwrap_err();
+        assert!(matches!(&refused, ClientError::Refused(why) if why.contains(words)), "{refused}");
+    }
+    // Nothing of all this is left.
+    assert_eq!(said(guest, "ps -e -o stat= -o comm= | grep ^Z; true"), "");
+    on_a_terminal(guest);
+    files_go_both_ways(guest);
+
+    client::shut_down(&mut guest.agent()).unwrap();
+    assert_eq!(guest.vmm.ended(limits::DEBIAN), Ended::Code(0));
+    assert!(guest.vmm.log().contains("The guest has ended: powered off"), "{}", guest.vmm.log());
+}
+
+/// A command with a terminal of its own: its size, keys that are signals, and the end of its input.
+fn on_a_terminal(guest: &Guest) {
+    let size = Size { rows: 33, columns: 101 };
+    let shell =
+        "stty -echo; tty; stty size; trap 'stty size; exit 5' WINCH; echo ready; while :; do sleep 0.1; done";
+    let mut stream = guest.agent();
+    client::exec(&mut stream, Exec { terminal: Some(size), ..command(&["sh", "-c", shell]) }).unwrap();
+    let mut heard = String::new();
+    while !heard.contains("ready") {
+        let FromGuest::Stdout(bytes) = client::hear(&mut stream).unwrap() else { panic!("{heard}") };
+        heard.push_str(&String::from_utf8(bytes).unwrap());
+    }
+    assert!(heard.starts_with("/dev/pts/") && heard.contains("\r\n33 101\r\n"), "{heard}");
+    client::say(&mut stream, ToGuest::Window(Size { rows: 44, columns: 122 })).unwrap();
+    let outcome = hear(&mut stream);
+    assert_eq!((outcome.stdout.as_slice(), outcome.exit), (&b"44 122\r\n"[..], Exit::Code(5)));
+
+    let mut stream = guest.agent();
+    client::exec(&mut stream, Exec { terminal: Some(size), ..command(&["sh", "-c", "echo on; sleep 100"]) })
+        .unwrap();
+    assert_eq!(client::hear(&mut stream).unwrap(), FromGuest::Stdout(b"on\r\n".into()));
+    client::say(&mut stream, ToGuest::Stdin(vec![3])).unwrap();
+    assert_eq!(hear(&mut stream).exit, Exit::Signal(2));
+
+    let mut stream = guest.agent();
+    let cat = command(&["sh", "-c", "stty -echo; echo on; cat"]);
+    client::exec(&mut stream, Exec { terminal: Some(size), ..cat }).unwrap();
+    assert_eq!(client::hear(&mut stream).unwrap(), FromGuest::Stdout(b"on\r\n".into()));
+    client::say(&mut stream, ToGuest::Stdin(b"a line\n".into())).unwrap();
+    client::say(&mut stream, ToGuest::StdinEnd).unwrap();
+    assert_eq!(hear(&mut stream).text(), "a line\r\n");
+}
+
+/// A tree into the guest and out again, over what is there, with what belongs to others.
+fn files_go_both_ways(guest: &Guest) {
+    let scratch = tempfile::tempdir().unwrap();
+    let tree = scratch.path().join("tree");
+    fs::create_dir_all(tree.join("deep/er")).unwrap();
+    fs::write(tree.join("deep/er/large"), data(5, BYTES)).unwrap();
+    fs::write(tree.join("program"), "#!/bin/sh\necho it runs\n").unwrap();
+    fs::set_permissions(tree.join("program"), fs::Permissions::from_mode(0o750)).unwrap();
+    fs::set_permissions(tree.join("deep"), fs::Permissions::from_mode(0o555)).unwrap();
+    symlink("deep/er/large", tree.join("link")).unwrap();
+    symlink("/nowhere", tree.join("dangling")).unwrap();
+
+    for _ in 0..2 {
+        send(guest, &tree, "tree", "/srv").unwrap();
+    }
+    assert_eq!(
+        said(guest, "/srv/tree/program; md5sum < /srv/tree/link"),
+        format!("it runs\n{}", md5(&data(5, BYTES)))
+    );
+    let modes = said(guest, "cd /srv/tree; stat -c '%a %u %n' program deep; readlink link dangling");
+    assert_eq!(modes, "750 0 program\n555 0 deep\ndeep/er/large\n/nowhere\n");
+
+    said(guest, "chown -h 1:1 /srv/tree/program; mkfifo /srv/tree/pipe");
+    let back = scratch.path().join("back");
+    fs::create_dir(&back).unwrap();
+    fetch(guest, "/srv/tree", Some("copy"), &back).unwrap();
+    assert_eq!(fs::read(back.join("copy/link")).unwrap(), data(5, BYTES));
+    assert_eq!(fs::read_link(back.join("copy/dangling")).unwrap(), Path::new("/nowhere"));
+    assert_eq!(fs::metadata(back.join("copy/program")).unwrap().permissions().mode() & 0o7777, 0o750);
+    assert!(!back.join("copy/pipe").exists());
+    // Absolute links lead where they lead for the guest.
+    said(guest, "ln -s /srv/tree/deep /absolute");
+    fetch(guest, "/absolute/er/large", None, &back).unwrap();
+    assert_eq!(fs::read(back.join("large")).unwrap(), data(5, BYTES));
+
+    let missing = fetch(guest, "/no/such", None, &back).unwrap_err();
+    assert!(missing.contains("/no/such"), "{missing}");
+    let nowhere = send(guest, &tree.join("program"), "p", "/etc/hosts").unwrap_err();
+    assert!(nowhere.contains("/etc/hosts"), "{nowhere}");
+    let hostile = send(guest, &tree.join("program"), "../escaped", "/srv").unwrap_err();
+    assert!(hostile.contains("escaped"), "{hostile}");
+    for (path, kind) in [
+        ("/etc", Kind::Directory),
+        ("/etc/passwd", Kind::File),
+        ("/absolute", Kind::Directory),
+        ("/dev/null", Kind::Other),
+        ("/no/such", Kind::Nothing),
+    ] {
+        assert_eq!(client::look(&mut guest.agent(), path).unwrap().kind, kind, "{path}");
+    }
+    assert_eq!(said(guest, "ls /escaped 2> /dev/null; true"), "");
+    fs::set_permissions(tree.join("deep"), fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+fn send(guest: &Guest, path: &Path, name: &str, into: &str) -> Result<(), String> {
+    let mut stream = guest.agent();
+    client::unpack(&mut stream, into).map_err(|error| error.to_string())?;
+    // Who refuses an entry does not read what follows it, and says so afterwards.
+    let packed = files::pack(path, Path::new(name), &stream);
+    let _ = stream.shutdown(Shutdown::Write);
+    client::unpacked(&mut stream).map_err(|error| error.to_string())?;
+    packed.map_err(|error| error.to_string())
+}
+
+fn fetch(guest: &Guest, path: &str, name: Option<&str>, into: &Path) -> Result<(), String> {
+    let mut stream = guest.agent();
+    client::pack(&mut stream, path, name).map_err(|error| error.to_string())?;
+    files::unpack(&stream, into, Owners::Own).map_err(|error| error.to_string())
+}
+
+#[test]
+fn an_initramfs_alone_runs_as_before_and_is_reached() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut guest = busybox(directory.path());
+    // The image's own init has run.
+    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
+    guest.console.wait_for("# ", limits::BOOT);
+    assert!(client::ping(&mut guest.agent()).unwrap().root_is_ready);
+    assert_eq!(said(&guest, "cat /proc/1/comm"), "init\n");
+
+    // Input, output and errors are three streams; none of them loses or mixes anything.
+    let (up, down) = (data(1, BYTES), data(2, BYTES));
+    fs::write(directory.path().join("down"), &down).unwrap();
+    send(&guest, &directory.path().join("down"), "down", "/tmp").unwrap();
+    let both = guest.exec_with(command(&["sh", "-c", "cat /tmp/down & md5sum >&2; wait"]), &up);
+    assert!(both.stdout == down, "standard output is not what was said");
+    assert_eq!((String::from_utf8(both.stderr).unwrap(), both.exit), (md5(&up), Exit::Code(0)));
+    let echo = guest.exec_with(command(&["cat"]), &up);
+    assert!(echo.stdout == up && echo.exit == Exit::Code(0), "what came back is not what was said");
+
+    a_command_ends_with_its_host(&guest);
+    who_does_not_read_holds_up_nobody_else(&guest);
+
+    // The console is a terminal, whose size can be set.
+    client::window(&mut guest.agent(), Size { rows: 50, columns: 132 }).unwrap();
+    assert_eq!(guest.run("stty size"), "50 132\n");
+    // An agent that nobody calls does nothing: it is not woken up.
+    let woken = "woken() { grep -h ^voluntary /proc/$(pgrep -f ^@berth-agent)/status; }; \
+                 before=$(woken); sleep 5; [ \"$before\" = \"$(woken)\" ]";
+    said(&guest, woken);
+    client::shut_down(&mut guest.agent()).unwrap();
+    assert_eq!(guest.ended(), Ended::Code(0));
+}
+
+fn a_command_ends_with_its_host(guest: &Guest) {
+    for terminal in [None, Some(Size { rows: 24, columns: 80 })] {
+        // One that heeds a hang-up, and one that does not.
+        for script in ["echo on; sleep 4711", "trap '' HUP; echo on; sleep 4711 & sleep 4711"] {
+            let mut stream = guest.agent();
+            client::exec(&mut stream, Exec { terminal, ..command(&["sh", "-c", script]) }).unwrap();
+            assert!(matches!(client::hear(&mut stream).unwrap(), FromGuest::Stdout(_)));
+            assert_ne!(said(guest, "pgrep -f 'sleep 4711$' | wc -l"), "0\n");
+            drop(stream);
+            let gone = "until ! pgrep -f 'sleep 4711$' > /dev/null; do sleep 0.1; done";
+            said(guest, gone);
+        }
+    }
+}
+
+fn who_does_not_read_holds_up_nobody_else(guest: &Guest) {
+    // Neither the host, while a command writes without end,
+    let mut deaf = guest.agent();
+    client::exec(&mut deaf, command(&["cat", "/dev/zero"])).unwrap();
+    // nor a command, while the host does.
+    let mut full = guest.agent();
+    client::exec(&mut full, command(&["sleep", "4711"])).unwrap();
+    full.set_write_timeout(Some(Duration::from_secs(3))).unwrap();
+    let mut sent = 0;
+    while (&full).write_all(&ToGuest::Stdin(vec![0; 10_000]).frame().encode()).is_ok() {
+        sent += 10_000;
+        assert!(sent < 16 << 20, "the agent keeps all that is said");
+    }
+    let resident = said(guest, "awk '/^VmRSS/ {print $2}' /proc/$(pgrep -f ^@berth-agent)/status");
+    assert!(resident.trim().parse::<u32>().unwrap() < 8 << 10, "the agent has {resident} KiB");
+    drop((deaf, full));
+    said(guest, "while pgrep -f '^(cat /dev/zero|sleep 4711)$' > /dev/null; do sleep 0.1; done");
+}
+
+#[test]
+fn an_image_without_an_init_in_its_initramfs_gets_the_root_that_the_kernel_would_give_it() {
+    // The one of the asset counts as missing, as for the kernel, when it is no program. The rest of it stays: the stock kernel
+    // has the drivers of disks as modules.
+    let mut debian = debian(|setup| {
+        let mut file = File::options().write(true).open(setup.initrd.as_ref().unwrap()).unwrap();
+        file.seek(SeekFrom::End(0)).unwrap();
+        let init = cpio::NewcBuilder::new("init").mode(0o100_644).write(file, 0);
+        cpio::newc::trailer(init.finish().unwrap()).unwrap();
+        Setup { command_line: format!("{} rootwait berth.hostname=web", setup.command_line), ..setup }
+    });
+    let guest = &mut debian.guest;
+    // Process 1 waits for the disk meanwhile.
+    assert!(!client::ping(&mut guest.agent()).unwrap().root_is_ready);
+    assert_eq!(said(guest, "hostname"), "web\n");
+    assert_eq!(said(guest, "mount -t sysfs sys /sys; ls /sys/class/block; umount /sys"), "");
+    said(guest, "modprobe -a virtio_blk ext4");
+    guest.wait_for_root();
+    said(guest, UNTIL_RUNNING);
+    assert_eq!(said(guest, "cat /proc/1/comm; findmnt -no FSTYPE /dev"), "systemd\ndevtmpfs\n");
+    assert!(said(guest, "findmnt -no SOURCE,OPTIONS /").starts_with("/dev/vda rw"));
+    client::shut_down(&mut guest.agent()).unwrap();
+    assert_eq!(guest.vmm.ended(limits::DEBIAN), Ended::Code(0));
+}
+
+#[test]
+fn a_network_comes_up_as_the_command_line_says() {
+    let tap = Tap::new(0, &[]);
+    let network = |setup: Setup| Setup {
+        interfaces: vec![tap.interface()],
+        command_line: format!(
+            "{} berth.address={}/24 berth.gateway={} berth.dns=10.77.0.53",
+            setup.command_line,
+            tap.guest(),
+            tap.host()
+        ),
+        ..setup
+    };
+    // An image that has no network of its own, and one whose network manager asks in vain for an address.
+    let directory = tempfile::tempdir().unwrap();
+    let guest = Guest::started(network(with_agent(directory.path(), Setup::default())));
+    reached(&guest, &tap);
+    assert_eq!(said(&guest, "cat /etc/resolv.conf"), "nameserver 10.77.0.53\n");
+    drop(guest);
+    let mut debian = debian(network);
+    debian.guest.wait_for_root();
+    reached(&debian.guest, &tap);
+    assert_eq!(said(&debian.guest, UNTIL_RUNNING), "");
+    assert_eq!(said(&debian.guest, "cat /etc/resolv.conf"), "nameserver 10.77.0.53\n");
+    client::shut_down(&mut debian.guest.agent()).unwrap();
+    assert_eq!(debian.guest.vmm.ended(limits::DEBIAN), Ended::Code(0));
+}
+
+/// From the host, and by the guest's own way out.
+fn reached(guest: &Guest, tap: &Tap) {
+    let address = format!(
+        "until ip -4 address show scope global | grep -q 'inet {}/24'; do sleep 0.2; done",
+        tap.guest()
+    );
+    said(guest, &address);
+    said(guest, &format!("until ip route show default | grep -q 'via {}'; do sleep 0.2; done", tap.host()));
+    host("ping", &["-c", "3", "-i", "0.1", "-W", "30", &tap.guest()]);
+}
