@@ -41,6 +41,11 @@ pub const TABLE: [(&str, &str); 9] = [
 const SIGNALLED: u8 = 128;
 
 impl Exit {
+    /// As a shell gives the end by a signal.
+    pub fn signal(signal: i32) -> Exit {
+        Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))
+    }
+
     pub fn code(self) -> u8 {
         match self {
             Exit::Ok => 0,

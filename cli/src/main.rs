@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::FromArgMatches;
 use cli::args::{self, Cli, Command, ImageCommand};
-use cli::commands::{guests, images, show, stats};
+use cli::commands::{console, copy, exec, guests, images, run, show, stats};
 use cli::error::Result;
 use cli::exit::Exit;
 use cli::{daemon, doctor, output, packaging};
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
             return if message.use_stderr() { Exit::Usage } else { Exit::Ok }.into();
         }
     };
-    match run(&cli) {
+    match obey(&cli) {
         Ok(exit) => exit.into(),
         Err(error) => {
             eprintln!("berth: {error}");
@@ -28,9 +28,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> Result<Exit> {
+fn obey(cli: &Cli) -> Result<Exit> {
     let daemon = &daemon::at(&cli.socket);
     match &cli.command {
+        Command::Run(args) => run::run(daemon, args),
         Command::Create(args) => guests::create(daemon, args),
         Command::Start(args) => guests::start(daemon, args),
         Command::Stop(args) => guests::stop(daemon, args),
@@ -39,6 +40,9 @@ fn run(cli: &Cli) -> Result<Exit> {
         Command::Ps(args) => show::ps(daemon, args),
         Command::Inspect(args) => show::inspect(daemon, args),
         Command::Logs(args) => show::logs(daemon, args),
+        Command::Console(args) => console::run(daemon, args),
+        Command::Exec(args) => exec::run(daemon, args),
+        Command::Cp(args) => copy::run(daemon, args),
         Command::Pause(args) => guests::pause(daemon, args),
         Command::Resume(args) => guests::resume(daemon, args),
         Command::Set(args) => guests::set(daemon, args),
@@ -50,10 +54,6 @@ fn run(cli: &Cli) -> Result<Exit> {
             ImageCommand::Rm(args) => images::rm(daemon, args),
             ImageCommand::Inspect(args) => images::inspect(daemon, args),
         },
-        Command::Run(_) => show::later("run"),
-        Command::Console(_) => show::later("console"),
-        Command::Exec(_) => show::later("exec"),
-        Command::Cp(_) => show::later("cp"),
         Command::Snapshot(_) => show::later("snapshot"),
         Command::Restore(_) => show::later("restore"),
         Command::Fork(_) => show::later("fork"),

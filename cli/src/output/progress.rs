@@ -1,11 +1,15 @@
 //! How far long work is, on standard error; nothing where that is no terminal.
 
 use std::io::{self, IsTerminal, Read};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 const WITH_TOTAL: &str = "{msg} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}";
 const WITHOUT_TOTAL: &str = "{msg} {spinner} {bytes} {binary_bytes_per_sec}";
+const WAITING: &str = "{msg} {spinner}";
+/// How often what turns is turned.
+const TICK: Duration = Duration::from_millis(100);
 
 /// Progress over bytes, of which there are `total` if that is known. It is wiped away when it is dropped.
 pub struct Progress(ProgressBar);
@@ -20,8 +24,22 @@ impl Progress {
             true => ProgressDrawTarget::stderr(),
             false => ProgressDrawTarget::hidden(),
         };
-        let bar = ProgressBar::with_draw_target(total, target);
         let template = if total.is_some() { WITH_TOTAL } else { WITHOUT_TOTAL };
+        Progress::made(ProgressBar::with_draw_target(total, target), template, what)
+    }
+
+    /// A wait of which nobody knows how long it is.
+    pub fn waiting(what: &str) -> Progress {
+        let target = match io::stderr().is_terminal() {
+            true => ProgressDrawTarget::stderr(),
+            false => ProgressDrawTarget::hidden(),
+        };
+        let progress = Progress::made(ProgressBar::with_draw_target(None, target), WAITING, what);
+        progress.0.enable_steady_tick(TICK);
+        progress
+    }
+
+    fn made(bar: ProgressBar, template: &str, what: &str) -> Progress {
         // A template that is not understood, which a test rules out, leaves the library's own.
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
@@ -52,7 +70,7 @@ mod tests {
 
     #[test]
     fn the_templates_are_understood() {
-        for template in [WITH_TOTAL, WITHOUT_TOTAL] {
+        for template in [WITH_TOTAL, WITHOUT_TOTAL, WAITING] {
             ProgressStyle::with_template(template).unwrap();
         }
     }
