@@ -159,8 +159,11 @@ pub struct Inside {
 
 /// Create a guest from an image, start it, and run a command in it.
 ///
-/// Without a command on a terminal, this is a shell in the guest. When the command ends, the guest is stopped; berth ends
-/// with the command's exit code. With --detach the guest lives on and its id is printed.
+/// Without a command this is the user's shell in the guest. When the command ends, the guest is stopped, and berth ends with
+/// the command's exit code; with --rm nothing is left of the guest. The keys of --detach-keys leave it running.
+///
+/// With --detach the guest's id is printed as soon as it runs. A command is then started in it with the console for its
+/// output (berth logs), and the guest lives on when it ends.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -13,10 +13,15 @@ fn main() -> ExitCode {
     let matches = args::definition().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match matches {
         Ok(cli) => cli,
-        // Help and version are asked for; everything else is a mistake. Both are printed as clap prints them.
+        // Help and version are asked for; everything else is a mistake, and told as all of ours are.
+        Err(message) if message.use_stderr() => {
+            let text = message.render().to_string();
+            eprint!("{}", text.strip_prefix("error: ").map(|text| format!("berth: {text}")).unwrap_or(text));
+            return Exit::Usage.into();
+        }
         Err(message) => {
             let _ = message.print();
-            return if message.use_stderr() { Exit::Usage } else { Exit::Ok }.into();
+            return Exit::Ok.into();
         }
     };
     match obey(&cli) {

@@ -32,7 +32,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     let waiting = Progress::waiting(&format!("starting {image}"));
     let new = NewGuest { remove_when_ended: args.rm, ..guests::new_guest(&args.guest, image) };
     let made = daemon.create(new).about(image)?;
-    let end = End { daemon, guest: &made, removes: args.rm };
+    let end = End { daemon, guest: &made, signals: &signals, removes: args.rm };
     if let Err(error) = daemon.start(&made.id).about(&made.name) {
         if args.rm {
             let _ = daemon.remove(&made.id, true);
@@ -51,7 +51,8 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             end.by_force();
-            return Err(Error { what: made.name.clone(), ..error });
+            let remedy = error.remedy.or_else(|| Some(format!("see what it said: berth logs {}", made.name)));
+            return Err(Error { what: made.name.clone(), remedy: remedy.filter(|_| !args.rm), ..error });
         }
         Err(signal) => {
             end.by_force();
@@ -119,15 +120,22 @@ fn command(args: &Run) -> Vec<String> {
 struct End<'a> {
     daemon: &'a Client,
     guest: &'a Guest,
+    signals: &'a Signals,
     removes: bool,
 }
 
 impl End<'_> {
-    /// Lets it go down by itself, unless nothing of it is kept. Gives how it ended, for a sentence, as far as that is known.
+    /// Lets it go down by itself, unless nothing of it is kept or a signal says that this takes too long. Gives how it ended,
+    /// for a sentence, as far as that is known.
     fn gently(&self) -> Result<String> {
         let _waiting = Progress::waiting(&format!("stopping {}", self.guest.name));
         let stop = if self.removes { Stop { seconds: 0 } } else { Stop::default() };
-        match self.daemon.stop(&self.guest.id, stop) {
+        let (daemon, id) = (self.daemon.clone(), self.guest.id.clone());
+        let Ok(stopped) = self.signals.during(move || daemon.stop(&id, stop)) else {
+            self.by_force();
+            return Ok(String::new());
+        };
+        match stopped {
             Ok(guest) => {
                 Ok(guest.last_end.map(|end| format!(" ({})", end.outcome.as_str())).unwrap_or_default())
             }
