@@ -14,7 +14,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use agent::client;
 use agent::files::{self, FilesError, Owners};
@@ -33,8 +32,6 @@ use watch::Watch;
 
 /// What is moved at a time.
 const CHUNK: usize = 64 << 10;
-/// A guest that is still booting is waited for.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// The most directories in directories that are merged with what is there.
 const MAX_DEPTH: usize = 256;
 
@@ -49,7 +46,7 @@ pub fn run(daemon: &Client, args: &Cp) -> Result<Exit> {
 }
 
 fn ready(daemon: &Client, guest: &Name) -> Result<UnixStream> {
-    reach::ready(daemon, guest.as_str(), PATIENCE)
+    reach::ready(daemon, guest.as_str())
 }
 
 fn out(daemon: &Client, signals: &Signals, guest: &Name, path: &str, to: &Place) -> Result<Exit> {

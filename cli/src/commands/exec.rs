@@ -12,7 +12,7 @@ use crate::args::{Exec, Inside};
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::output::progress::Progress;
-use crate::reach::{self, BOOT, told};
+use crate::reach::{self, told};
 use crate::session::{self, Ending, Here};
 use crate::signals::Signals;
 use crate::terminal::{self, Raw};
@@ -28,7 +28,7 @@ fn exec(daemon: &Client, args: &Exec) -> Result<Exit> {
     let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
     let waiting = Progress::waiting(&format!("waiting for {guest}"));
     let (client, name) = (daemon.clone(), guest.to_string());
-    let stream = match signals.during(move || reach::ready(&client, &name, BOOT)) {
+    let stream = match signals.during(move || reach::ready(&client, &name)) {
         Ok(stream) => stream?,
         Err(signal) => return Ok(Exit::signal(signal)),
     };

@@ -11,7 +11,7 @@ use crate::daemon::About;
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::output::{self, progress::Progress};
-use crate::reach::{self, BOOT};
+use crate::reach;
 use crate::session::Ending;
 use crate::signals::Signals;
 
@@ -47,7 +47,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
 
     // From here on the guest is there for the command, and whatever goes wrong, it ends.
     let (client, id) = (daemon.clone(), made.id.clone());
-    let stream = match signals.during(move || reach::ready(&client, &id, BOOT)) {
+    let stream = match signals.during(move || reach::ready(&client, &id)) {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             end.by_force();

@@ -235,6 +235,7 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
                     let id = guest.id.clone();
                     Answer::Upgrade(Box::new(move |stream, _| agent(&shared, &id, stream)))
                 }
+                State::Paused => fault(504, "Nobody listens."),
                 _ => fault(409, "The guest does not run; start it first."),
             })
         }

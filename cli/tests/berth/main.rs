@@ -221,6 +221,9 @@ fn our_own_failures_are_125_whatever_the_command_would_have_been() {
     let (code, _, error) = says(daemon.berth(&["exec", "old", "true"]));
     assert_eq!((code, error.as_str()), (125, "berth: old: The guest does not run; start it first\n"));
     assert_eq!(says(daemon.berth(&["exec", "none", "true"])).0, 125);
+    let daemon = daemon.with("still", State::Paused);
+    let (code, _, error) = says(daemon.berth(&["exec", "still", "true"]));
+    assert_eq!((code, error.as_str()), (125, "berth: still: is paused; let it go on: berth resume still\n"));
     let (code, _, error) = says(daemon.berth(&["run", "none", "--", "true"]));
     assert_eq!(
         (code, error.as_str()),
