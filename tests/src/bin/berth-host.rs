@@ -30,7 +30,7 @@ Options:
   --timeout SECONDS      ends the command after so long, with exit code 124
   --memory MIB           memory of a nested host, 3072 if not given
   --forward HOST:GUEST   leads a TCP port of this machine to the nested host's; may be repeated
-  --programs DIRECTORY   shows berth-vmm and berth-jailer from there, not from berth-host's own directory
+  --programs DIRECTORY   shows berth and its programs from there, not from berth-host's own directory
   --with NAME=FILE       shows a file as $BERTH_BUILD/NAME too; may be repeated
   --tty                  runs the command on a terminal
   --jobs HOSTS           runs tests in so many hosts side by side

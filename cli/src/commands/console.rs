@@ -1,0 +1,168 @@
+//! A guest's serial console.
+
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use agent::client;
+use agent::protocol::PORT;
+use api_socket::fleet::Client;
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::args::Console;
+use crate::daemon::About;
+use crate::error::{Error, Result};
+use crate::exit::Exit;
+use crate::keys::{Keys, Typed};
+use crate::session::{self, Ending};
+use crate::signals::{self, Signals};
+use crate::terminal::{self, Raw};
+
+/// What is read at a time.
+const CHUNK: usize = 16 << 10;
+/// A guest that is not told the size of the terminal is used all the same.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// # Errors
+/// berthd refuses or is not there, or the connection breaks.
+pub fn run(daemon: &Client, args: &Console) -> Result<Exit> {
+    let guest = args.guest.as_str();
+    let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
+    let stream = daemon.console(guest).about(guest)?;
+    let is_terminal = terminal::is_ours();
+    if is_terminal {
+        eprintln!("berth: this is the console of {guest}; {} leaves", shown(args));
+    }
+    let raw = match is_terminal {
+        true => Some(Raw::set().map_err(|error| Error::new("the terminal", error))?),
+        false => None,
+    };
+    let attached = Attached { daemon, guest, stream: &stream, signals: &signals, is_terminal };
+    let ending = attached.run(Keys::new(&args.detach_keys));
+    drop(raw);
+    if is_terminal {
+        eprintln!("\nberth: left the console of {guest}");
+    }
+    match ending {
+        Ending::Left | Ending::Exit(_) => Ok(Exit::Ok),
+        Ending::Unread => Ok(Exit::signal(libc::SIGPIPE)),
+        Ending::Signalled(signal) => Ok(Exit::signal(signal)),
+        Ending::Broken(why) => Err(Error::new(guest, why)),
+    }
+}
+
+/// The keys for a person.
+fn shown(args: &Console) -> String {
+    let key = |key: &u8| match key {
+        0..=31 => format!("Ctrl-{}", char::from(key + b'@')),
+        key => char::from(*key).to_string(),
+    };
+    match args.detach_keys.0.as_slice() {
+        [] => "only its end".into(),
+        keys => keys.iter().map(key).collect::<Vec<_>>().join(" "),
+    }
+}
+
+struct Attached<'a> {
+    daemon: &'a Client,
+    guest: &'a str,
+    stream: &'a UnixStream,
+    signals: &'a Signals,
+    is_terminal: bool,
+}
+
+impl Attached<'_> {
+    /// Until the guest ends, the keys are typed or a signal comes.
+    fn run(&self, mut keys: Keys) -> Ending {
+        let (input, output) = (io::stdin(), io::stdout());
+        let mut input = terminal::may_read().then(|| input.as_fd());
+        if self.is_terminal {
+            self.tell_size();
+        }
+        let mut chunk = [0; CHUNK];
+        loop {
+            let mut fds =
+                vec![PollFd::new(self.stream, PollFlags::IN), PollFd::new(self.signals, PollFlags::IN)];
+            fds.extend(input.map(|input| PollFd::from_borrowed_fd(input, PollFlags::IN)));
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Ending::Broken(error.to_string()),
+            }
+            let [from_guest, typed] =
+                [0, 2].map(|index| fds.get(index).is_some_and(|fd| !fd.revents().is_empty()));
+            while let Some(signal) = self.signals.next() {
+                match signal {
+                    signals::WINDOW if self.is_terminal => self.tell_size(),
+                    signals::WINDOW => {}
+                    signal => return Ending::Signalled(signal),
+                }
+            }
+            if from_guest {
+                match (&mut &*self.stream).read(&mut chunk) {
+                    // The guest has ended.
+                    Ok(0) => return Ending::Left,
+                    Ok(count) => {
+                        if let Err(ending) =
+                            session::write(output.as_fd(), chunk.get(..count).unwrap_or_default())
+                        {
+                            return ending;
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Ending::Broken(error.to_string()),
+                }
+            }
+            if let Some(from) = input.filter(|_| typed) {
+                match rustix::io::read(from, &mut chunk) {
+                    Ok(count @ 1..) => {
+                        let typed = chunk.get(..count).unwrap_or_default();
+                        let typed = match self.is_terminal {
+                            true => keys.typed(typed),
+                            false => Typed::On(typed.to_vec()),
+                        };
+                        match typed {
+                            Typed::Leave(_) => return Ending::Left,
+                            // A guest that does not read its console makes us wait; the keys are not looked for then.
+                            Typed::On(bytes) if session::write(self.stream.as_fd(), &bytes).is_err() => {
+                                return Ending::Broken("the console has ended".into());
+                            }
+                            Typed::On(_) => {}
+                        }
+                    }
+                    Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                    // No more will be typed; what the guest says goes on.
+                    Ok(_) | Err(_) if !self.is_terminal => input = None,
+                    Ok(_) | Err(_) => return Ending::Left,
+                }
+            }
+        }
+    }
+
+    /// Tells the guest the size of the terminal, if it has an agent: aside, for a guest may take long to answer.
+    fn tell_size(&self) {
+        let (daemon, guest, size) =
+            (self.daemon.clone().with_timeout(PATIENCE), self.guest.to_string(), terminal::size());
+        std::thread::spawn(move || {
+            if let Ok(mut stream) = daemon.vsock(&guest, PORT, 0) {
+                let _ = stream.set_read_timeout(Some(PATIENCE));
+                let _ = client::window(&mut stream, size);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keys_that_leave_are_told_as_they_are_on_a_keyboard() {
+        let console =
+            |keys: &str| Console { detach_keys: keys.parse().unwrap(), guest: "web".parse().unwrap() };
+        assert_eq!(shown(&console("ctrl-]")), "Ctrl-]");
+        assert_eq!(shown(&console("ctrl-p,ctrl-q")), "Ctrl-P Ctrl-Q");
+        assert_eq!(shown(&console("~,.")), "~ .");
+        assert_eq!(shown(&console("none")), "only its end");
+    }
+}

@@ -1,0 +1,280 @@
+//! Files into a guest and out of it, as an archive on the way.
+//!
+//! A guest is not trusted with where things come to lie here: what it sends is unpacked into a directory of its own, and from
+//! there one entry with the name that was asked for is moved to its place.
+
+mod watch;
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder};
+use std::io::{self, BufReader, BufWriter, IsTerminal, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use agent::client;
+use agent::files::{self, FilesError, Owners};
+use agent::protocol::Kind;
+use api_socket::fleet::Client;
+
+use crate::args::value::{Name, Place};
+use crate::args::{Copy, Cp};
+use crate::error::{During, Error, Result};
+use crate::exit::Exit;
+use crate::output::progress::Progress;
+use crate::reach::{self, told};
+use crate::session::{self, Ending};
+use crate::signals::Signals;
+use watch::Watch;
+
+/// What is moved at a time.
+const CHUNK: usize = 64 << 10;
+/// The most directories in directories that are merged with what is there.
+const MAX_DEPTH: usize = 256;
+
+/// # Errors
+/// The sides are no copy, the guest or this host refuses, or the connection breaks.
+pub fn run(daemon: &Client, args: &Cp) -> Result<Exit> {
+    let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
+    match args.sides().map_err(|why| Error::new("cp", why).exit(Exit::Usage))? {
+        Copy::Out { name, path, to } => out(daemon, &signals, &name, &path, &to),
+        Copy::In { from, name, path } => into(daemon, &signals, &from, &name, &path),
+    }
+}
+
+fn ready(daemon: &Client, guest: &Name) -> Result<UnixStream> {
+    reach::ready(daemon, guest.as_str())
+}
+
+fn out(daemon: &Client, signals: &Signals, guest: &Name, path: &str, to: &Place) -> Result<Exit> {
+    let about = format!("{guest}:{path}");
+    let Place::Local(to) = to else { return stream_out(daemon, guest, path, &about) };
+    let (directory, name) =
+        place(to, Path::new(path)).map_err(|why| Error::new(to.display().to_string(), why))?;
+    let stream = ready(daemon, guest)?;
+    let sent_as =
+        name.to_str().ok_or_else(|| Error::new(to.display().to_string(), "its name must be UTF-8"))?;
+    client::pack(&mut &stream, path, Some(sent_as)).map_err(|error| told(&about, &error))?;
+
+    let staging = Staging::make(&directory)?;
+    let (aside, from) = (staging.0.clone(), stream.try_clone().during(|| about.clone())?);
+    let label = about.clone();
+    let unpacked = signals.during(move || {
+        let progress = Progress::bytes(&label, None);
+        let from = progress.reader(BufReader::with_capacity(CHUNK, from));
+        files::unpack(from, &aside, Owners::Own)
+    });
+    match unpacked {
+        Ok(unpacked) => unpacked.during(|| about)?,
+        Err(signal) => {
+            let _ = stream.shutdown(Shutdown::Both);
+            return Ok(Exit::signal(signal));
+        }
+    }
+    let (from, to) = (staging.0.join(&name), directory.join(&name));
+    put(&from, &to, MAX_DEPTH).during(|| to.display().to_string())?;
+    Ok(Exit::Ok)
+}
+
+/// The directory that something comes into, and its name there.
+fn place(to: &Path, from: &Path) -> std::result::Result<(PathBuf, OsString), String> {
+    let name = files::name_of(from);
+    if to.is_dir() {
+        return Ok((to.to_path_buf(), name));
+    }
+    if to.as_os_str().as_bytes().ends_with(b"/") {
+        return Err("there is no such directory; make it, or leave out the slash at its end".into());
+    }
+    let parent = match to.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    match to.file_name() {
+        Some(name) if parent.is_dir() => Ok((parent.to_path_buf(), name.to_os_string())),
+        _ => Err(format!("there is no directory {}", parent.display())),
+    }
+}
+
+/// A directory beside the place where things will be, which nobody else looks into and which goes away.
+struct Staging(PathBuf);
+
+impl Staging {
+    fn make(directory: &Path) -> Result<Staging> {
+        let path = directory.join(format!(".berth-cp-{}", std::process::id()));
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .during(|| format!("cannot write in {}", directory.display()))?;
+        Ok(Staging(path))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Moves what was unpacked to its place: over a file that is there, and into a directory that is there. No link that is there
+/// is followed.
+fn put(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
+    let is_dir = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
+    if !(is_dir(from) && is_dir(to)) {
+        return fs::rename(from, to);
+    }
+    let Some(depth) = depth.checked_sub(1) else {
+        return Err(io::Error::other("directories are too deep in each other to be merged"));
+    };
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        put(&entry.path(), &to.join(entry.file_name()), depth)?;
+    }
+    Ok(())
+}
+
+/// The archive itself, for whoever reads it.
+fn stream_out(daemon: &Client, guest: &Name, path: &str, about: &str) -> Result<Exit> {
+    let output = io::stdout();
+    if output.is_terminal() {
+        return Err(Error::new(about, "an archive is nothing for a terminal").remedy("send it on: … | tar t"));
+    }
+    let mut stream = ready(daemon, guest)?;
+    client::pack(&mut stream, path, None).map_err(|error| told(about, &error))?;
+    let mut chunk = vec![0; CHUNK];
+    let mut watch = Watch::default();
+    loop {
+        match stream.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(count) => {
+                let bytes = chunk.get(..count).unwrap_or_default();
+                watch.see(bytes);
+                if let Err(ending) = session::write(output.as_fd(), bytes) {
+                    return match ending {
+                        Ending::Unread => Ok(Exit::signal(libc::SIGPIPE)),
+                        _ => Err(Error::new(about, "standard output cannot be written to")),
+                    };
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Error::new(about, error)),
+        }
+    }
+    match watch.verdict() {
+        Ok(()) => Ok(Exit::Ok),
+        Err(why) => Err(Error::new(about, why)),
+    }
+}
+
+fn into(daemon: &Client, signals: &Signals, from: &Place, guest: &Name, path: &str) -> Result<Exit> {
+    let about = format!("{guest}:{path}");
+    let refused = |error: &client::ClientError| told(&about, error);
+    let source = match from {
+        Place::Local(from) => Some(
+            fs::symlink_metadata(from)
+                .map(|found| (from.clone(), found.is_file().then_some(found.len())))
+                .during(|| format!("cannot read {}", from.display()))?,
+        ),
+        _ => None,
+    };
+    let (directory, name) = match &source {
+        // It says itself what is in it.
+        None => (path.to_string(), OsString::new()),
+        Some((from, _)) => {
+            let found = client::look(&mut &ready(daemon, guest)?, path).map_err(|error| refused(&error))?;
+            inside(path, found.kind, from).map_err(|why| Error::new(&about, why))?
+        }
+    };
+    let stream = ready(daemon, guest)?;
+    client::unpack(&mut &stream, &directory).map_err(|error| refused(&error))?;
+    let to = stream.try_clone().during(|| about.clone())?;
+    let label = about.clone();
+    let sent = signals.during(move || {
+        let progress = Progress::bytes(&label, source.as_ref().and_then(|(_, length)| *length));
+        let mut to = Counted { to, progress };
+        let sent = match source {
+            Some((from, _)) => {
+                let packed = files::pack(&from, Path::new(&name), BufWriter::with_capacity(CHUNK, &mut to));
+                packed.map_err(Unsent::from)
+            }
+            None => io::copy(&mut io::stdin().lock(), &mut to).map(drop).map_err(|_| Unsent::Connection),
+        };
+        (sent, to.to.shutdown(Shutdown::Write))
+    });
+    let (sent, _) = match sent {
+        Ok(sent) => sent,
+        Err(signal) => {
+            let _ = stream.shutdown(Shutdown::Both);
+            return Ok(Exit::signal(signal));
+        }
+    };
+    // What could not be read here is said first; of a connection that ended, the guest knows why.
+    if let Err(Unsent::Here(why)) = &sent {
+        return Err(Error::new("cp", why));
+    }
+    client::unpacked(&mut &stream).map_err(|error| refused(&error))?;
+    match sent {
+        Ok(()) => Ok(Exit::Ok),
+        Err(_) => Err(Error::new(&about, "the connection ended early")),
+    }
+}
+
+enum Unsent {
+    Here(String),
+    Connection,
+}
+
+impl From<FilesError> for Unsent {
+    fn from(error: FilesError) -> Unsent {
+        match error {
+            FilesError::Connection(_) => Unsent::Connection,
+            error => Unsent::Here(error.to_string()),
+        }
+    }
+}
+
+/// Counts what is written through it.
+struct Counted {
+    to: UnixStream,
+    progress: Progress,
+}
+
+impl Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.to.write(bytes)?;
+        self.progress.advance(count as u64);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+/// The directory of the guest that something comes into, and its name there.
+fn inside(path: &str, kind: Kind, from: &Path) -> std::result::Result<(String, OsString), String> {
+    match kind {
+        Kind::Directory => {
+            // `.` and the like have a name of their own.
+            let own = from.file_name().map(OsString::from);
+            let name = own.unwrap_or_else(|| {
+                fs::canonicalize(from).map_or("root".into(), |path| files::name_of(&path))
+            });
+            Ok((path.to_string(), name))
+        }
+        Kind::Nothing | Kind::File if !path.ends_with('/') => {
+            let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
+            let parent = if parent.is_empty() { "/" } else { parent };
+            Ok((parent.to_string(), name.into()))
+        }
+        Kind::Nothing | Kind::File => {
+            Err("there is no such directory; make it, or leave out the slash at its end".into())
+        }
+        Kind::Other => Err("it is neither a file nor a directory, and is not written over".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

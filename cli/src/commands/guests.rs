@@ -1,0 +1,170 @@
+//! Commands that change guests. What is legal when is berthd's to know.
+
+use api_socket::fleet::{self, Client, GuestUpdate, NewGuest, Restart as Policy};
+
+use crate::args::{
+    Create, Grace, Guest, Limits, Pause, Restart, RestartPolicy, Resume, Rm, Set, Start, Stop,
+};
+use crate::daemon::{About, each};
+use crate::error::Result;
+use crate::exit::Exit;
+use crate::output;
+
+/// What berthd is asked for.
+pub fn new_guest(guest: &Guest, image: &str) -> NewGuest {
+    let defaults = NewGuest::of(image);
+    NewGuest {
+        name: guest.name.as_ref().map(ToString::to_string),
+        cpus: guest.cpus.unwrap_or(defaults.cpus),
+        memory_mib: guest.memory.map_or(defaults.memory_mib, |memory| memory.mib),
+        command_line: guest.cmdline.clone(),
+        network: !guest.no_network,
+        restart: guest.restart.map_or(defaults.restart, policy),
+        limits: changed(fleet::Limits::default(), &guest.limits),
+        ..defaults
+    }
+}
+
+/// # Errors
+/// berthd refuses or is not there.
+pub fn create(daemon: &Client, args: &Create) -> Result<Exit> {
+    let image = args.image.as_str();
+    let guest = daemon.create(new_guest(&args.guest, image)).about(image)?;
+    output::print(&format!("{}\n", guest.id)).map(|()| Exit::Ok)
+}
+
+/// # Errors
+/// As for [`create`].
+pub fn start(daemon: &Client, args: &Start) -> Result<Exit> {
+    each(&args.guests, |guest| daemon.start(guest).about(guest).map(drop))
+}
+
+/// # Errors
+/// As for [`create`].
+pub fn stop(daemon: &Client, args: &Stop) -> Result<Exit> {
+    each(&args.guests, |guest| daemon.stop(guest, grace(&args.grace)).about(guest).map(drop))
+}
+
+/// # Errors
+/// As for [`create`].
+pub fn restart(daemon: &Client, args: &Restart) -> Result<Exit> {
+    each(&args.guests, |guest| {
+        // One that is not running is started, as its user wants it to run.
+        if daemon.guest(guest).about(guest)?.state != fleet::State::Stopped {
+            daemon.stop(guest, grace(&args.grace)).about(guest)?;
+        }
+        daemon.start(guest).about(guest).map(drop)
+    })
+}
+
+/// # Errors
+/// As for [`create`].
+pub fn rm(daemon: &Client, args: &Rm) -> Result<Exit> {
+    each(&args.guests, |guest| daemon.remove(guest, args.force).about(guest))
+}
+
+/// # Errors
+/// As for [`create`].
+pub fn pause(daemon: &Client, args: &Pause) -> Result<Exit> {
+    each(&args.guests, |guest| daemon.pause(guest).about(guest).map(drop))
+}
+
+/// # Errors
+/// As for [`create`].
+pub fn resume(daemon: &Client, args: &Resume) -> Result<Exit> {
+    each(&args.guests, |guest| daemon.resume(guest).about(guest).map(drop))
+}
+
+/// # Errors
+/// As for [`create`].
+pub fn set(daemon: &Client, args: &Set) -> Result<Exit> {
+    let guest = args.guest.as_str();
+    // Limits are replaced as a whole: what is not said stays as it is.
+    let limits = match says_something(&args.limits) {
+        true => Some(changed(daemon.guest(guest).about(guest)?.limits, &args.limits)),
+        false => None,
+    };
+    let update = GuestUpdate {
+        cpus: args.cpus,
+        memory_mib: args.memory.map(|memory| memory.mib),
+        restart: args.restart.map(policy),
+        limits,
+    };
+    daemon.update(guest, update).about(guest).map(|_| Exit::Ok)
+}
+
+fn grace(grace: &Grace) -> fleet::Stop {
+    grace.time.map_or_else(fleet::Stop::default, |seconds| fleet::Stop { seconds })
+}
+
+fn policy(policy: RestartPolicy) -> Policy {
+    match policy {
+        RestartPolicy::No => Policy::No,
+        RestartPolicy::OnFailure => Policy::OnFailure,
+        RestartPolicy::Always => Policy::Always,
+    }
+}
+
+fn says_something(limits: &Limits) -> bool {
+    limits.cpu_limit.is_some() || limits.cpu_weight.is_some() || limits.io_weight.is_some()
+}
+
+/// What is said changes a limit, and 0 takes it away.
+fn changed(before: fleet::Limits, said: &Limits) -> fleet::Limits {
+    let one = |before: Option<u32>, said: Option<u32>| match said {
+        None => before,
+        Some(0) => None,
+        Some(limit) => Some(limit),
+    };
+    fleet::Limits {
+        cpu_percent: one(before.cpu_percent, said.cpu_limit),
+        cpu_weight: one(before.cpu_weight, said.cpu_weight),
+        io_weight: one(before.io_weight, said.io_weight),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Cli, Command};
+    use clap::Parser;
+
+    fn created(line: &str) -> NewGuest {
+        match Cli::try_parse_from(line.split_whitespace()).unwrap().command {
+            Command::Create(create) => new_guest(&create.guest, create.image.as_str()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_not_said_is_the_apis_default() {
+        assert_eq!(created("berth create debian"), NewGuest::of("debian"));
+    }
+
+    #[test]
+    fn what_is_said_is_asked_for() {
+        let line = "berth create --name web --cpus 2 --memory 1G --cmdline quiet --no-network --restart on-failure \
+                    --cpu-limit 150 --cpu-weight 10 --io-weight 20 debian";
+        let expected = NewGuest {
+            name: Some("web".into()),
+            image: "debian".into(),
+            cpus: 2,
+            memory_mib: 1024,
+            command_line: Some("quiet".into()),
+            network: false,
+            restart: Policy::OnFailure,
+            limits: fleet::Limits { cpu_percent: Some(150), cpu_weight: Some(10), io_weight: Some(20) },
+            remove_when_ended: false,
+        };
+        assert_eq!(created(line), expected);
+    }
+
+    #[test]
+    fn a_limit_that_is_said_changes_0_takes_it_away_and_the_others_stay() {
+        let before = fleet::Limits { cpu_percent: Some(50), cpu_weight: Some(10), io_weight: None };
+        let said = Limits { cpu_limit: Some(0), cpu_weight: None, io_weight: Some(7) };
+        let after = fleet::Limits { cpu_percent: None, cpu_weight: Some(10), io_weight: Some(7) };
+        assert_eq!(changed(before, &said), after);
+        assert!(says_something(&said) && !says_something(&Limits::default()));
+    }
+}

@@ -1,0 +1,159 @@
+//! A new guest with a command in it, from its making to its end.
+
+use std::io::{self, IsTerminal};
+
+use api_socket::ClientError;
+use api_socket::fleet::{Client, Guest, NewGuest, State, Stop};
+
+use super::{exec, guests};
+use crate::args::Run;
+use crate::daemon::About;
+use crate::error::{Error, Result};
+use crate::exit::Exit;
+use crate::output::{self, progress::Progress};
+use crate::reach;
+use crate::session::Ending;
+use crate::signals::Signals;
+
+/// The shell that the user has in the guest, as a login would start it.
+const SHELL: [&str; 3] = ["/bin/sh", "-c", "exec \"${SHELL:-/bin/sh}\" -l"];
+/// Has a command live on without us, with the console for its output.
+const IN_BACKGROUND: [&str; 4] = ["/bin/sh", "-c", "setsid \"$@\" </dev/null >/dev/console 2>&1 &", "sh"];
+
+/// # Errors
+/// All are our own failure: the command's is its exit code.
+pub fn run(daemon: &Client, args: &Run) -> Result<Exit> {
+    live(daemon, args).map_err(|error| error.exit(Exit::Own))
+}
+
+fn live(daemon: &Client, args: &Run) -> Result<Exit> {
+    let image = args.image.as_str();
+    let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
+    let waiting = Progress::waiting(&format!("starting {image}"));
+    let new = NewGuest { remove_when_ended: args.rm, ..guests::new_guest(&args.guest, image) };
+    let made = daemon.create(new).about(image)?;
+    let end = End { daemon, guest: &made, signals: &signals, removes: args.rm };
+    if let Err(error) = daemon.start(&made.id).about(&made.name) {
+        if args.rm {
+            let _ = daemon.remove(&made.id, true);
+            return Err(error);
+        }
+        return Err(error.remedy(format!("its log: berth logs --vmm {}", made.name)));
+    }
+    if args.detach && args.command.is_empty() {
+        drop(waiting);
+        return output::print(&format!("{}\n", made.id)).map(|()| Exit::Ok);
+    }
+
+    // From here on the guest is there for the command, and whatever goes wrong, it ends.
+    let (client, id) = (daemon.clone(), made.id.clone());
+    let stream = match signals.during(move || reach::ready(&client, &id)) {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            end.by_force();
+            let remedy = error.remedy.or_else(|| Some(format!("see what it said: berth logs {}", made.name)));
+            return Err(Error { what: made.name.clone(), remedy: remedy.filter(|_| !args.rm), ..error });
+        }
+        Err(signal) => {
+            end.by_force();
+            return Ok(Exit::signal(signal));
+        }
+    };
+    drop(waiting);
+    let command = command(args);
+    let ending = match exec::inside(&made.name, &stream, &args.inside, command, &signals) {
+        Ok(ending) => ending,
+        Err(error) => {
+            end.by_force();
+            return Err(error);
+        }
+    };
+    match ending {
+        Ending::Exit(ended) if args.detach => match exec::code(ended) {
+            Exit::Command(0) => output::print(&format!("{}\n", made.id)).map(|()| Exit::Ok),
+            code => {
+                end.by_force();
+                Ok(code)
+            }
+        },
+        Ending::Exit(ended) => {
+            end.gently()?;
+            Ok(exec::code(ended))
+        }
+        Ending::Left => {
+            if io::stderr().is_terminal() {
+                eprintln!("berth: it runs on: berth exec {0} -- sh, or berth stop {0}", made.name);
+            }
+            Ok(Exit::Ok)
+        }
+        Ending::Unread => {
+            end.gently()?;
+            Ok(Exit::signal(libc::SIGPIPE))
+        }
+        Ending::Signalled(signal) => {
+            end.by_force();
+            Ok(Exit::signal(signal))
+        }
+        Ending::Broken(why) => match end.gently()? {
+            // A person who powers the guest off is done with it.
+            how if args.command.is_empty() => {
+                if io::stderr().is_terminal() {
+                    eprintln!("berth: {} has ended{how}", made.name);
+                }
+                Ok(Exit::Ok)
+            }
+            how => Err(Error::new(&made.name, format!("ended before the command did{how}: {why}"))),
+        },
+    }
+}
+
+fn command(args: &Run) -> Vec<String> {
+    let (before, command): (&[&str], _) = match (args.command.is_empty(), args.detach) {
+        (true, _) => (&SHELL, [].as_slice()),
+        (false, true) => (&IN_BACKGROUND, args.command.as_slice()),
+        (false, false) => (&[], args.command.as_slice()),
+    };
+    before.iter().map(ToString::to_string).chain(command.iter().cloned()).collect()
+}
+
+/// The end of a guest that was there for a command.
+struct End<'a> {
+    daemon: &'a Client,
+    guest: &'a Guest,
+    signals: &'a Signals,
+    removes: bool,
+}
+
+impl End<'_> {
+    /// Lets it go down by itself, unless nothing of it is kept or a signal says that this takes too long. Gives how it ended,
+    /// for a sentence, as far as that is known.
+    fn gently(&self) -> Result<String> {
+        let _waiting = Progress::waiting(&format!("stopping {}", self.guest.name));
+        let stop = if self.removes { Stop { seconds: 0 } } else { Stop::default() };
+        let (daemon, id) = (self.daemon.clone(), self.guest.id.clone());
+        let Ok(stopped) = self.signals.during(move || daemon.stop(&id, stop)) else {
+            self.by_force();
+            return Ok(String::new());
+        };
+        match stopped {
+            Ok(guest) => {
+                Ok(guest.last_end.map(|end| format!(" ({})", end.outcome.as_str())).unwrap_or_default())
+            }
+            // It had ended, or is removed already.
+            Err(ClientError::Refused(_)) if self.has_ended() => Ok(String::new()),
+            Err(error) => Err(error).about(&self.guest.name),
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        match self.daemon.guest(&self.guest.id) {
+            Ok(guest) => guest.state == State::Stopped || guest.state == State::Removing,
+            Err(error) => matches!(error, ClientError::Refused(fault) if fault.status == 404),
+        }
+    }
+
+    /// What went wrong is told already, and more than this cannot be done.
+    fn by_force(&self) {
+        let _ = self.daemon.stop(&self.guest.id, Stop { seconds: 0 });
+    }
+}

@@ -1,0 +1,136 @@
+//! berthd as the commands see it: the client of its API, with errors that say what to do.
+
+use std::io::{self, ErrorKind};
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use api_socket::ClientError;
+use api_socket::fleet::Client;
+
+use crate::args::value::Name;
+use crate::doctor::facts::GROUP;
+use crate::error::{Error, Result};
+use crate::exit::Exit;
+
+/// Guests that are dealt with at a time, where several are named: stopping waits for each, and berthd has a limit of
+/// connections.
+const AT_A_TIME: usize = 16;
+
+/// The daemon that listens there. It is not asked anything yet.
+pub fn at(socket: &Path) -> Client {
+    Client::new(socket)
+}
+
+/// Says about what a request was.
+pub trait About<T> {
+    fn about(self, what: &str) -> Result<T>;
+}
+
+impl<T> About<T> for std::result::Result<T, ClientError> {
+    fn about(self, what: &str) -> Result<T> {
+        self.map_err(|error| explain(what, &error))
+    }
+}
+
+fn explain(what: &str, error: &ClientError) -> Error {
+    match error {
+        ClientError::Io { path, source } => unreachable(path, source),
+        // Sentences of the API's, where ours is a clause.
+        ClientError::Refused(fault) => Error::new(what, fault.message.trim_end_matches('.')),
+        ClientError::Protocol(why) => Error::new("berthd", format!("its reply is not understood: {why}"))
+            .remedy("berth and berthd may be of different versions; berth version tells")
+            .exit(Exit::Unreachable),
+    }
+}
+
+fn unreachable(socket: &Path, source: &io::Error) -> Error {
+    let error = Error::new(format!("berthd at {}", socket.display()), source).exit(Exit::Unreachable);
+    match source.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+            error.remedy("start it: sudo systemctl start berthd")
+        }
+        ErrorKind::PermissionDenied => error.remedy(format!(
+            "be a member of its group: sudo usermod -aG {GROUP} $USER, and log in again; or use sudo"
+        )),
+        _ => error.remedy("see how it is: systemctl status berthd"),
+    }
+}
+
+/// Does something to each of several guests or images, some at a time, and prints the name of each that it was done to.
+/// One that fails is told and does not keep it from the others.
+///
+/// # Errors
+/// That of the last one that failed; the others are told here.
+pub fn each(names: &[Name], done: impl Fn(&str) -> Result<()> + Sync) -> Result<Exit> {
+    let (next, failed) = (AtomicUsize::new(0), Mutex::new(None::<Error>));
+    let work = || {
+        while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let outcome = done(name.as_str()).and_then(|()| crate::output::print(&format!("{name}\n")));
+            if let Err(error) = outcome {
+                let mut failed = failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                if let Some(before) = failed.replace(error) {
+                    eprintln!("berth: {before}");
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..names.len().min(AT_A_TIME) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    match failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(Exit::Ok),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use api_socket::Fault;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn a_daemon_that_is_not_there_is_told_with_the_command_that_starts_it() {
+        let error = at(Path::new("/nowhere/berthd.sock")).guests().about("guests").unwrap_err();
+        assert_eq!(error.exit, Exit::Unreachable);
+        let text = error.to_string();
+        assert!(text.starts_with("berthd at /nowhere/berthd.sock: No such file"), "{text}");
+        assert!(text.ends_with("; start it: sudo systemctl start berthd"), "{text}");
+    }
+
+    #[test]
+    fn who_may_not_is_told_the_group() {
+        let source = io::Error::from_raw_os_error(libc::EACCES);
+        let text = unreachable(Path::new("/run/b"), &source).to_string();
+        assert!(text.contains("usermod -aG berth"), "{text}");
+    }
+
+    #[test]
+    fn a_refusal_is_told_in_berthds_words_and_with_what_it_is_about() {
+        let fault = Fault { status: 409, message: "The guest runs; stop it first.".into() };
+        let error = explain("web", &ClientError::Refused(fault));
+        assert_eq!(error.to_string(), "web: The guest runs; stop it first");
+        assert_eq!(error.exit, Exit::Failed);
+    }
+
+    #[test]
+    fn each_of_many_is_done_once_and_those_that_fail_keep_nobody_from_it() {
+        let names: Vec<Name> = (0..50).map(|number| format!("g{number}").parse().unwrap()).collect();
+        let seen = Mutex::new(Vec::new());
+        let outcome = each(&names, |name| {
+            seen.lock().unwrap().push(name.to_string());
+            match name {
+                "g7" => Err(Error::new(name, "no")),
+                _ => Ok(()),
+            }
+        });
+        assert_eq!(outcome.unwrap_err().to_string(), "g7: no");
+        let seen = seen.into_inner().unwrap();
+        assert_eq!(seen.len(), 50);
+        assert_eq!(seen.into_iter().collect::<BTreeSet<_>>().len(), 50);
+    }
+}

@@ -1,0 +1,442 @@
+//! The program `berth` with a daemon that is played: what it prints, how it ends, and what becomes of a terminal.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "this whole file is a test")]
+
+mod daemon;
+mod terminal;
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use api_socket::fleet::State;
+use daemon::{Daemon, berth};
+use rustix::process::Signal;
+use serde_json::Value;
+use terminal::Terminal;
+
+/// Exit code, standard output, standard error.
+type Said = (i32, String, String);
+
+fn says(mut command: Command) -> Said {
+    let output = command.output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}
+
+fn fed(mut command: Command, input: &[u8]) -> Said {
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}
+
+fn web() -> Daemon {
+    Daemon::new().with("web", State::Running)
+}
+
+#[test]
+fn without_a_daemon_commands_end_with_3_and_those_with_a_command_with_125() {
+    let nowhere = Path::new("/nowhere/berthd.sock");
+    for line in ["ps", "stop web", "image ls", "logs web", "console web", "events", "stats", "cp web:/x ."] {
+        let words: Vec<_> = line.split(' ').collect();
+        let (code, output, error) = says(berth(nowhere, &words));
+        assert_eq!((code, output.as_str()), (3, ""), "{line}: {error}");
+        assert!(error.starts_with("berth: berthd at /nowhere/berthd.sock: "), "{line}: {error}");
+        assert!(error.ends_with("start it: sudo systemctl start berthd\n"), "{line}: {error}");
+    }
+    for line in ["run debian -- true", "exec web -- true"] {
+        let words: Vec<_> = line.split(' ').collect();
+        assert_eq!(says(berth(nowhere, &words)).0, 125, "{line}");
+    }
+}
+
+#[test]
+fn what_is_not_understood_ends_with_2_and_help_with_0() {
+    let nowhere = Path::new("/nowhere");
+    for line in ["fly", "stop", "run --memory lots debian", "cp a b"] {
+        let words: Vec<_> = line.split(' ').collect();
+        assert_eq!(says(berth(nowhere, &words)).0, 2, "{line}");
+    }
+    let (code, output, _) = says(berth(nowhere, &["--help"]));
+    assert!(code == 0 && output.contains("Exit codes:") && output.contains("128 + N"), "{output}");
+    assert_eq!(says(berth(nowhere, &["exec", "--help"])).0, 0);
+    let (code, output, _) = says(berth(nowhere, &["version"]));
+    assert_eq!((code, output), (0, format!("berth {}\nberthd not reachable\n", env!("CARGO_PKG_VERSION"))));
+}
+
+#[test]
+fn commands_that_come_later_say_so() {
+    for name in ["snapshot", "restore", "fork"] {
+        let (code, _, error) = says(berth(Path::new("/nowhere"), &[name, "web", "--odd"]));
+        assert_eq!(
+            (code, error),
+            (1, format!("berth: {name}: comes with a later version of Berth; this one cannot do it\n"))
+        );
+    }
+}
+
+#[test]
+fn guests_are_listed_for_people_and_for_programs() {
+    let daemon = web().with("old", State::Stopped);
+    let (code, output, _) = says(daemon.berth(&["ps"]));
+    assert!(code == 0 && output.contains("web") && !output.contains("old"), "{output}");
+    assert!(says(daemon.berth(&["ps", "--all"])).1.contains("old"));
+    assert_eq!(says(daemon.berth(&["ps", "--quiet"])).1, "abc000000000\n");
+    let guests: Value = serde_json::from_str(&says(daemon.berth(&["ps", "--all", "--json"])).1).unwrap();
+    assert_eq!((guests[0]["name"].as_str(), guests[1]["state"].as_str()), (Some("web"), Some("stopped")));
+    let guest: Value = serde_json::from_str(&says(daemon.berth(&["inspect", "abc000000000"])).1).unwrap();
+    assert_eq!(guest["name"], "web");
+    let (code, _, error) = says(daemon.berth(&["inspect", "none"]));
+    assert_eq!(
+        (code, error.as_str()),
+        (1, "berth: none: There is no such guest; berth ps --all lists them\n")
+    );
+}
+
+#[test]
+fn what_is_done_to_several_guests_is_done_to_all_that_it_can_be_done_to() {
+    let daemon = web().with("stuck", State::Running).with("db", State::Running);
+    let (code, output, error) = says(daemon.berth(&["stop", "--time", "7", "web", "stuck", "db"]));
+    assert_eq!((code, error.as_str()), (1, "berth: stuck: It is stuck\n"));
+    let mut done: Vec<_> = output.lines().collect();
+    done.sort_unstable();
+    assert_eq!(done, ["db", "web"]);
+    let mut asked = daemon.asked();
+    asked.sort_unstable();
+    assert_eq!(asked, ["stop 7 db", "stop 7 stuck", "stop 7 web"]);
+    assert_eq!(says(daemon.berth(&["restart", "web"])).0, 0);
+    assert_eq!(daemon.asked()[3..], ["start web"]);
+    assert_eq!(says(daemon.berth(&["restart", "web"])).0, 0);
+    assert_eq!(daemon.asked()[4..], ["stop 30 web", "start web"]);
+}
+
+#[test]
+fn a_guest_is_changed_paused_resumed_and_removed() {
+    let daemon = web();
+    for line in ["set --memory 256M --cpu-limit 50 web", "pause web", "resume web", "rm --force web"] {
+        let words: Vec<_> = line.split(' ').collect();
+        let (code, _, error) = says(daemon.berth(&words));
+        assert_eq!(code, 0, "{line}: {error}");
+    }
+    assert_eq!(
+        daemon.asked(),
+        [
+            "update web {\"memory_mib\":256,\"limits\":{\"cpu_percent\":50}}",
+            "pause web",
+            "resume web",
+            "remove web true"
+        ]
+    );
+}
+
+#[test]
+fn logs_are_shown_whole_or_their_last_lines_and_what_comes() {
+    let daemon = web();
+    let log = |arguments: &[&str]| says(daemon.berth(arguments)).1;
+    assert_eq!(log(&["logs", "web"]), "one\ntwo\nthree\n");
+    assert_eq!(log(&["logs", "--tail", "2", "web"]), "two\nthree\n");
+    assert_eq!(log(&["logs", "--follow", "web"]), "one\ntwo\nthree\nfour\n");
+    assert_eq!(log(&["logs", "-f", "-n", "1", "web"]), "three\nfour\n");
+    assert_eq!(log(&["logs", "--vmm", "web"]), "of the vmm\n");
+}
+
+#[test]
+fn stats_and_events_are_for_people_and_programs() {
+    let daemon = web();
+    let (code, output, _) = says(daemon.berth(&["stats"]));
+    assert!(code == 0 && output.contains("web    abc000000000   25.0%"), "{output}");
+    let stats: Value = serde_json::from_str(&says(daemon.berth(&["stats", "--json"])).1).unwrap();
+    assert_eq!(stats[0]["name"], "web");
+    assert_eq!(says(daemon.berth(&["events"])).1, "1970-01-01 00:00:00Z  abc000000000  web  running\n");
+    let event: Value = serde_json::from_str(&says(daemon.berth(&["events", "--json"])).1).unwrap();
+    assert_eq!(event["what"], "running");
+}
+
+#[test]
+fn an_image_is_sent_in_parts() {
+    let daemon = Daemon::new();
+    let here = tempfile::tempdir().unwrap();
+    let file = |name: &str, length| {
+        let path = here.path().join(name);
+        fs::write(&path, vec![1; length]).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let (kernel, initrd, disk) = (file("kernel", 10), file("initrd", 20), file("disk", 3 << 20));
+    let line = [
+        "image",
+        "import",
+        "--name",
+        "debian",
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--cmdline",
+        "quiet",
+        &disk,
+    ];
+    let (code, output, error) = says(daemon.berth(&line));
+    assert_eq!((code, output.as_str(), error.as_str()), (0, "debian\n", ""));
+    let parts: Vec<_> = daemon.parts().into_iter().collect();
+    assert_eq!(
+        parts,
+        [("debian/disk".into(), 3 << 20), ("debian/initrd".into(), 20), ("debian/kernel".to_string(), 10)]
+    );
+    assert_eq!(daemon.asked(), ["image debian quiet"]);
+    let (code, _, error) =
+        says(daemon.berth(&["image", "import", "--name", "x", "--kernel", &kernel, "/nowhere/disk"]));
+    assert!(code == 1 && error.starts_with("berth: cannot read /nowhere/disk: No such file"), "{error}");
+    assert_eq!(daemon.asked().len(), 1);
+}
+
+#[test]
+fn a_command_has_its_output_its_input_and_its_exit_code() {
+    let daemon = web();
+    let exec = |command: &[&str]| says(daemon.berth(&[&["exec", "web", "--"], command].concat()));
+    assert_eq!(exec(&["echo", "-n", "hello"]), (0, "hello".into(), "".into()));
+    assert_eq!(exec(&["sh", "-c", "echo out; echo err >&2; exit 7"]), (7, "out\n".into(), "err\n".into()));
+    assert_eq!(exec(&["sh", "-c", "kill -9 $$"]).0, 137);
+    assert_eq!(exec(&["no-such-program"]), (127, "".into(), "berth: not found\n".into()));
+    let large = exec(&["head", "-c", "1000000", "/dev/zero"]);
+    assert_eq!((large.0, large.1.len()), (0, 1_000_000));
+    let typed = vec![b'x'; 1_000_000];
+    let (code, output, _) = fed(daemon.berth(&["exec", "web", "wc", "-c"]), &typed);
+    assert_eq!((code, output.trim()), (0, "1000000"));
+    let none = fed(daemon.berth(&["exec", "--no-stdin", "web", "wc", "-c"]), b"for somebody else");
+    assert_eq!(none.1.trim(), "0");
+    let mut with =
+        daemon.berth(&["exec", "-e", "A=1", "-e", "HERE", "web", "--", "sh", "-c", "echo $A $HERE"]);
+    with.env("HERE", "of here");
+    assert_eq!(says(with).1, "1 of here\n");
+}
+
+#[test]
+fn our_own_failures_are_125_whatever_the_command_would_have_been() {
+    let daemon = web().with("old", State::Stopped);
+    let (code, _, error) = says(daemon.berth(&["exec", "--user", "nobody", "web", "true"]));
+    assert_eq!((code, error.as_str()), (125, "berth: web: no user \"nobody\"\n"));
+    let (code, _, error) = says(daemon.berth(&["exec", "old", "true"]));
+    assert_eq!((code, error.as_str()), (125, "berth: old: The guest does not run; start it first\n"));
+    assert_eq!(says(daemon.berth(&["exec", "none", "true"])).0, 125);
+    let daemon = daemon.with("still", State::Paused);
+    let (code, _, error) = says(daemon.berth(&["exec", "still", "true"]));
+    assert_eq!((code, error.as_str()), (125, "berth: still: is paused; let it go on: berth resume still\n"));
+    let (code, _, error) = says(daemon.berth(&["run", "none", "--", "true"]));
+    assert_eq!(
+        (code, error.as_str()),
+        (125, "berth: none: There is no such image; berth image ls lists them\n")
+    );
+}
+
+#[test]
+fn a_signal_goes_to_the_command() {
+    let daemon = web();
+    let mut child = daemon.berth(&["exec", "web", "sleep", "60"]).spawn().unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    // Early ones are kept until the command is there, or end the wait for it: the code is the same.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    rustix::process::kill_process(pid, Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+}
+
+#[test]
+fn run_makes_a_guest_for_a_command_and_ends_it_afterwards() {
+    let daemon = Daemon::new().slow();
+    let (code, output, error) =
+        says(daemon.berth(&["run", "--name", "one", "debian", "--", "sh", "-c", "echo hi; exit 4"]));
+    assert_eq!((code, output.as_str(), error.as_str()), (4, "hi\n", ""));
+    assert_eq!(daemon.asked(), ["create one", "start one", "stop 30 one"]);
+    assert_eq!(daemon.state("one"), Some(State::Stopped));
+}
+
+#[test]
+fn run_leaves_nothing_where_nothing_is_to_be_kept() {
+    let daemon = Daemon::new();
+    assert_eq!(says(daemon.berth(&["run", "--rm", "--name", "two", "debian", "true"])).0, 0);
+    assert_eq!(daemon.asked(), ["create two", "start two", "stop 0 two"]);
+    assert_eq!(daemon.state("two"), None);
+    // One that cannot be started is removed too, and without --rm its log is there to be read.
+    let (code, _, _) = says(daemon.berth(&["run", "--rm", "--name", "stuck", "debian", "true"]));
+    assert_eq!((code, daemon.asked().last().unwrap().starts_with("remove ")), (125, true));
+    let (code, _, error) = says(daemon.berth(&["run", "--name", "stuck", "debian", "true"]));
+    assert_eq!((code, error.as_str()), (125, "berth: stuck: It is stuck; its log: berth logs --vmm stuck\n"));
+}
+
+#[test]
+fn run_in_the_background_prints_the_id_and_leaves_the_guest_running() {
+    let daemon = Daemon::new();
+    let (code, output, _) = says(daemon.berth(&["run", "--detach", "--name", "three", "debian"]));
+    assert_eq!((code, output.as_str()), (0, "abc000000000\n"));
+    let (code, output, error) = says(daemon.berth(&["run", "-d", "--name", "four", "debian", "--", "true"]));
+    assert_eq!((code, output.as_str()), (0, "abc000000001\n"), "{error}");
+    assert_eq!((daemon.state("three"), daemon.state("four")), (Some(State::Running), Some(State::Running)));
+}
+
+#[test]
+fn a_guest_that_ends_before_its_command_is_our_failure() {
+    let daemon = Daemon::new();
+    let (code, _, error) = says(daemon.berth(&["run", "--name", "five", "debian", "play-power-off"]));
+    assert_eq!(code, 125);
+    assert!(error.starts_with("berth: five: ended before the command did (powered-off): "), "{error}");
+}
+
+#[test]
+fn a_terminal_is_raw_for_a_command_and_given_back_afterwards() {
+    let daemon = web();
+    let mut terminal = Terminal::run(daemon.berth(&["exec", "web", "play-terminal"]));
+    terminal.shows("<40x100>our-term");
+    assert!(!terminal.is_as_before());
+    // Ctrl-C is a key like others.
+    terminal.types(&[3]);
+    terminal.shows("[3]");
+    terminal.resize(50, 132);
+    terminal.shows("<50x132>");
+    terminal.types(b"q");
+    assert_eq!(terminal.ends(), 5);
+    assert!(terminal.is_as_before());
+}
+
+#[test]
+fn the_keys_leave_a_command_and_the_terminal_is_given_back() {
+    let daemon = web();
+    let mut terminal = Terminal::run(daemon.berth(&["exec", "web", "play-terminal"]));
+    terminal.shows("<40x100>");
+    terminal.types(&[0x1d]);
+    terminal.shows("berth: left web");
+    assert_eq!(terminal.ends(), 0);
+    assert!(terminal.is_as_before());
+}
+
+#[test]
+fn a_terminal_is_given_back_when_the_daemon_goes_or_a_signal_comes() {
+    let daemon = web();
+    let mut terminal = Terminal::run(daemon.berth(&["exec", "web", "play-terminal"]));
+    terminal.shows("<40x100>");
+    terminal.signal(Signal::TERM);
+    terminal.shows("<signal 15>");
+    assert!(!terminal.is_as_before());
+    terminal.types(b"q");
+    assert_eq!(terminal.ends(), 5);
+    assert!(terminal.is_as_before());
+
+    let mut terminal = Terminal::run(daemon.berth(&["console", "web"]));
+    terminal.shows("Ctrl-] leaves");
+    terminal.types(b"a");
+    terminal.shows("A");
+    terminal.signal(Signal::TERM);
+    assert_eq!(terminal.ends(), 143);
+    assert!(terminal.is_as_before());
+}
+
+#[test]
+fn a_shell_in_a_new_guest_may_be_left_and_the_guest_runs_on() {
+    let daemon = Daemon::new();
+    let mut terminal = Terminal::run(daemon.berth(&["run", "--name", "six", "debian", "play-terminal"]));
+    terminal.shows("<40x100>");
+    terminal.types(&[0x1d]);
+    terminal.shows("it runs on: berth exec six -- sh");
+    assert_eq!(terminal.ends(), 0);
+    assert_eq!(daemon.state("six"), Some(State::Running));
+    assert!(terminal.is_as_before());
+}
+
+#[test]
+fn a_command_may_have_no_terminal_where_there_is_one() {
+    let daemon = web();
+    let mut terminal = Terminal::run(daemon.berth(&["exec", "-T", "web", "play-terminal"]));
+    terminal.shows("<none>");
+    assert!(terminal.is_as_before());
+    terminal.types(&[4]);
+    terminal.shows("<end>");
+}
+
+#[test]
+fn a_console_is_used_from_a_terminal_and_from_a_pipe() {
+    let daemon = web();
+    let mut terminal = Terminal::run(daemon.berth(&["console", "--detach-keys", "ctrl-a,d", "web"]));
+    terminal.shows("Ctrl-A d leaves");
+    terminal.types(b"abc");
+    terminal.shows("ABC");
+    assert!(!terminal.is_as_before());
+    terminal.types(b"\x01d");
+    terminal.shows("left the console of web");
+    assert_eq!(terminal.ends(), 0);
+    assert!(terminal.is_as_before());
+
+    // The guest's end is the console's.
+    let (code, output, error) = fed(daemon.berth(&["console", "web"]), b"hello\x1d\nx");
+    assert_eq!((code, output.as_str(), error.as_str()), (0, "HELLO\x1d\n", ""));
+}
+
+#[test]
+fn files_go_in_and_come_out() {
+    let daemon = web();
+    let here = tempfile::tempdir().unwrap();
+    let there = tempfile::tempdir().unwrap();
+    let at =
+        |directory: &tempfile::TempDir, path: &str| directory.path().join(path).to_str().unwrap().to_string();
+    let copy = |from: &str, to: &str| says(daemon.berth(&["cp", from, to]));
+    fs::write(here.path().join("file"), "contents").unwrap();
+    fs::create_dir_all(here.path().join("tree/deep")).unwrap();
+    fs::write(here.path().join("tree/deep/leaf"), "leaf").unwrap();
+
+    let guest = |path: &str| format!("web:{}", at(&there, path));
+    assert_eq!(copy(&at(&here, "file"), &guest("")), (0, "".into(), "".into()));
+    assert_eq!(fs::read_to_string(there.path().join("file")).unwrap(), "contents");
+    assert_eq!(copy(&at(&here, "tree"), &guest("renamed")).0, 0);
+    assert_eq!(fs::read_to_string(there.path().join("renamed/deep/leaf")).unwrap(), "leaf");
+
+    assert_eq!(copy(&guest("renamed"), &at(&here, "")).0, 0);
+    assert_eq!(fs::read_to_string(here.path().join("renamed/deep/leaf")).unwrap(), "leaf");
+    assert_eq!(copy(&guest("file"), &at(&here, "again")).0, 0);
+    assert_eq!(fs::read_to_string(here.path().join("again")).unwrap(), "contents");
+    let mut names: Vec<_> = fs::read_dir(&here).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["again", "file", "renamed", "tree"]);
+
+    let (code, _, error) = copy(&guest("none"), &at(&here, ""));
+    assert!(code == 1 && error.contains("no such file"), "{error}");
+    let (code, _, error) = copy("/nowhere/file", &guest(""));
+    assert!(code == 1 && error.starts_with("berth: cannot read /nowhere/file: "), "{error}");
+}
+
+#[test]
+fn archives_go_in_and_come_out() {
+    let daemon = web();
+    let there = tempfile::tempdir().unwrap();
+    fs::write(there.path().join("file"), "contents").unwrap();
+    let path = there.path().to_str().unwrap();
+    let output = daemon.berth(&["cp", &format!("web:{path}/file"), "-"]).output().unwrap();
+    assert!(output.status.success());
+    let into = tempfile::tempdir().unwrap();
+    let (code, _, error) =
+        fed(daemon.berth(&["cp", "-", &format!("web:{}", into.path().to_str().unwrap())]), &output.stdout);
+    assert_eq!((code, error.as_str()), (0, ""));
+    assert_eq!(fs::read_to_string(into.path().join("file")).unwrap(), "contents");
+    let (code, _, error) = fed(
+        daemon.berth(&["cp", "-", &format!("web:{}", into.path().to_str().unwrap())]),
+        &output.stdout[..600],
+    );
+    assert!(code == 1 && error.contains("cut off"), "{error}");
+    let mut terminal = Terminal::run(daemon.berth(&["cp", &format!("web:{path}"), "-"]));
+    terminal.shows("an archive is nothing for a terminal");
+    assert_eq!(terminal.ends(), 1);
+}
+
+#[test]
+fn a_reader_that_has_enough_is_no_failure_to_tell_of() {
+    let daemon = web();
+    for line in ["ps", "exec web -- head -c 1000000 /dev/zero"] {
+        let words: Vec<_> = line.split(' ').collect();
+        let (end, output) = std::io::pipe().unwrap();
+        drop(end);
+        let mut command = daemon.berth(&words);
+        let child = command.stdout(output).stderr(Stdio::piped()).spawn().unwrap();
+        drop(command);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), output.stderr.len()), (Some(141), 0), "{line}");
+    }
+}
