@@ -79,7 +79,7 @@ tools:
 	cargo build --package berth-tests --bins --quiet
 
 programs: tools
-	cargo build --release --package agent --package cli --package jailer --package vmm --bins --quiet
+	cargo build --release --package agent --package cli --package jailer --package supervisor --package vmm --bins --quiet
 
 clean-cache: ## remove kernels, images and saved hosts; they are made anew when needed
 	rm -rf "$(CACHE)"

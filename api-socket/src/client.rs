@@ -70,6 +70,11 @@ impl Client {
         Ok(client)
     }
 
+    /// A client on a connection that is there already; `path` is told in errors, and where it is made again.
+    pub fn over(stream: UnixStream, path: &Path) -> Client {
+        Client { path: path.to_path_buf(), timeout: None, stream: Some(stream) }
+    }
+
     /// Connects to the socket of a VMM that may still be starting: for as long as `patience`, a socket that is not
     /// there or does not listen is tried again.
     ///

@@ -7,6 +7,7 @@
 
 pub mod assets;
 pub mod attack;
+pub mod berthd;
 pub mod calls;
 pub mod cell;
 pub mod filters;

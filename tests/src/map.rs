@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 /// Crates whose types cross from one crate to another: a second copy would be a second type.
 const SINGLE: [&str; 3] = ["vm-memory", "vmm-sys-util", "kvm-bindings"];
 
-const CRATES: [&str; 8] = ["agent", "api-socket", "cli", "devices", "jailer", "metadata", "tests", "vmm"];
+const CRATES: [&str; 9] =
+    ["agent", "api-socket", "cli", "devices", "jailer", "metadata", "supervisor", "tests", "vmm"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()

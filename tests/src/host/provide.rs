@@ -21,7 +21,7 @@ pub const INITRAMFS: &str = "initramfs.cpio";
 pub const DEBIAN: &str = "debian.ext4";
 
 /// Programs under test. A host shows them if they are built.
-const PROGRAMS: [&str; 4] = ["berth", "berth-agent", "berth-jailer", "berth-vmm"];
+const PROGRAMS: [&str; 5] = ["berth", "berth-agent", "berth-jailer", "berth-vmm", "berthd"];
 
 /// Tools, which a host shows from this program's own directory.
 const TOOLS: [&str; 6] =

@@ -1,0 +1,139 @@
+//! Places of a guest: what it has while it runs, and the group of its processes. Made before a start, gone after the end.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use crate::config::Config;
+
+/// Where version 2 of control groups is mounted.
+const GROUPS: &str = "/sys/fs/cgroup";
+/// How long processes that were killed may still be in their group.
+const KILL_TRIES: u32 = 200;
+const KILL_PAUSE: Duration = Duration::from_millis(10);
+
+/// The places of one guest. Paths only: whether anything is there is another matter.
+#[derive(Clone, Debug)]
+pub struct Places {
+    pub id: String,
+    /// Its sockets and pipes, which others may look into, and not list.
+    pub run: PathBuf,
+    /// What the VMM sees as `/`.
+    pub root: PathBuf,
+    pub group: PathBuf,
+}
+
+impl Places {
+    /// Of the guest with this id.
+    pub fn new(config: &Config, id: &str) -> Places {
+        let program = config.programs.vmm.file_name().unwrap_or_default();
+        Places {
+            id: id.to_owned(),
+            run: config.run_dir.join("guests").join(id),
+            root: cells(config).join(program).join(id).join("root"),
+            group: Path::new(GROUPS).join(&config.control_group).join(id),
+        }
+    }
+
+    /// The guest's own API, for its owner.
+    pub fn api(&self) -> PathBuf {
+        self.run.join("api.sock")
+    }
+
+    /// Where the VMM writes how it ended.
+    pub fn exit_status(&self) -> PathBuf {
+        self.run.join("exit")
+    }
+
+    /// The processes in the group.
+    pub fn processes(&self) -> Vec<u32> {
+        let text = fs::read_to_string(self.group.join("cgroup.procs")).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// Ends whatever is left and removes all that there is; nothing is no error.
+    ///
+    /// # Errors
+    /// What is in the way.
+    pub fn clear(&self, config: &Config) -> io::Result<()> {
+        self.kill()?;
+        remove_cell(config, &self.id)?;
+        match fs::remove_dir_all(&self.run) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// A guest is one process, but a jailer that was killed may have left another.
+    fn kill(&self) -> io::Result<()> {
+        match fs::write(self.group.join("cgroup.kill"), "1") {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            outcome => outcome?,
+        }
+        for _ in 0..KILL_TRIES {
+            if self.processes().is_empty() {
+                return Ok(());
+            }
+            thread::sleep(KILL_PAUSE);
+        }
+        let left = self.processes();
+        Err(io::Error::other(format!("processes {left:?} of its group do not end: the kernel holds them")))
+    }
+}
+
+/// Where the jailer makes cells.
+pub fn cells(config: &Config) -> PathBuf {
+    config.state_dir.join("cells")
+}
+
+/// By the jailer, which knows what it has made and follows no link that a guest has made in there.
+fn remove_cell(config: &Config, id: &str) -> io::Result<()> {
+    let output = Command::new(&config.programs.jailer)
+        .arg("--remove")
+        .args(["--id", id, "--exec-file"])
+        .arg(&config.programs.vmm)
+        .arg("--chroot-base-dir")
+        .arg(cells(config))
+        .args(["--cgroup-version", "2", "--parent-cgroup", &config.control_group])
+        .stdin(Stdio::null())
+        .output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+}
+
+/// Makes a directory and those above it, if they are not there, with this mode.
+///
+/// # Errors
+/// Those of the file system.
+pub fn make_private_directory(path: &Path, mode: u32) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(mode).create(path)?;
+    fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+/// Control groups of version 2 are there, and those of guests can be limited.
+///
+/// # Errors
+/// They are not; what to do.
+pub fn prepare_groups(config: &Config) -> io::Result<()> {
+    let root = Path::new(GROUPS);
+    let controllers = fs::read_to_string(root.join("cgroup.controllers")).map_err(|error| {
+        io::Error::new(
+            error.kind(),
+            format!("{GROUPS} has no control groups of version 2: mount cgroup2 there (systemd.unified_cgroup_hierarchy=1)"),
+        )
+    })?;
+    let missing: Vec<_> = ["cpu", "memory", "pids"]
+        .into_iter()
+        .filter(|name| !controllers.split_whitespace().any(|one| one == *name))
+        .collect();
+    if !missing.is_empty() {
+        return Err(io::Error::other(format!("{GROUPS} lacks the controllers {}", missing.join(", "))));
+    }
+    fs::create_dir_all(root.join(&config.control_group))
+}

@@ -1,0 +1,86 @@
+//! What happens to guests, told to whoever listens. Nothing is kept for who comes later: the state of guests is what to ask for.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use api_socket::fleet::{End, Event};
+
+/// Events that are kept for who is slow to take them.
+const KEPT: usize = 1024;
+
+/// All events of this run of the daemon.
+#[derive(Debug, Default)]
+pub struct Events {
+    inner: Mutex<Inner>,
+    comes: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// Of the next event.
+    number: u64,
+    kept: VecDeque<Event>,
+}
+
+impl Events {
+    /// Tells one.
+    pub fn tell(&self, what: &str, id: &str, name: &str, end: Option<End>) {
+        let mut inner = self.lock();
+        let number = inner.number;
+        inner.number += 1;
+        if inner.kept.len() == KEPT {
+            inner.kept.pop_front();
+        }
+        let (what, id, name) = (what.to_owned(), id.to_owned(), name.to_owned());
+        inner.kept.push_back(Event { number, at: now(), what, id, name, end });
+        self.comes.notify_all();
+    }
+
+    /// The number of the next event.
+    pub fn next(&self) -> u64 {
+        self.lock().number
+    }
+
+    /// Those from this number on that are kept, or come within this time. Who is too slow sees a gap in the numbers.
+    pub fn since(&self, number: u64, time: Duration) -> Vec<Event> {
+        let inner = self.lock();
+        let waits = |inner: &mut Inner| inner.number <= number;
+        let (inner, _) =
+            self.comes.wait_timeout_while(inner, time, waits).unwrap_or_else(PoisonError::into_inner);
+        inner.kept.iter().filter(|event| event.number >= number).cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Seconds since 1970-01-01 UTC.
+pub fn now() -> f64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0.0, |time| time.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_told_in_their_order_and_the_oldest_are_let_go() {
+        let events = Events::default();
+        let start = events.next();
+        assert!(events.since(start, Duration::ZERO).is_empty());
+        events.tell("running", "id", "web", None);
+        events.tell("paused", "id", "web", None);
+        let whats =
+            |from| events.since(from, Duration::ZERO).into_iter().map(|event| event.what).collect::<Vec<_>>();
+        assert_eq!(whats(start), ["running", "paused"]);
+        assert_eq!(whats(start + 1), ["paused"]);
+        for _ in 0..2 * KEPT {
+            events.tell("running", "id", "web", None);
+        }
+        let kept = events.since(start, Duration::ZERO);
+        assert_eq!((kept.len(), kept[0].number), (KEPT, KEPT as u64 + 2));
+    }
+}

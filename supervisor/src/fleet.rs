@@ -1,0 +1,334 @@
+//! All guests, and the one way in which one of them changes.
+//!
+//! Locks: with a guest's in hand the list's may be taken, never the other way round.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use api_socket::Fault;
+use api_socket::fleet::{Image, NewGuest};
+
+use crate::cell;
+use crate::config::Config;
+use crate::events::{Events, now};
+use crate::guest::Guest;
+use crate::images::{Images, disk_fault};
+use crate::network::Network;
+use crate::record::Record;
+use crate::state::{self, Action, Event, State};
+use crate::store::{ID_LENGTH, Store};
+use crate::watch::Watch;
+use crate::workers::Workers;
+
+/// Who asks: a user by number, as the kernel tells it.
+pub type User = u32;
+const ROOT: User = 0;
+
+/// Everything there is.
+pub struct Fleet {
+    pub config: Config,
+    pub store: Store,
+    pub images: Images,
+    pub network: Network,
+    pub events: Events,
+    pub workers: Workers,
+    pub watch: Watch,
+    guests: Mutex<BTreeMap<String, Arc<Guest>>>,
+}
+
+impl Fleet {
+    /// Without guests. Makes directories.
+    ///
+    /// # Errors
+    /// What the host lacks.
+    pub fn new(config: Config) -> io::Result<Arc<Fleet>> {
+        cell::make_private_directory(&config.state_dir, 0o711)?;
+        for directory in [config.run_dir.join("guests"), cell::cells(&config)] {
+            cell::make_private_directory(&directory, 0o711)?;
+        }
+        Ok(Arc::new(Fleet {
+            store: Store::open(&config.state_dir)?,
+            images: Images::open(&config.state_dir, config.programs.agent.clone())?,
+            network: Network::new(config.network.clone()),
+            events: Events::default(),
+            workers: Workers::start()?,
+            watch: Watch::new()?,
+            guests: Mutex::default(),
+            config,
+        }))
+    }
+
+    /// All that this user is told of, by name.
+    pub fn list(&self, user: User) -> Vec<Arc<Guest>> {
+        let mut guests: Vec<_> = self.guests().values().filter(|guest| may(user, guest)).cloned().collect();
+        guests.sort_by(|a, b| a.name.cmp(&b.name));
+        guests
+    }
+
+    /// The guest of this id.
+    pub fn by_id(&self, id: &str) -> Option<Arc<Guest>> {
+        self.guests().get(id).cloned()
+    }
+
+    /// The guest that a user calls so: by name, id, or the beginning of an id.
+    ///
+    /// # Errors
+    /// 404, also for another's guest; 409 if it is not clear which.
+    pub fn find(&self, user: User, called: &str) -> Result<Arc<Guest>, Fault> {
+        let guests = self.list(user);
+        if let Some(guest) = guests.iter().find(|guest| guest.name == called || guest.id == called) {
+            return Ok(guest.clone());
+        }
+        let begin: Vec<_> = guests.iter().filter(|guest| guest.id.starts_with(called)).collect();
+        match begin[..] {
+            [guest] => Ok(guest.clone()),
+            [] => Err(Fault {
+                status: 404,
+                message: format!("There is no guest {called:?}; `berth ps --all` lists yours."),
+            }),
+            _ => Err(Fault {
+                status: 409,
+                message: format!(
+                    "{} guests have ids that begin with {called:?}; give more of it.",
+                    begin.len()
+                ),
+            }),
+        }
+    }
+
+    /// Adds a guest that was found at the start.
+    pub fn insert(&self, guest: Arc<Guest>) {
+        self.guests().insert(guest.id.clone(), guest);
+    }
+
+    /// Makes a guest, which then is stopped.
+    ///
+    /// # Errors
+    /// The name is taken, there is no such image, no place for one more, or the disk fails.
+    pub fn create(&self, user: User, new: NewGuest) -> Result<Arc<Guest>, Fault> {
+        self.images.find(&new.image, user)?;
+        let guest = self.reserve(user, new)?;
+        let make = || -> Result<(), Fault> {
+            let directory = self.store.directory(&guest.id);
+            let record = guest.lock().record.clone();
+            let failed = |error: io::Error| disk_fault(&format!("Guest {}", guest.name), &error);
+            cell::make_private_directory(&directory, 0o700).map_err(failed)?;
+            self.images.copy_disk(&record.image, &directory.join("disk.img"))?;
+            self.store.save(&record).map_err(failed)
+        };
+        if let Err(fault) = make() {
+            let _ = self.store.remove(&guest.id);
+            self.guests().remove(&guest.id);
+            return Err(fault);
+        }
+        guest.lock().is_made = true;
+        self.events.tell("created", &guest.id, &guest.name, None);
+        Ok(guest)
+    }
+
+    /// A place in the list, with a name, a user and an address that no other guest has. Nobody may do anything with it yet.
+    fn reserve(&self, owner: User, new: NewGuest) -> Result<Arc<Guest>, Fault> {
+        let config = &self.config;
+        let full = |what: String| Fault { status: 507, message: what };
+        let mut guests = self.guests();
+        if guests.len() >= config.max_guests as usize {
+            return Err(full(format!(
+                "There are {} guests, which is max_guests; remove one, or allow more in the configuration.",
+                guests.len()
+            )));
+        }
+        let id = free_id(&guests).map_err(|error| full(format!("No id can be made: {error}.")))?;
+        let name = new.name.clone().unwrap_or_else(|| format!("guest-{}", id.get(..6).unwrap_or(&id)));
+        if guests.values().any(|guest| guest.name == name || guest.id == name) {
+            let message = format!("There is a guest {name} already; remove it, or give another name.");
+            return Err(Fault { status: 409, message });
+        }
+        let uids: BTreeSet<_> = guests.values().map(|guest| guest.uid).collect();
+        let uid = (config.uid_first..config.uid_first.saturating_add(config.uid_count))
+            .find(|uid| !uids.contains(uid));
+        let uid = uid.ok_or_else(|| {
+            full(format!("All {} users of the range are guests'; widen uid_count.", config.uid_count))
+        })?;
+        let address = match new.network {
+            true => Some(self.free_address(&guests).ok_or_else(|| {
+                full(format!(
+                    "All addresses of {}/{} are guests'; remove one, make this one without a network, or widen \
+                     network.prefix.",
+                    config.network.address, config.network.prefix
+                ))
+            })?),
+            false => None,
+        };
+        let record = Record::new(id.clone(), name, owner, uid, address, now(), new);
+        let guest = Arc::new(Guest::new(config, &self.store, record));
+        guests.insert(id, guest.clone());
+        Ok(guest)
+    }
+
+    fn free_address(&self, guests: &BTreeMap<String, Arc<Guest>>) -> Option<std::net::Ipv4Addr> {
+        let taken: BTreeSet<_> = guests.values().filter_map(|guest| guest.address).collect();
+        let all = self.config.network.guests().map(std::net::Ipv4Addr::from_bits);
+        { all }.find(|address| *address != self.config.network.address && !taken.contains(address))
+    }
+
+    /// Something happens to a guest: its state, its record and everybody who listens learn of it, or nothing changes. What is
+    /// to be done is returned, and is the caller's to see to.
+    ///
+    /// # Errors
+    /// 409 if it cannot be now; 507 if it cannot be written down. What has happened already is never refused.
+    pub fn apply(&self, guest: &Guest, event: Event) -> Result<Action, Fault> {
+        let mut inner = guest.lock();
+        let mut record = inner.record.clone();
+        let before = record.state;
+        if matches!(event, Event::Ended(_)) && inner.started.is_some_and(|at| at.elapsed() >= state::LONG_RUN)
+        {
+            record.streak = 0;
+        }
+        let (then, action) = state::next(before, event, record.policy())
+            .map_err(|why| Fault { status: 409, message: format!("Guest {} is {}.", guest.name, why.0) })?;
+        if !inner.is_made {
+            let message = format!("Guest {} is being made; try again when that is done.", guest.name);
+            return Err(Fault { status: 409, message });
+        }
+        record.state = then;
+        match (event, action) {
+            (Event::Start, Action::Start) => (record.restarts, record.streak) = (0, 0),
+            (_, Action::Start) if event == Event::Due => {
+                record.restarts = record.restarts.saturating_add(1);
+                record.streak = record.streak.saturating_add(1);
+            }
+            // A reboot, which does not wait.
+            (Event::Ended(_), Action::Start) => record.streak = record.streak.saturating_add(1),
+            _ => {}
+        }
+        if then != State::Waiting {
+            record.restart_at = None;
+        }
+        if !then.has_process() || action == Action::Start {
+            record.process = None;
+        }
+        if let Action::Wait(time) = action {
+            record.restart_at = Some(now() + time.as_secs_f64());
+            inner.due = Some(Instant::now() + time);
+            self.watch.time(&guest.id, inner.due);
+        }
+        if record != inner.record {
+            self.save(
+                &mut inner,
+                record,
+                !matches!(event, Event::Start | Event::Stop | Event::Remove { .. }),
+            )?;
+        }
+        drop(inner);
+        if then != before {
+            self.events.tell(then.on_the_wire().as_str(), &guest.id, &guest.name, None);
+        }
+        guest.changed();
+        Ok(action)
+    }
+
+    /// Writes a record down and takes it on. What is so already is taken on also if the disk refuses it: the next change, or
+    /// the next start of the daemon, puts the file right.
+    ///
+    /// # Errors
+    /// 507
+    pub fn save(&self, inner: &mut crate::guest::Inner, record: Record, is_so: bool) -> Result<(), Fault> {
+        match self.store.save(&record) {
+            Err(error) if !is_so => {
+                return Err(disk_fault(&format!("The record of guest {}", record.name), &error));
+            }
+            Err(error) => log::error!("The record of guest {} cannot be written: {error}", record.name),
+            Ok(()) => {}
+        }
+        inner.record = record;
+        Ok(())
+    }
+
+    /// Nothing is left of a guest, and nobody finds it any more.
+    pub fn forget(&self, guest: &Guest) {
+        if let Err(error) = guest.places.clear(&self.config).and_then(|()| self.store.remove(&guest.id)) {
+            // It is still there for `rm --force`, and for the next start of the daemon.
+            log::error!("Guest {} cannot be removed: {error}", guest.name);
+            guest.lock().why_ended = Some(error.to_string());
+            guest.changed();
+            return;
+        }
+        guest.console.end();
+        guest.log.end();
+        self.watch.time(&guest.id, None);
+        self.guests().remove(&guest.id);
+        self.events.tell("removed", &guest.id, &guest.name, None);
+        guest.changed();
+    }
+
+    /// The images, with how many guests each has.
+    ///
+    /// # Errors
+    /// Those of the directory.
+    pub fn images(&self, user: User) -> Result<Vec<Image>, Fault> {
+        let mut images = self.images.list(user).map_err(|error| disk_fault("The list of images", &error))?;
+        let guests = self.list(ROOT);
+        for image in &mut images {
+            image.guests = count(&guests, &image.name);
+        }
+        Ok(images)
+    }
+
+    /// One image.
+    ///
+    /// # Errors
+    /// 404
+    pub fn image(&self, user: User, name: &str) -> Result<Image, Fault> {
+        let mut image = self.images.get(name, user)?;
+        image.guests = count(&self.list(ROOT), name);
+        Ok(image)
+    }
+
+    /// Removes an image that no guest needs.
+    ///
+    /// # Errors
+    /// 404, 403, 409
+    pub fn remove_image(&self, user: User, name: &str) -> Result<(), Fault> {
+        let guests = self.image(user, name)?.guests;
+        if guests > 0 {
+            let message = format!("{guests} guests boot from the kernel of image {name}; remove them first.");
+            return Err(Fault { status: 409, message });
+        }
+        self.images.remove(name, user)
+    }
+
+    /// Removes what was left half made, and warns of what cannot be read.
+    pub fn tidy(&self) {
+        if let Err(error) = self.images.remove_unfinished() {
+            log::warn!("What is left of imports cannot be removed: {error}");
+        }
+    }
+
+    fn guests(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Guest>>> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A guest is its maker's, and root's.
+fn may(user: User, guest: &Guest) -> bool {
+    user == ROOT || user == guest.owner
+}
+
+fn count(guests: &[Arc<Guest>], image: &str) -> u32 {
+    guests.iter().filter(|guest| guest.lock().record.image == image).count() as u32
+}
+
+fn free_id(guests: &BTreeMap<String, Arc<Guest>>) -> io::Result<String> {
+    let mut random = fs::File::open("/dev/urandom")?;
+    loop {
+        let mut bytes = [0; ID_LENGTH / 2];
+        random.read_exact(&mut bytes)?;
+        let id: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        if !guests.contains_key(&id) {
+            return Ok(id);
+        }
+    }
+}

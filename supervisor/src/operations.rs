@@ -1,0 +1,480 @@
+//! What is done to guests: starting, asking to go down, ending, pausing, changing; and what is to be done when one has ended.
+//!
+//! Each runs on its caller's thread: a client's, or a worker's. None runs on the loop's, which waits for nobody.
+
+use std::io::Read;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api_socket::fleet::{End, GuestUpdate, Outcome, Stop};
+use api_socket::{ClientError, Fault, VmState};
+use rustix::process::Signal;
+use serde::Deserialize;
+
+use crate::events::now;
+use crate::fleet::Fleet;
+use crate::guest::{Guest, Inner};
+use crate::process::{Held, Status};
+use crate::record::Record;
+use crate::state::{Action, Event, State};
+use crate::watch::Kind;
+use crate::{spawn, usage, vmm_api};
+
+/// How long a VMM may take from its start to an answer; a jailer that hangs is ended then.
+const START: Duration = Duration::from_secs(30);
+/// Between two looks whether it answers.
+const START_PAUSE: Duration = Duration::from_millis(5);
+/// How often the agent of a guest that goes down is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+/// After a process was killed, how long its client waits for all to be cleared away.
+const CLEARING: Duration = Duration::from_secs(60);
+/// The longest text of how a process ended, in bytes.
+const MAX_EXIT_STATUS: u64 = 4096;
+
+/// What a VMM writes about its end (docs/vmm.md, `--exit-status`).
+#[derive(Debug, Deserialize)]
+struct ExitStatus {
+    exit_code: i32,
+    reason: String,
+}
+
+impl Fleet {
+    /// Sees to what follows from a change, on a worker's thread where it takes long.
+    pub fn see_to(self: &Arc<Fleet>, guest: &Arc<Guest>, action: Action) {
+        match action {
+            Action::Nothing | Action::Wait(_) => {}
+            Action::Start => {
+                let (fleet, guest) = (self.clone(), guest.clone());
+                self.workers.put(move || fleet.start(&guest));
+            }
+            // Only a client asks, and stays with it: see `stop_and_wait`.
+            Action::AskToGoDown => {}
+            Action::Kill => kill(guest),
+            Action::Forget => {
+                let (fleet, guest) = (self.clone(), guest.clone());
+                self.workers.put(move || fleet.forget(&guest));
+            }
+        }
+    }
+
+    /// Somebody wants the guest to run. Returns when it does.
+    ///
+    /// # Errors
+    /// 409 if it cannot be now; 500 and why, if it does not.
+    pub fn start_and_wait(self: &Arc<Fleet>, guest: &Arc<Guest>) -> Result<(), Fault> {
+        if self.apply(guest, Event::Start)? == Action::Start {
+            self.start(guest);
+        }
+        let is_starting =
+            |inner: &Inner| matches!(inner.record.state, State::Starting | State::StartingAgain);
+        guest.wait(START + CLEARING, |inner| !is_starting(inner));
+        let inner = guest.lock();
+        match (inner.record.state, &inner.record.last_end) {
+            (State::Running | State::Paused | State::Stopping, _) => Ok(()),
+            (_, Some(end)) => Err(Fault {
+                status: 500,
+                message: format!("Guest {} does not start: {}", guest.name, sentence(&end.reason)),
+            }),
+            _ => Err(Fault { status: 500, message: format!("Guest {} does not start.", guest.name) }),
+        }
+    }
+
+    /// Makes a process and waits until it answers. The state says already that it starts.
+    pub fn start(self: &Arc<Fleet>, guest: &Arc<Guest>) {
+        let record = {
+            let mut inner = guest.lock();
+            (inner.is_asked, inner.is_killed) = (false, false);
+            (inner.why_ended, inner.due, inner.overdue) = (None, None, None);
+            inner.record.clone()
+        };
+        self.watch.time(&guest.id, None);
+        let disk = self.store.directory(&guest.id).join("disk.img");
+        match spawn::spawn(&self.config, &self.images, &self.network, &guest.places, &record, &disk) {
+            Ok(started) => self.take(guest, started, &record),
+            Err(why) => {
+                log::warn!("Guest {}: {why}", guest.name);
+                let _ = guest.places.clear(&self.config);
+                self.has_ended(guest, Outcome::NotStarted, why);
+            }
+        }
+    }
+
+    /// A process was made: it is written down, watched, and waited for.
+    fn take(self: &Arc<Fleet>, guest: &Arc<Guest>, started: spawn::Started, record: &Record) {
+        let held = Arc::new(started.held);
+        guest.console.connect(started.console);
+        guest.log.connect(started.log);
+        {
+            let mut inner = guest.lock();
+            let mut then = inner.record.clone();
+            then.process = Some(held.process.clone());
+            then.started_at = Some(now());
+            then.started_memory_mib = Some(record.memory_mib);
+            inner.held = Some(held.clone());
+            inner.started = Some(Instant::now());
+            let _ = self.save(&mut inner, then, true);
+        }
+        self.watch_guest(guest, &held);
+        self.wait_for_answer(guest, &held);
+    }
+
+    /// From now on the loop tells what the guest says, and its end.
+    pub fn watch_guest(&self, guest: &Guest, held: &Held) {
+        use std::os::fd::AsFd;
+        let watch = |kind, feed: &crate::feed::Feed| {
+            feed.with_pipe(|pipe| pipe.map_or(Ok(()), |pipe| self.watch.guest(&guest.id, kind, pipe)))
+        };
+        let outcome = watch(Kind::Console, &guest.console)
+            .and_then(|()| watch(Kind::Log, &guest.log))
+            .and_then(|()| self.watch.guest(&guest.id, Kind::Process, held.pidfd.as_fd()));
+        if let Err(error) = outcome {
+            // Nobody would hear of its end: no guest is better than one that is lost.
+            self.give_up(guest, &format!("it cannot be watched: {error}"));
+        }
+    }
+
+    /// Waits until the guest's VMM says that it runs, or has ended, which the loop sees.
+    pub fn wait_for_answer(self: &Arc<Fleet>, guest: &Arc<Guest>, held: &Held) {
+        let begin = Instant::now();
+        loop {
+            if guest.state() == State::Stopping || guest.state() == State::Removing {
+                // Somebody wanted it ended before there was a process to end.
+                return kill(guest);
+            }
+            let why = match vmm_api::is_running(&guest.places) {
+                Ok(true) => break,
+                Ok(false) => "it does not come to run its guest".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            if begin.elapsed() > START {
+                return self
+                    .give_up(guest, &format!("the VMM does not answer in {} s: {why}", START.as_secs()));
+            }
+            if held.ends_within(START_PAUSE) {
+                return;
+            }
+        }
+        match self.apply(guest, Event::Started) {
+            Ok(action) => self.see_to(guest, action),
+            Err(fault) => log::error!("{fault}"),
+        }
+        if matches!(guest.state(), State::Stopping | State::Removing) {
+            kill(guest);
+        }
+    }
+
+    fn give_up(&self, guest: &Guest, why: &str) {
+        log::error!("Guest {} is ended: {why}", guest.name);
+        guest.lock().why_ended = Some(why.to_owned());
+        kill(guest);
+    }
+
+    /// Somebody wants the guest to go down. Returns when it has.
+    ///
+    /// # Errors
+    /// 409 if it cannot be now; 504 if the kernel does not let go of it.
+    pub fn stop_and_wait(self: &Arc<Fleet>, guest: &Arc<Guest>, stop: Stop) -> Result<(), Fault> {
+        let was_paused = guest.state() == State::Paused;
+        let event = if stop.seconds == 0 { Event::Kill } else { Event::Stop };
+        let action = self.apply(guest, event)?;
+        let time = Duration::from_secs(stop.seconds.into());
+        if action == Action::AskToGoDown {
+            // At once, so that it is kept whatever becomes of the client.
+            let overdue = Instant::now() + time;
+            guest.lock().overdue = Some(overdue);
+            self.watch.time(&guest.id, Some(overdue));
+            self.ask_to_go_down(guest, was_paused);
+            // An init that has only just begun, or a script in its place, does not hear what comes too early.
+            while Instant::now() < overdue && !guest.wait(ASK_AGAIN, |inner| self.is_down(guest, inner)) {
+                vmm_api::shut_down(&guest.places, guest.uid);
+            }
+        } else {
+            self.see_to(guest, action);
+        }
+        self.wait_for_end(guest, time)
+    }
+
+    /// Somebody wants the guest forgotten. Returns when it is.
+    ///
+    /// # Errors
+    /// 409 if it cannot be now; 500 if something is in the way.
+    pub fn remove_and_wait(self: &Arc<Fleet>, guest: &Arc<Guest>, force: bool) -> Result<(), Fault> {
+        guest.lock().why_ended = None;
+        let action = self.apply(guest, Event::Remove { force })?;
+        match action {
+            Action::Forget => self.forget(guest),
+            action => self.see_to(guest, action),
+        }
+        guest.wait(CLEARING, |inner| inner.why_ended.is_some() || self.by_id(&guest.id).is_none());
+        match self.by_id(&guest.id) {
+            None => Ok(()),
+            Some(_) => {
+                let why = guest.lock().why_ended.clone().unwrap_or_else(|| "its process does not end".into());
+                let message = format!("Guest {} cannot be removed yet: {}", guest.name, sentence(&why));
+                Err(Fault { status: 500, message })
+            }
+        }
+    }
+
+    fn is_down(&self, guest: &Guest, inner: &Inner) -> bool {
+        !inner.record.state.has_process() || self.by_id(&guest.id).is_none()
+    }
+
+    fn wait_for_end(&self, guest: &Guest, time: Duration) -> Result<(), Fault> {
+        if guest.wait(time + CLEARING, |inner| self.is_down(guest, inner)) {
+            return Ok(());
+        }
+        let message =
+            format!("Guest {} was killed and its process does not end: the kernel holds it.", guest.name);
+        Err(Fault { status: 504, message })
+    }
+
+    /// By its power button, which not every guest listens to, and by its agent, which not every guest has. One that has and hears
+    /// both goes down once.
+    fn ask_to_go_down(&self, guest: &Guest, was_paused: bool) {
+        if was_paused && let Err(error) = vmm_api::set_state(&guest.places, VmState::Resumed) {
+            log::warn!("Guest {} cannot be resumed to go down: {error}", guest.name);
+        }
+        {
+            let mut inner = guest.lock();
+            // A second press would end it at once.
+            if std::mem::replace(&mut inner.is_asked, true) {
+                return;
+            }
+            if let Some(held) = &inner.held {
+                held.signal(Signal::TERM);
+            }
+        }
+        vmm_api::shut_down(&guest.places, guest.uid);
+    }
+
+    /// A time of this guest's has come.
+    pub fn time_has_come(self: &Arc<Fleet>, guest: &Arc<Guest>) {
+        let now = Instant::now();
+        let (due, overdue) = {
+            let mut inner = guest.lock();
+            let has_come = |time: &mut Option<Instant>| time.take_if(|time| *time <= now).is_some();
+            (has_come(&mut inner.due), has_come(&mut inner.overdue))
+        };
+        for event in [due.then_some(Event::Due), overdue.then_some(Event::Kill)].into_iter().flatten() {
+            match self.apply(guest, event) {
+                Ok(action) => self.see_to(guest, action),
+                Err(fault) => log::error!("{fault}"),
+            }
+        }
+    }
+
+    /// Pauses or resumes the guest.
+    ///
+    /// # Errors
+    /// 409 if it does not run; 504 if the VMM does not answer.
+    pub fn set_paused(self: &Arc<Fleet>, guest: &Arc<Guest>, is_paused: bool) -> Result<(), Fault> {
+        let _claim = guest.claim(if is_paused { "being paused" } else { "being resumed" })?;
+        let state = guest.state();
+        if !matches!(state, State::Running | State::Paused) {
+            let state = state.on_the_wire().as_str();
+            let message =
+                format!("Guest {} is {state}; only one that runs is paused or resumed.", guest.name);
+            return Err(Fault { status: 409, message });
+        }
+        let (to, event) =
+            if is_paused { (VmState::Paused, Event::Paused) } else { (VmState::Resumed, Event::Resumed) };
+        vmm_api::set_state(&guest.places, to).map_err(|error| vmm_fault(guest, error))?;
+        self.apply(guest, event).map(|_| ())
+    }
+
+    /// Changes what can be changed now, and writes down the rest.
+    ///
+    /// # Errors
+    /// 409 for what a running guest cannot have; the VMM or the kernel refuses. What was done before stays.
+    pub fn update(self: &Arc<Fleet>, guest: &Arc<Guest>, update: GuestUpdate) -> Result<(), Fault> {
+        let _claim = guest.claim("being changed")?;
+        let mut then = guest.lock().record.clone();
+        let is_live = matches!(then.state, State::Running | State::Paused);
+        if let Some(memory) = update.memory_mib {
+            if let Some(first) = then.started_memory_mib.filter(|_| is_live) {
+                let Some(amount) = first.checked_sub(memory) else {
+                    let message = format!(
+                        "`memory_mib` is {memory}; guest {} runs with {first} and cannot have more before its next start: \
+                         stop it first.",
+                        guest.name
+                    );
+                    return Err(Fault { status: 409, message });
+                };
+                vmm_api::set_balloon(&guest.places, amount).map_err(|error| vmm_fault(guest, error))?;
+            }
+            then.memory_mib = memory;
+        }
+        if let Some(cpus) = update.cpus {
+            if is_live && cpus != then.cpus {
+                let message =
+                    format!("`cpus` is {cpus}; guest {} runs with {}: stop it first.", guest.name, then.cpus);
+                return Err(Fault { status: 409, message });
+            }
+            then.cpus = cpus;
+        }
+        then.restart = update.restart.unwrap_or(then.restart);
+        if let Some(limits) = update.limits {
+            let memory = then.started_memory_mib.unwrap_or(then.memory_mib);
+            for (file, value) in spawn::group_settings(memory, &limits).into_iter().filter(|_| is_live) {
+                std::fs::write(guest.places.group.join(file), &value).map_err(|error| Fault {
+                    status: 500,
+                    message: format!("{file} of guest {} cannot become {value:?}: {error}.", guest.name),
+                })?;
+            }
+            then.limits = limits;
+        }
+        let mut inner = guest.lock();
+        // What has happened meanwhile stays.
+        let record = Record {
+            memory_mib: then.memory_mib,
+            cpus: then.cpus,
+            restart: then.restart,
+            limits: then.limits,
+            ..inner.record.clone()
+        };
+        self.save(&mut inner, record, false)
+    }
+
+    /// The process of a guest is gone: what it left is looked at and removed. On a worker's thread.
+    pub fn process_has_ended(self: &Arc<Fleet>, guest: &Arc<Guest>) {
+        // Two reports of one end: the second finds nothing.
+        let Some(held) = guest.lock().held.take() else { return };
+        let status = held.reap();
+        guest.console.disconnect();
+        guest.log.disconnect();
+        let (outcome, reason) = how_it_ended(guest, status);
+        if let Err(error) = guest.places.clear(&self.config) {
+            log::error!("What guest {} has left cannot be removed: {error}", guest.name);
+        }
+        self.has_ended(guest, outcome, reason);
+    }
+
+    /// Nothing is left of the guest's run.
+    pub fn has_ended(self: &Arc<Fleet>, guest: &Arc<Guest>, outcome: Outcome, reason: String) {
+        let end = End { at: now(), outcome, reason };
+        {
+            let mut inner = guest.lock();
+            inner.record.last_end = Some(end.clone());
+            inner.overdue = None;
+        }
+        self.watch.time(&guest.id, None);
+        if outcome.is_failure() {
+            log::warn!("Guest {} has ended: {}: {}", guest.name, outcome.as_str(), end.reason);
+        }
+        self.events.tell("ended", &guest.id, &guest.name, Some(end));
+        match self.apply(guest, Event::Ended(outcome)) {
+            Ok(Action::Start) => self.start(guest),
+            Ok(Action::Forget) => self.forget(guest),
+            Ok(action) => self.see_to(guest, action),
+            Err(fault) => log::error!("{fault}"),
+        }
+    }
+}
+
+/// How a guest ended whose process was gone when the daemon came.
+pub fn ended_unseen(guest: &Guest) -> (Outcome, String) {
+    how_it_ended(guest, None)
+}
+
+fn kill(guest: &Guest) {
+    let mut inner = guest.lock();
+    inner.is_killed = true;
+    if let Some(held) = &inner.held {
+        held.signal(Signal::KILL);
+    }
+}
+
+/// From what it has written itself, what the kernel says of a child, and what we know.
+fn how_it_ended(guest: &Guest, status: Option<Status>) -> (Outcome, String) {
+    let said = read_exit_status(guest);
+    let (is_killed, why, state) = {
+        let inner = guest.lock();
+        (inner.is_killed, inner.why_ended.clone(), inner.record.state)
+    };
+    let is_starting = matches!(state, State::Starting | State::StartingAgain);
+    let code = said.as_ref().map(|said| said.exit_code).or(match status {
+        Some(Status::Code(code)) => Some(code),
+        _ => None,
+    });
+    let last = || match guest.log.last_line() {
+        line if line.is_empty() => "it said nothing".to_owned(),
+        line => line,
+    };
+    let reason = |said: Option<ExitStatus>| said.map(|said| said.reason).unwrap_or_else(last);
+    match (code, why) {
+        (_, Some(why)) => (if is_starting { Outcome::NotStarted } else { Outcome::VmmFailed }, why),
+        (None, None) if is_killed => (Outcome::Ended, "it was ended on request".into()),
+        (Some(code), None) => (outcome_of(code, is_starting), reason(said)),
+        (None, None) if usage::ran_out_of_memory(&guest.places) => {
+            (Outcome::VmmFailed, "the kernel ended it: its control group has no memory left".into())
+        }
+        (None, None) => {
+            let how = match status {
+                Some(Status::Signal(signal)) => format!("a signal {signal} from outside ended it"),
+                _ => "it ended without a word: somebody has killed it".to_owned(),
+            };
+            (if is_starting { Outcome::NotStarted } else { Outcome::VmmFailed }, how)
+        }
+    }
+}
+
+/// Exit codes of the VMM and the jailer (docs/vmm.md, docs/jailer.md).
+fn outcome_of(code: i32, is_starting: bool) -> Outcome {
+    match code {
+        0 => Outcome::PoweredOff,
+        3 => Outcome::Rebooted,
+        4 | 5 => Outcome::GuestCrashed,
+        148 => Outcome::JailViolated,
+        _ if is_starting => Outcome::NotStarted,
+        _ => Outcome::VmmFailed,
+    }
+}
+
+fn read_exit_status(guest: &Guest) -> Option<ExitStatus> {
+    let mut text = String::new();
+    let file = std::fs::File::open(guest.places.exit_status()).ok()?;
+    file.take(MAX_EXIT_STATUS).read_to_string(&mut text).ok()?;
+    // Two threads may have failed at the same moment: the first counts.
+    serde_json::from_str(text.lines().next()?).ok()
+}
+
+fn vmm_fault(guest: &Guest, error: ClientError) -> Fault {
+    match error {
+        ClientError::Refused(fault) => {
+            Fault { message: format!("Guest {}: {}", guest.name, fault.message), ..fault }
+        }
+        error => Fault {
+            status: 504,
+            message: format!("The VMM of guest {} does not answer: {error}.", guest.name),
+        },
+    }
+}
+
+fn sentence(text: &str) -> String {
+    if text.ends_with('.') { text.to_owned() } else { format!("{text}.") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_are_what_the_documents_say() {
+        let cases = [
+            (0, Outcome::PoweredOff),
+            (3, Outcome::Rebooted),
+            (4, Outcome::GuestCrashed),
+            (5, Outcome::GuestCrashed),
+            (148, Outcome::JailViolated),
+            (1, Outcome::VmmFailed),
+            (152, Outcome::VmmFailed),
+        ];
+        for (code, outcome) in cases {
+            assert_eq!(outcome_of(code, false), outcome, "{code}");
+        }
+        for code in [1, 140, 152, 153] {
+            assert_eq!(outcome_of(code, true), Outcome::NotStarted, "{code}");
+        }
+    }
+}

@@ -1,0 +1,312 @@
+//! A start: from a record to a VMM in its cell that answers.
+//!
+//! The order is that of what can be refused: images first, then what is made. Everything is made below the guest's places, so
+//! that a start that fails, or a daemon that is killed in the middle, leaves nothing that [`Places::clear`] does not remove.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use api_socket::fleet::{Limits, Part};
+use rustix::fs::{CWD, Mode, OFlags, mknodat};
+use rustix::process::{Signal, set_parent_process_death_signal, setsid};
+use serde_json::json;
+
+use crate::cell::{self, Places};
+use crate::config::Config;
+use crate::images::Images;
+use crate::network::{self, Network};
+use crate::process::Held;
+use crate::record::Record;
+use crate::vmm_api::VSOCK;
+
+/// What a VMM may use beside the guest's memory, in MiB: itself, tables of pages, and what the host caches of its disk.
+const OVERHEAD_MIB: u64 = 128;
+/// Threads of a VMM: one for each processor, and a few.
+const MAX_THREADS: u32 = 64;
+/// The guest's own address for its sockets. Each VMM has sockets of its own, so it can be the same everywhere.
+const CID: u32 = 3;
+/// The period in which a share of processors is counted, in microseconds; the kernel's default.
+const CPU_PERIOD: u64 = 100_000;
+
+/// What a start makes.
+#[derive(Debug)]
+pub struct Started {
+    pub held: Held,
+    /// The guest's console and the VMM's log, to be read from.
+    pub console: File,
+    pub log: File,
+}
+
+/// Makes the process. The caller's thread must live until the VMM answers: the jailer dies with it.
+///
+/// # Errors
+/// A sentence for a person. What was made is in the guest's places.
+pub fn spawn(
+    config: &Config,
+    images: &Images,
+    network: &Network,
+    places: &Places,
+    record: &Record,
+    disk: &Path,
+) -> Result<Started, String> {
+    let image = images.find(&record.image, 0).map_err(|fault| fault.message)?;
+    let initrd = images
+        .boot_archive(&record.image)
+        .map_err(|error| format!("The guest's initramfs cannot be made: {error}."))?;
+    if !disk.is_file() {
+        return Err(format!("The guest's disk {} is gone.", disk.display()));
+    }
+    // What an earlier end could not remove.
+    places
+        .clear(config)
+        .map_err(|error| format!("What is left of the guest's last run is in the way: {error}."))?;
+    let pipes =
+        Pipes::make(places, record.owner).map_err(|error| format!("{}: {error}.", places.run.display()))?;
+    let tap = match record.address {
+        Some(_) => Some(
+            network.tap(&record.id).map_err(|why| format!("The guest's network cannot be made: {why}."))?,
+        ),
+        None => None,
+    };
+    let told = command_line(&image.command_line, record, network);
+    let settings = configuration(record, &told, tap.is_some());
+    write_configuration(places, &settings)
+        .map_err(|error| format!("The guest's cell cannot be made: {error}."))?;
+
+    let mut command = Command::new(&config.programs.jailer);
+    command
+        .args(["--id", &record.id, "--exec-file"])
+        .arg(&config.programs.vmm)
+        .args(["--uid", &record.uid.to_string(), "--gid", &record.uid.to_string(), "--chroot-base-dir"])
+        .arg(cell::cells(config))
+        .args(["--cgroup-version", "2", "--parent-cgroup", &config.control_group]);
+    for (file, value) in group_settings(record.memory_mib, &record.limits) {
+        command.arg("--cgroup").arg(format!("{file}={value}"));
+    }
+    let files = [
+        ("kernel", images.path(&record.image, Part::Kernel), ":ro"),
+        ("initrd", initrd, ":ro"),
+        ("disk", disk.to_owned(), ""),
+    ];
+    for (name, path, mode) in files {
+        let mut value = std::ffi::OsString::from(format!("{name}="));
+        value.push(path);
+        value.push(mode);
+        command.arg("--file").arg(value);
+    }
+    let tap = tap.map(OwnedFd::from);
+    let mut handed: Vec<(&str, &OwnedFd)> =
+        vec![("api", &pipes.api), ("log", &pipes.log_out), ("exit", &pipes.exit)];
+    handed.extend(tap.iter().map(|tap| ("net", tap)));
+    for (name, fd) in &handed {
+        command.arg("--fd").arg(format!("{name}={}", fd.as_raw_fd()));
+    }
+    command
+        .args(["--", "--api-sock", "fd:api", "--log-path", "fd:log", "--exit-status", "fd:exit"])
+        .args(["--config-file", "/vm.json"])
+        .env_clear()
+        .stdin(Stdio::from(pipes.console_in))
+        .stdout(Stdio::from(pipes.console_out))
+        .stderr(Stdio::from(pipes.log_out.try_clone().map_err(|error| error.to_string())?));
+    let numbers: Vec<_> = handed.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
+    let prepare = move || prepare_child(&numbers);
+    // SAFETY: what runs between fork and exec may only do what is safe after a signal in a process with many threads:
+    // `prepare_child` makes system calls and allocates nothing.
+    unsafe { command.pre_exec(prepare) };
+    let child = command
+        .spawn()
+        .map_err(|error| format!("{} cannot be run: {error}.", config.programs.jailer.display()))?;
+    let held = Held::of_pid(child.id()).map_err(|error| format!("The jailer's process: {error}."))?;
+    Ok(Started { held, console: pipes.console, log: pipes.log })
+}
+
+/// In the child, before the jailer.
+fn prepare_child(numbers: &[i32]) -> io::Result<()> {
+    // Until the jailer has become the VMM's user it dies with the daemon: the kernel forgets this with the change of user.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // A terminal's Ctrl-C is the daemon's.
+    setsid()?;
+    for number in numbers {
+        // SAFETY: F_SETFD takes a number, open or not, and touches no memory.
+        if unsafe { libc::fcntl(*number, libc::F_SETFD, 0) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// The guest's ends of its pipes and ours, its API's socket, and the file for how it ended.
+struct Pipes {
+    api: OwnedFd,
+    exit: OwnedFd,
+    console_in: OwnedFd,
+    console_out: OwnedFd,
+    log_out: OwnedFd,
+    console: File,
+    log: File,
+}
+
+impl Pipes {
+    fn make(places: &Places, owner: u32) -> io::Result<Pipes> {
+        // Others come through to the API's socket, and see no more.
+        cell::make_private_directory(&places.run, 0o711)?;
+        for name in ["console.in", "console.out", "log"] {
+            mknodat(CWD, places.run.join(name), rustix::fs::FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
+        }
+        let api = UnixListener::bind(places.api())?;
+        fs::set_permissions(places.api(), Permissions::from_mode(0o600))?;
+        chown(places.api(), Some(owner), None)?;
+        let exit =
+            File::options().read(true).write(true).create_new(true).mode(0o600).open(places.exit_status())?;
+        let both = |name| open_pipe(places, name, OFlags::RDWR);
+        Ok(Pipes {
+            api: api.into(),
+            exit: exit.into(),
+            console_in: both("console.in")?.into(),
+            console_out: both("console.out")?.into(),
+            log_out: both("log")?.into(),
+            console: console(places)?,
+            log: log(places)?,
+        })
+    }
+}
+
+/// What the guest writes to its console, to be read.
+///
+/// # Errors
+/// Those of the file system.
+pub fn console(places: &Places) -> io::Result<File> {
+    open_pipe(places, "console.out", OFlags::RDONLY | OFlags::NONBLOCK)
+}
+
+/// What the VMM has to say, to be read.
+///
+/// # Errors
+/// Those of the file system.
+pub fn log(places: &Places) -> io::Result<File> {
+    open_pipe(places, "log", OFlags::RDONLY | OFlags::NONBLOCK)
+}
+
+/// What the guest reads from its console, to be written.
+///
+/// # Errors
+/// Those of the file system; there is none without a process.
+pub fn keyboard(places: &Places) -> io::Result<File> {
+    open_pipe(places, "console.in", OFlags::WRONLY | OFlags::NONBLOCK)
+}
+
+fn open_pipe(places: &Places, name: &str, flags: OFlags) -> io::Result<File> {
+    Ok(rustix::fs::open(places.run.join(name), flags | OFlags::CLOEXEC, Mode::empty())?.into())
+}
+
+/// What the guest's kernel is told: the image's, what the guest's maker added, what the agent needs.
+fn command_line(image: &str, record: &Record, network: &Network) -> String {
+    let own = record.command_line.as_deref().unwrap_or_default();
+    let network = record.address.map(|address| network.told(address)).unwrap_or_default();
+    let agent = format!("{} berth.hostname={}", agent::initramfs::KERNEL_ARGUMENT, record.name);
+    let parts = [image, own, &agent, &network];
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+fn configuration(record: &Record, told: &str, has_network: bool) -> serde_json::Value {
+    let mut settings = json!({
+        "boot-source": { "kernel_image_path": "fd:kernel", "initrd_path": "fd:initrd", "boot_args": told },
+        "machine-config": { "vcpu_count": record.cpus, "mem_size_mib": record.memory_mib },
+        "drives": [{
+            "drive_id": "root", "is_root_device": false, "path_on_host": "fd:disk", "cache_type": "Writeback",
+        }],
+        "vsock": { "guest_cid": CID, "uds_path": format!("/{VSOCK}") },
+        "entropy": {},
+        // What the guest frees goes back to the host, and what `set` takes can be taken.
+        "balloon": { "amount_mib": 0, "deflate_on_oom": true, "free_page_reporting": true },
+    });
+    if has_network {
+        settings["network-interfaces"] =
+            json!([{ "iface_id": "net", "host_dev_name": "fd:net", "guest_mac": record.mac() }]);
+    }
+    settings
+}
+
+/// Into the cell that is to be: the jailer takes what is there. Everyone may read it, as the VMM's user must.
+fn write_configuration(places: &Places, settings: &serde_json::Value) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).create(&places.root)?;
+    let mut file =
+        File::options().write(true).create_new(true).mode(0o444).open(places.root.join("vm.json"))?;
+    file.write_all(settings.to_string().as_bytes())
+}
+
+/// Files of a control group and what is written into them.
+pub fn group_settings(memory_mib: u32, limits: &Limits) -> Vec<(&'static str, String)> {
+    let memory = (u64::from(memory_mib) + OVERHEAD_MIB) << 20;
+    let cpu = match limits.cpu_percent {
+        Some(percent) => format!("{} {CPU_PERIOD}", u64::from(percent) * CPU_PERIOD / 100),
+        None => format!("max {CPU_PERIOD}"),
+    };
+    let mut settings =
+        vec![("memory.max", memory.to_string()), ("pids.max", MAX_THREADS.to_string()), ("cpu.max", cpu)];
+    settings.extend(limits.cpu_weight.map(|weight| ("cpu.weight", weight.to_string())));
+    // Without it nobody needs the controller, which some hosts lack.
+    settings.extend(limits.io_weight.map(|weight| ("io.weight", format!("default {weight}"))));
+    settings
+}
+
+/// The name of the guest's interface on the host.
+pub fn interface(record: &Record) -> Option<String> {
+    record.address.map(|_| network::tap_name(&record.id))
+}
+
+#[cfg(test)]
+mod tests {
+    use api_socket::fleet::NewGuest;
+
+    use super::*;
+    use crate::config;
+
+    fn record(address: bool) -> Record {
+        let address = address.then(|| [10, 87, 0, 2].into());
+        let new = NewGuest { command_line: Some("quiet".into()), ..NewGuest::of("debian") };
+        Record::new("0123456789ab".into(), "web".into(), 1000, 70_000, address, 1.5, new)
+    }
+
+    #[test]
+    fn a_kernel_is_told_the_image_s_the_guest_s_and_the_agent_s() {
+        let dns = vec![[10, 0, 0, 2].into()];
+        let network = Network::new(config::Network { dns, ..config::Network::default() });
+        assert_eq!(
+            command_line("console=ttyS0", &record(true), &network),
+            "console=ttyS0 quiet rdinit=/berth/init berth.hostname=web \
+             berth.address=10.87.0.2/16 berth.gateway=10.87.0.1 berth.dns=10.0.0.2"
+        );
+        assert_eq!(command_line("", &record(false), &network), "quiet rdinit=/berth/init berth.hostname=web");
+    }
+
+    #[test]
+    fn what_the_vmm_is_told_is_what_its_api_takes() {
+        for has_network in [false, true] {
+            let settings = configuration(&record(has_network), "quiet", has_network);
+            let place = tempfile::tempdir().unwrap();
+            let path = place.path().join("vm.json");
+            fs::write(&path, settings.to_string()).unwrap();
+            let requests = api_socket::config_file::read(&path).unwrap();
+            assert_eq!(requests.len(), if has_network { 7 } else { 6 });
+        }
+    }
+
+    #[test]
+    fn a_group_gets_the_memory_of_the_guest_and_of_its_vmm_and_the_share_that_was_asked_for() {
+        let limits = Limits { cpu_percent: Some(150), cpu_weight: None, io_weight: Some(10) };
+        let settings = group_settings(512, &limits);
+        assert!(settings.contains(&("memory.max", ((512 + OVERHEAD_MIB) << 20).to_string())));
+        assert!(settings.contains(&("cpu.max", "150000 100000".into())));
+        assert!(settings.contains(&("io.weight", "default 10".into())));
+        let without = group_settings(512, &Limits::default());
+        assert!(without.contains(&("cpu.max", "max 100000".into())));
+        assert!(!without.iter().any(|(file, _)| file.starts_with("io.")));
+    }
+}

@@ -1,0 +1,165 @@
+//! What is asked of a running VMM over the guest's own API, and of programs in the guest over its sockets. Each wait has its
+//! limit: a VMM that never answers costs its caller some seconds and nobody else anything.
+
+use std::io::{self, BufRead, BufReader, ErrorKind, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use api_socket::{BalloonUpdate, Client, ClientError, InstanceState, Request, VmState};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use crate::cell::Places;
+
+/// How long a VMM may take for an answer: pausing waits for the guest's disks.
+pub const ANSWER: Duration = Duration::from_secs(10);
+/// The same when it is asked whether it is there.
+const PING: Duration = Duration::from_secs(1);
+/// How long the guest's agent may take to say that it shuts down.
+const AGENT: Duration = Duration::from_secs(3);
+/// Where the VMM has the guest's sockets, in its cell.
+pub const VSOCK: &str = "run/v.sock";
+
+/// Whether the VMM says that its guest runs.
+///
+/// # Errors
+/// It does not answer.
+pub fn is_running(places: &Places) -> Result<bool, ClientError> {
+    let info = client(places, PING)?.instance_info()?;
+    Ok(info.state != InstanceState::NotStarted)
+}
+
+/// Pauses or resumes the guest.
+///
+/// # Errors
+/// It does not answer, or refuses.
+pub fn set_state(places: &Places, state: VmState) -> Result<(), ClientError> {
+    client(places, ANSWER)?.apply(&Request::PatchVm(state))
+}
+
+/// Takes so many MiB from the guest.
+///
+/// # Errors
+/// It does not answer, or refuses.
+pub fn set_balloon(places: &Places, amount_mib: u32) -> Result<(), ClientError> {
+    client(places, ANSWER)?.apply(&Request::PatchBalloon(BalloonUpdate { amount_mib }))
+}
+
+fn client(places: &Places, timeout: Duration) -> Result<Client, ClientError> {
+    let path = places.api();
+    let stream = call(&path).map_err(|source| ClientError::Io { path: path.clone(), source })?;
+    let mut client = Client::over(stream, &path);
+    client.set_timeout(Some(timeout))?;
+    Ok(client)
+}
+
+/// Asks the guest's agent to shut it down, if there is one.
+pub fn shut_down(places: &Places, uid: u32) {
+    let ask = || -> Option<()> {
+        let mut stream = vsock(places, uid, agent::protocol::PORT).ok()?;
+        stream.set_read_timeout(Some(AGENT)).ok()?;
+        agent::client::shut_down(&mut stream).ok()
+    };
+    // Who has none, or whose agent does not know its init, has been asked by the power button.
+    let _ = ask();
+}
+
+/// A connection to a port of the guest, which somebody there has taken.
+///
+/// # Errors
+/// `ConnectionRefused` if nobody listens there, or not yet; others if there is no such VMM.
+pub fn vsock(places: &Places, uid: u32, port: u32) -> io::Result<UnixStream> {
+    let socket = guests_socket(&places.root, uid)?;
+    // By way of the descriptor, so that what was looked at is what is called.
+    let mut stream = call(&PathBuf::from(format!("/proc/self/fd/{}", socket.as_raw_fd())))?;
+    stream.set_read_timeout(Some(ANSWER))?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+    // Byte by byte: what follows the line is the guest's.
+    let mut line = Vec::new();
+    match BufReader::with_capacity(1, &stream).read_until(b'\n', &mut line) {
+        Ok(_) if line.starts_with(b"OK ") => {}
+        Ok(_) => return Err(ErrorKind::ConnectionRefused.into()),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+            return Err(ErrorKind::ConnectionRefused.into());
+        }
+        Err(error) => return Err(error),
+    }
+    stream.set_read_timeout(None)?;
+    Ok(stream)
+}
+
+/// The VMM's socket in its cell. What is in a cell is the VMM's to change: a link there, or another's socket, would have us
+/// connect whoever may use this guest to something of the host's.
+fn guests_socket(root: &Path, uid: u32) -> io::Result<OwnedFd> {
+    let root = std::fs::File::open(root)?;
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let socket = openat2(root.as_fd(), VSOCK, flags, Mode::empty(), resolve)?;
+    let stat = std::fs::File::from(socket.try_clone()?).metadata()?;
+    use std::os::unix::fs::FileTypeExt;
+    if !stat.file_type().is_socket() || stat.uid() != uid {
+        return Err(io::Error::other("the guest's socket in its cell is not its own"));
+    }
+    Ok(socket)
+}
+
+/// Connects without waiting: a server that takes nobody is as good as none.
+fn call(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(ANSWER))?;
+    Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn only_the_vmm_s_own_socket_is_called() {
+        let place = tempfile::tempdir().unwrap();
+        let uid = fs::metadata(&place).unwrap().uid();
+        fs::create_dir(place.path().join("run")).unwrap();
+        let (inside, outside) = (place.path().join(VSOCK), place.path().join("host.sock"));
+        let _host = UnixListener::bind(&outside).unwrap();
+        let find = |uid| guests_socket(place.path(), uid);
+        assert_eq!(find(uid).unwrap_err().kind(), ErrorKind::NotFound);
+        symlink(&outside, &inside).unwrap();
+        assert!(find(uid).is_err());
+        fs::remove_file(&inside).unwrap();
+        fs::write(&inside, "").unwrap();
+        assert!(find(uid).is_err());
+        fs::remove_file(&inside).unwrap();
+        let _own = UnixListener::bind(&inside).unwrap();
+        assert!(find(uid).is_ok());
+        assert!(find(uid + 1).is_err());
+        fs::rename(place.path().join("run"), place.path().join("away")).unwrap();
+        symlink(place.path().join("away"), place.path().join("run")).unwrap();
+        assert!(find(uid).is_err());
+    }
+
+    #[test]
+    fn a_server_that_takes_nobody_is_not_waited_for() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("socket");
+        let _server = UnixListener::bind(&path).unwrap();
+        let mut connections = Vec::new();
+        let error = loop {
+            match call(&path) {
+                Ok(connection) => connections.push(connection),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    }
+}
