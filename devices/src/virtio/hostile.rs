@@ -18,7 +18,7 @@ use super::round_trip;
 use crate::backend::rate_limiter::Limits;
 use crate::backend::tap::Tap;
 use crate::bus::BusDevice;
-use crate::memory::{GuestRam, Memory};
+use crate::memory::Memory;
 use crate::pci::Function;
 use crate::testing::FakeHost;
 use crate::virtio::balloon::{self, Balloon, Ram};
@@ -28,9 +28,10 @@ use crate::virtio::mem;
 use crate::virtio::mmio::{self, Mmio};
 use crate::virtio::net::{self, Net};
 use crate::virtio::pci::{self, Pci};
-use crate::virtio::testing::{ABOVE_4G, Buffer, Driver, EVENT_IDX, INDIRECT, NEXT, WRITE};
+use crate::virtio::testing::{ABOVE_4G, Buffer, Driver, EVENT_IDX, INDIRECT, NEXT, WRITE, shared_ram_of};
 use crate::virtio::transport::SharedDevice;
 use crate::virtio::transport::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET};
+use crate::virtio::vhost_user::testing::{Alone, Kind};
 use crate::virtio::vsock::packet::{HOST_CID, Header, op};
 use crate::virtio::vsock::{self, Vsock};
 
@@ -60,6 +61,10 @@ struct Subject {
     device: SharedDevice,
     /// Something comes from the host's side: a packet, a key.
     stir: Box<dyn FnMut()>,
+    /// Another process that has a part in it, if there is one, does what there is to do, and says whether there was anything.
+    serve: Box<dyn FnMut() -> bool>,
+    /// What is in a chain is that other process's to look at.
+    passes_chains_on: bool,
     /// What the device may change without being offered it.
     owns: Range<u64>,
     /// Features without which it does not start.
@@ -87,10 +92,13 @@ const DEVICES: &[(&str, MakeDevice)] = &[
     ("console with ports", console_with_ports),
     ("pmem", pmem),
     ("mem", mem),
+    ("blk of another process", || vhost_user(1)),
+    ("blk of another process with three queues", || vhost_user(3)),
 ];
 
 fn quiet(device: SharedDevice, requests: Requests) -> Subject {
-    Subject { device, stir: Box::new(|| {}), owns: 0..0, needs: 0, requests }
+    let (stir, serve) = (Box::new(|| {}), Box::new(|| false));
+    Subject { device, stir, serve, passes_chains_on: false, owns: 0..0, needs: 0, requests }
 }
 
 fn rng() -> Subject {
@@ -108,6 +116,15 @@ fn blk(engine: Engine, queues: u16) -> Subject {
 fn pmem() -> Subject {
     let device = round_trip::pmem_of(Limits::default())(None);
     quiet(Arc::new(Mutex::new(device)), vec![(0, round_trip::pmem_flush)])
+}
+
+fn vhost_user(queues: u16) -> Subject {
+    let backend = Alone::new(Kind::of_queues(queues));
+    let device = round_trip::vhost_user_of(&backend, queues)(None);
+    let read = |driver: &mut Driver| round_trip::blk_request(VIRTIO_BLK_T_IN)(driver);
+    let requests = (0..queues.into()).map(|queue| (queue, read as fn(&mut Driver) -> Vec<Buffer>));
+    let subject = quiet(Arc::new(Mutex::new(device)), requests.collect());
+    Subject { serve: Box::new(move || backend.work()), passes_chains_on: true, ..subject }
 }
 
 /// With no block that could be plugged in the memory that is looked at.
@@ -390,7 +407,7 @@ impl Machine {
     /// `features` are those that its driver takes, if they are offered.
     fn new(device: MakeDevice, transport: MakeRegisters, features: u64) -> Machine {
         let ranges = [(GuestAddress(0), LOW_BYTES as usize), (GuestAddress(ABOVE_4G), HIGH_BYTES as usize)];
-        let memory = Memory::new(GuestRam::from_ranges(&ranges).unwrap());
+        let memory = shared_ram_of(&ranges);
         let (host, subject) = (FakeHost::new(), device());
         let registers = transport(subject.device.clone(), &host, &memory);
         let sizes = subject.device.lock().unwrap().identity().queue_sizes;
@@ -482,7 +499,14 @@ impl Machine {
 
     /// Until the device has nothing to do.
     fn run(&mut self) {
-        assert!(self.host.run(MOST_CALLS) < MOST_CALLS, "the device does not come to rest");
+        let mut calls = 0;
+        loop {
+            calls += self.host.run(MOST_CALLS);
+            assert!(calls < MOST_CALLS, "the device does not come to rest");
+            if !(self.subject.serve)() {
+                break;
+            }
+        }
         self.host.take_messages();
     }
 
@@ -1023,7 +1047,8 @@ fn no_chain_and_no_ring_makes_a_device_do_what_it_must_not() {
                     let offered = act(&mut machine.drivers[queue], size);
                     machine.provoke_within(&offered);
                     let broken = machine.needs_reset();
-                    assert!(broken || *then == Either || !served.contains(&queue), "it went on");
+                    let may_go_on = *then == Either || machine.subject.passes_chains_on;
+                    assert!(broken || may_go_on || !served.contains(&queue), "it went on");
                     if broken {
                         // Nothing is served until the reset, whatever comes.
                         machine.drivers.iter_mut().for_each(|driver| driver.offer(0));

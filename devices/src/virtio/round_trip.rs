@@ -22,6 +22,9 @@ use crate::virtio::pmem::{self, Pmem};
 use crate::virtio::queue::{Queue, QueueState};
 use crate::virtio::rng::{self, Rng};
 use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot};
+use crate::virtio::vhost_user::blk as vhost_user;
+use crate::virtio::vhost_user::session::Session;
+use crate::virtio::vhost_user::testing::{Alone, Kind, calls};
 use crate::virtio::vsock::packet::{HOST_CID, Header, op};
 use crate::virtio::vsock::{self, Vsock};
 
@@ -42,7 +45,7 @@ fn nothing_is_lost_with<D: VirtioDevice>(
     request: impl Fn(&mut Driver) -> Vec<Buffer>,
 ) {
     for features in [agreed, agreed | EVENT_IDX] {
-        let memory = testing::ram(16 << 20);
+        let memory = testing::shared_ram(16 << 20);
         let mut slot = Slot::new(new(None), &memory);
         let identity = slot.device.identity();
         let bases = (1..).map(|queue| queue << 20);
@@ -168,6 +171,39 @@ fn blk_with_flushes_in_the_ring_that_are_held_back() {
 #[test]
 fn blk_of_several_queues() {
     nothing_is_lost(blk_of(Engine::Async, 3, a_few_at_a_time()), 2, blk_request(VIRTIO_BLK_T_IN));
+}
+
+/// A disk of `queues` queues that another process has.
+pub fn vhost_user_of(
+    backend: &Alone,
+    queues: u16,
+) -> impl Fn(Option<DeviceState>) -> vhost_user::VhostUserBlk {
+    let (place, rings) = (backend.place.clone(), backend.rings_file.try_clone().unwrap());
+    move |state| {
+        let connect = place.clone();
+        let config = vhost_user::Config {
+            name: "drive".into(),
+            session: Session::open(place.connect().unwrap(), vhost_user::CONFIG_BYTES).unwrap(),
+            connect: Box::new(move || connect.connect()),
+            calls: calls(),
+            rings: rings.try_clone().unwrap(),
+            cache: blk::Cache::Writeback,
+            queues,
+        };
+        let state = state.map(|state| match state {
+            DeviceState::VhostUserBlock(state) => state,
+            other => panic!("{other:?}"),
+        });
+        vhost_user::VhostUserBlk::new(config, state).unwrap()
+    }
+}
+
+#[test]
+fn blk_of_another_process() {
+    for (queues, index) in [(1, 0), (3, 2)] {
+        let backend = Alone::new(Kind::of_queues(queues));
+        nothing_is_lost(vhost_user_of(&backend, queues), index, blk_request(VIRTIO_BLK_T_IN));
+    }
 }
 
 pub fn rng_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Rng {

@@ -20,6 +20,8 @@ use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue as Ring, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestRegionMmap};
+#[cfg(test)]
+use vm_memory::{FileOffset, MmapRegion};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -38,6 +40,23 @@ pub const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 /// Guest RAM of `bytes` at guest-physical 0.
 pub fn ram(bytes: usize) -> Memory {
     Memory::new(GuestRam::from_ranges(&[(GuestAddress(0), bytes)]).unwrap())
+}
+
+/// Guest RAM of these places and sizes in files of its own, so that it can be handed to another process.
+#[cfg(test)]
+pub fn shared_ram_of(ranges: &[(GuestAddress, usize)]) -> Memory {
+    let region = |&(start, bytes): &(GuestAddress, usize)| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(bytes as u64).unwrap();
+        GuestRegionMmap::new(MmapRegion::from_file(FileOffset::new(file, 0), bytes).unwrap(), start).unwrap()
+    };
+    Memory::new(GuestRam::from_regions(ranges.iter().map(region).collect()).unwrap())
+}
+
+/// The same as [`ram`], in a file.
+#[cfg(test)]
+pub fn shared_ram(bytes: usize) -> Memory {
+    shared_ram_of(&[(GuestAddress(0), bytes)])
 }
 
 /// Where [`ram_above_4g`] is.

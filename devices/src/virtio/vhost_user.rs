@@ -18,3 +18,5 @@ pub mod frontend;
 pub mod message;
 mod ring;
 pub mod session;
+#[cfg(test)]
+pub mod testing;
