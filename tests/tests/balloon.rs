@@ -5,10 +5,7 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use api_socket::{
-    ActionType, Balloon, BalloonStartCmd, BalloonStats, BalloonStatsUpdate, BalloonUpdate, MachineConfig,
-    Request,
-};
+use api_socket::{Balloon, BalloonStartCmd, BalloonStats, BalloonStatsUpdate, BalloonUpdate, Request};
 use berth_tests::guest::huge_pages::HugePages;
 use berth_tests::guest::{Guest, Name, Setup, limits};
 
@@ -201,16 +198,9 @@ fn hints_that_are_asked_for_once_give_free_memory_back() {
 fn a_guest_on_huge_pages_gives_whole_ones_back() {
     let _huge = HugePages::set_aside(MEMORY / 2);
     let balloon = Balloon { free_page_reporting: true, ..Balloon::default() };
-    let mut guest = Guest::configured(setup(balloon));
     let before = HugePages::used();
-    guest.apply(Request::PutMachineConfig(MachineConfig {
-        mem_size_mib: MEMORY,
-        huge_pages: api_socket::HugePages::Hugetlbfs2M,
-        ..MachineConfig::default()
-    }));
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    let huge_pages = api_socket::HugePages::Hugetlbfs2M;
+    let mut guest = Guest::booted(Setup { huge_pages, ..setup(balloon) });
     fill(&mut guest);
     let used = || (HugePages::used() - before) * 2;
     assert!(used() > MEMORY - SLACK);

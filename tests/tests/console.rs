@@ -7,8 +7,8 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 
-use api_socket::{ActionType, Console, ConsolePort, ConsoleUpdate, Request};
-use berth_tests::guest::{Guest, Name, Setup, limits, md5};
+use api_socket::{Console, ConsolePort, ConsoleUpdate, Request};
+use berth_tests::guest::{Guest, Name, Setup, md5};
 
 fn pipe(path: &Path) -> File {
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
@@ -37,9 +37,7 @@ fn on(name: Name) {
         ..Console::default()
     };
     guest.apply(Request::PutConsole(console));
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    guest.boot();
     assert_eq!(guest.run("stty size < /dev/hvc0"), "43 132\n");
 
     // The guest has a shell there too.
@@ -113,9 +111,7 @@ fn further_ports(name: Name) {
         ports,
         ..Console::default()
     }));
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    guest.boot();
 
     guest.run("until [ \"$(cat /sys/class/virtio-ports/*/name | wc -l)\" = 3 ]; do sleep 0.1; done");
     guest.run("cd /sys/class/virtio-ports; for p in *; do ln -s /dev/$p /run/$(cat $p/name 2> /dev/null || echo $p); done");

@@ -10,7 +10,7 @@ use std::time::Duration;
 use api_socket::{ActionType, Balloon, Console, Drive, Entropy, Pmem, Request, Vsock};
 use berth_tests::guest::setup::{VSOCK, disk_drive};
 use berth_tests::guest::tap::Tap;
-use berth_tests::guest::{Guest, Name, Setup, blank_disk, debian_drive, limits, program_drive, times};
+use berth_tests::guest::{Guest, Name, Setup, blank_disk, debian_drive, program_drive, times};
 
 const MIB: u64 = 1 << 20;
 
@@ -243,9 +243,7 @@ fn every_device_may_have_a_thread_of_its_own() {
     }));
     guest.apply(Request::PutEntropy(Entropy { io_thread: Some(6), ..Entropy::default() }));
     guest.apply(Request::PutConsole(Console { output_path, io_thread: Some(15), ..Console::default() }));
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    guest.boot();
     let mut names = vec!["fc_io".to_string()];
     names.extend([1, 15, 2, 3, 4, 5, 6].map(|number| format!("fc_io {number}")));
     assert_eq!(io_threads(&guest), names);

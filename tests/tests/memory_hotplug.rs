@@ -6,8 +6,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use api_socket::{
-    ActionType, Balloon, BalloonUpdate, MachineConfig, MemoryHotplugConfig, MemoryHotplugSizeUpdate,
-    MemoryHotplugStatus, Request,
+    ActionType, Balloon, BalloonUpdate, MemoryHotplugConfig, MemoryHotplugSizeUpdate, MemoryHotplugStatus,
+    Request,
 };
 use berth_tests::guest::huge_pages::HugePages;
 use berth_tests::guest::{Guest, Name, Setup, limits};
@@ -231,16 +231,9 @@ fn a_balloon_and_reports_of_free_pages_take_from_what_was_plugged_too() {
 #[test]
 fn with_huge_pages_what_is_plugged_has_its_pages_and_what_the_host_has_not_is_not_plugged() {
     let huge = HugePages::set_aside((MEMORY + 128) / 2);
-    let mut guest = Guest::configured(setup(Name::Berth));
     let before = HugePages::used();
-    guest.apply(Request::PutMachineConfig(MachineConfig {
-        mem_size_mib: MEMORY,
-        huge_pages: api_socket::HugePages::Hugetlbfs2M,
-        ..MachineConfig::default()
-    }));
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    let huge_pages = api_socket::HugePages::Hugetlbfs2M;
+    let mut guest = Guest::booted(Setup { huge_pages, ..setup(Name::Berth) });
     let used = || (HugePages::used() - before) * 2;
     assert!(used() <= MEMORY);
     request(&mut guest, 128);
@@ -287,9 +280,7 @@ fn requests_that_make_no_sense_are_refused_and_change_nothing() {
     guest.apply(Request::PutMemoryHotplug(much));
     refused(&mut guest, Request::Action(ActionType::InstanceStart), "total_size_mib");
     guest.apply(Request::PutMemoryHotplug(plug(TOTAL)));
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    guest.boot();
     refused(&mut guest, Request::PutMemoryHotplug(plug(TOTAL)), "after starting");
     for bad in [1, 3, TOTAL + 2, u64::MAX] {
         refused(&mut guest, size(bad), "requested_size_mib");

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, TcpListener};
 
 use api_socket::{ActionType, ClientError, MmdsConfig, MmdsVersion, Request};
 use berth_tests::guest::tap::{Tap, host};
-use berth_tests::guest::{Guest, Name, Setup, curl_drive, limits};
+use berth_tests::guest::{Guest, Name, Setup, curl_drive};
 use serde_json::{Map, Value, json};
 
 /// Where the service is, unless it is told otherwise.
@@ -33,9 +33,7 @@ fn guest(name: Name, taps: &[&Tap], config: MmdsConfig) -> Guest {
     let network_interfaces = vec![taps[0].name()];
     guest.apply(Request::PutMmdsConfig(MmdsConfig { network_interfaces, ..config }));
     guest.apply(Request::PutMmds(document()));
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    guest.boot();
     for (number, tap) in taps.iter().enumerate() {
         tap.set_up(&mut guest, &format!("eth{number}"), None);
     }

@@ -6,7 +6,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 
-use api_socket::{ActionType, Balloon, CacheType, Drive, DriveUpdate, HugePages, MachineConfig, Request};
+use api_socket::{ActionType, Balloon, CacheType, Drive, DriveUpdate, HugePages, Request};
+use berth_tests::guest::huge_pages;
 use berth_tests::guest::setup::disk_drive;
 use berth_tests::guest::storage_daemon::StorageDaemon;
 use berth_tests::guest::{
@@ -111,21 +112,12 @@ fn debian_runs_from_it() {
     let place = tempfile::tempdir().unwrap();
     let disk = WritableDisk::new(&asset(provide::DEBIAN), place.path(), "vhost-user").unwrap();
     let daemon = StorageDaemon::with(disk.path());
-    // Memory in a file has huge pages only where the host's policy for such memory lets it; without, a boot takes twice the
-    // time.
-    fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise").unwrap();
-    let setup = Setup { drives: vec![daemon.drive("root")], ..Setup::debian(disk.path().to_owned()) };
-    let machine = MachineConfig {
-        mem_size_mib: setup.memory_mib,
+    huge_pages::allow_in_shared_memory();
+    let mut guest = Guest::logged_in(Setup {
+        drives: vec![daemon.drive("root")],
         huge_pages: HugePages::Transparent,
-        ..MachineConfig::default()
-    };
-    let mut guest = Guest::configured(setup);
-    guest.apply(Request::PutMachineConfig(machine));
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("login: ", limits::DEBIAN);
-    guest.console.send(b"root\n");
-    guest.console.wait_for("# ", limits::DEBIAN);
+        ..Setup::debian(disk.path().to_owned())
+    });
     guest.run("head -c 4000000 /dev/urandom > /root/file; sync; md5sum < /root/file > /root/sum");
     guest.run("echo 3 > /proc/sys/vm/drop_caches; [ \"$(md5sum < /root/file)\" = \"$(cat /root/sum)\" ]");
     guest.say("poweroff");

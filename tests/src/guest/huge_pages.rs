@@ -1,4 +1,4 @@
-//! Pages of 2 MiB that the host sets aside for guests, as long as a test wants them.
+//! Pages of 2 MiB that the host sets aside for guests, as long as a test wants them, or gives to who asks.
 
 use std::fs;
 
@@ -31,6 +31,14 @@ impl HugePages {
         };
         value("HugePages_Total") - value("HugePages_Free")
     }
+}
+
+/// Lets memory in files have huge pages where they are asked for, from now on. Without them a guest with such memory takes a
+/// fault for each small page, which in a nested host is most of its time.
+#[track_caller]
+pub fn allow_in_shared_memory() {
+    const POLICY: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    fs::write(POLICY, "advise").expect("the host's policy for huge pages");
 }
 
 fn read() -> u64 {

@@ -86,10 +86,17 @@ impl Guest {
 
     /// A guest in its busybox shell.
     pub fn booted(setup: Setup) -> Guest {
-        let mut guest = Guest::started(setup);
-        guest.console.wait_for(READY, limits::BOOT);
-        guest.console.wait_for("# ", limits::BOOT);
+        let mut guest = Guest::configured(setup);
+        guest.boot();
         guest
+    }
+
+    /// Starts one that is configured, and waits for its busybox shell.
+    #[track_caller]
+    pub fn boot(&mut self) {
+        self.apply(Request::Action(ActionType::InstanceStart));
+        self.console.wait_for(READY, limits::BOOT);
+        self.console.wait_for("# ", limits::BOOT);
     }
 
     /// A Debian guest, logged in as root. See [`Setup::debian`].

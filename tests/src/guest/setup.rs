@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use api_socket::{
-    Balloon, BootSource, CacheType, Drive, Entropy, MachineConfig, MemoryHotplugConfig, NetworkInterface,
-    Pmem, Request, Vsock,
+    Balloon, BootSource, CacheType, Drive, Entropy, HugePages, MachineConfig, MemoryHotplugConfig,
+    NetworkInterface, Pmem, Request, Vsock,
 };
 
 use super::{Name, asset};
@@ -27,6 +27,7 @@ pub struct Setup {
     pub vcpus: u8,
     pub smt: bool,
     pub memory_mib: u64,
+    pub huge_pages: HugePages,
     pub kernel: Kernel,
     pub initramfs: bool,
     /// Another one than the asset.
@@ -60,6 +61,7 @@ impl Default for Setup {
             vcpus: 1,
             smt: false,
             memory_mib: 128,
+            huge_pages: HugePages::None,
             // Unpacking a bzImage costs seconds in a nested host.
             kernel: Kernel::Elf,
             initramfs: true,
@@ -94,6 +96,7 @@ impl Setup {
             vcpu_count: self.vcpus,
             mem_size_mib: self.memory_mib,
             smt: self.smt,
+            huge_pages: self.huge_pages,
             ..MachineConfig::default()
         };
         let boot = BootSource {

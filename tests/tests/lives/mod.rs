@@ -8,9 +8,7 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 use super::*;
-use api_socket::{
-    BackingFile, Balloon, Client, DiskFormat, Drive, IoEngine, MachineConfig, MemoryHotplugConfig, Serial,
-};
+use api_socket::{BackingFile, Balloon, Client, DiskFormat, Drive, IoEngine, MemoryHotplugConfig, Serial};
 use berth_tests::guest::huge_pages::HugePages;
 use berth_tests::guest::setup::{VSOCK, disk_drive};
 use berth_tests::guest::storage_daemon::StorageDaemon;
@@ -74,9 +72,7 @@ fn busy() -> Vec<Call> {
     let stream = json!({"name": "stream", "input_path": input, "output_path": output});
     put(&mut guest.api, "/console", json!({"input_path": input, "output_path": output, "ports": [stream]}));
     let tracer = Tracer::attach(guest.vmm.pid());
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    guest.boot();
     guest.mount_debian();
     limit(&mut guest, 10);
     guest.run("dd if=/dev/urandom of=/dev/vdb bs=1M count=4 conv=fsync");
@@ -97,10 +93,9 @@ fn busy() -> Vec<Call> {
     send(&mut guest.api, "PATCH", "/entropy", unlimited);
     guest.run("yes more than a pipe holds | head -c 200000 > /dev/hvc0 &");
     File::options().read(true).write(true).open(&input).unwrap().write_all(b"typed\n").unwrap();
-    guest.run(
-        "for way in unbind bind; do for device in virtio1 virtio3; do \
-         echo $device > /sys/bus/virtio/drivers/virtio_blk/$way; done; done",
-    );
+    for device in ["virtio1", "virtio3"] {
+        comes_and_goes(&mut guest, "virtio_blk", device);
+    }
     guest.run("hwclock; for irq in /proc/irq/*; do echo 2 > $irq/smp_affinity; done 2> /dev/null; true");
     guest.pause();
     guest.apply(Request::Action(ActionType::FlushMetrics));
@@ -189,11 +184,7 @@ fn on_images() -> Vec<Call> {
         backing: backing.clone(),
         ..disk_drive(id, path)
     };
-    let mut guest = Guest::configured(Setup { drives: vec![drive("image", image)], ..Setup::default() });
-    let tracer = Tracer::attach(guest.vmm.pid());
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    let (mut guest, tracer) = traced(Setup { drives: vec![drive("image", image)], ..Setup::default() });
     guest.run("dd if=/dev/urandom of=/dev/vda bs=4k seek=3 count=1000 conv=fsync");
     guest.run("blkdiscard -o 1048576 -l 1048576 /dev/vda; dd if=/dev/vda of=/dev/null bs=1M iflag=direct");
     send(&mut guest.api, "PATCH", "/drives/image", json!({"drive_id": "image", "path_on_host": other}));
@@ -203,9 +194,7 @@ fn on_images() -> Vec<Call> {
     );
     guest.apply(Request::DeleteDrive("plugged".into()));
     guest.run("while [ -e /sys/block/vdb ]; do sleep 0.1; done");
-    guest.say("poweroff");
-    guest.ended();
-    tracer.calls()
+    to_the_end(guest, tracer)
 }
 
 /// A tap of two queues, of which the guest takes one and both; limits that hold packets back; a driver that comes and goes.
@@ -220,32 +209,22 @@ fn on_the_network() -> Vec<Call> {
         ..tap.interface()
     };
     let setup = Setup { vcpus: 2, interfaces: vec![interface], ..Setup::default() };
-    let mut guest = Guest::configured(setup);
-    let tracer = Tracer::attach(guest.vmm.pid());
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    let (mut guest, tracer) = traced(setup);
     tap.set_up(&mut guest, "eth0", None);
     guest.run(&format!("ping -c 3 -W 30 -s 8000 {}", tap.host()));
     guest.pause();
     guest.resume();
-    guest.run("for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_net/$way; done");
+    comes_and_goes(&mut guest, "virtio_net", "virtio0");
     tap.set_up(&mut guest, "eth0", None);
     guest.run(&format!("ping -c 3 -W 30 {}", tap.host()));
-    guest.say("poweroff");
-    guest.ended();
-    tracer.calls()
+    to_the_end(guest, tracer)
 }
 
 /// An interface whose packets the kernel moves, from when it is plugged in; a driver that comes and goes, and one that breaks
 /// the rules.
 fn served_by_the_kernel() -> Vec<Call> {
     let tap = Tap::new(11, &["user", "root"]);
-    let mut guest = Guest::configured(Setup::default());
-    let tracer = Tracer::attach(guest.vmm.pid());
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    let (mut guest, tracer) = traced(Setup::default());
     guest.run("modprobe virtio_net");
     guest.apply(Request::PutNetworkInterface(tap.interface_with_vhost()));
     guest.run("until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done");
@@ -256,21 +235,15 @@ fn served_by_the_kernel() -> Vec<Call> {
     tap::bad_driver(&mut guest, "eth0");
     tap.set_up(&mut guest, "eth0", None);
     guest.run(&format!("ping -c 3 -W 30 {}", tap.host()));
-    guest.say("poweroff");
-    guest.ended();
-    tracer.calls()
+    to_the_end(guest, tracer)
 }
 
 /// Programs of host and guest call each other, wait for each other and leave; a driver that goes in the middle of it.
 fn over_sockets() -> Vec<Call> {
     let place = tempfile::tempdir().unwrap();
     let drives = vec![program_drive(place.path(), "berth-vsock")];
-    let mut guest = Guest::configured(Setup { vsock: true, drives, ..Setup::default() });
+    let (mut guest, tracer) = traced(Setup { vsock: true, drives, ..Setup::default() });
     let path = guest.path(VSOCK);
-    let tracer = Tracer::attach(guest.vmm.pid());
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
     guest.take_program("/dev/vda", "berth-vsock");
     guest.run("berth-vsock echo 1000 > /run/said & until grep -q listening /run/said; do sleep 0.1; done");
     let call = || {
@@ -298,14 +271,10 @@ fn over_sockets() -> Vec<Call> {
     guest.run("berth-vsock connect 2000 cat");
     server.join().unwrap();
     let _kept = call();
-    guest.run(
-        "cd /sys/bus/virtio/drivers/vmw_vsock_virtio_transport; echo virtio1 > unbind; echo virtio1 > bind",
-    );
+    comes_and_goes(&mut guest, "vmw_vsock_virtio_transport", "virtio1");
     guest.pause();
     guest.resume();
-    guest.say("poweroff");
-    guest.ended();
-    tracer.calls()
+    to_the_end(guest, tracer)
 }
 
 /// A guest that gives memory up in each of the ways, on ordinary pages and on huge ones; a driver that comes and goes.
@@ -322,12 +291,7 @@ fn with_a_balloon() -> Vec<Call> {
     let mut calls = Vec::new();
     let huge = HugePages::set_aside(64);
     for huge_pages in [api_socket::HugePages::None, api_socket::HugePages::Hugetlbfs2M] {
-        let mut guest = Guest::configured(setup());
-        guest.apply(Request::PutMachineConfig(MachineConfig { huge_pages, ..MachineConfig::default() }));
-        let tracer = Tracer::attach(guest.vmm.pid());
-        guest.apply(Request::Action(ActionType::InstanceStart));
-        guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-        guest.console.wait_for("# ", limits::BOOT);
+        let (mut guest, tracer) = traced(Setup { huge_pages, ..setup() });
         while guest.api.balloon_stats().unwrap().actual_mib < 10 {
             std::thread::sleep(Duration::from_millis(100));
         }
@@ -339,12 +303,8 @@ fn with_a_balloon() -> Vec<Call> {
         send(&mut guest.api, "PATCH", "/balloon", json!({"amount_mib": 0}));
         guest.pause();
         guest.resume();
-        guest.run(
-            "for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_balloon/$way; done",
-        );
-        guest.say("poweroff");
-        guest.ended();
-        calls.extend(tracer.calls());
+        comes_and_goes(&mut guest, "virtio_balloon", "virtio0");
+        calls.extend(to_the_end(guest, tracer));
     }
     drop(huge);
     calls
@@ -361,12 +321,7 @@ fn with_more_memory() -> Vec<Call> {
     let mut calls = Vec::new();
     let huge = HugePages::set_aside(128);
     for huge_pages in [api_socket::HugePages::Transparent, api_socket::HugePages::Hugetlbfs2M] {
-        let mut guest = Guest::configured(setup());
-        guest.apply(Request::PutMachineConfig(MachineConfig { huge_pages, ..MachineConfig::default() }));
-        let tracer = Tracer::attach(guest.vmm.pid());
-        guest.apply(Request::Action(ActionType::InstanceStart));
-        guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-        guest.console.wait_for("# ", limits::BOOT);
+        let (mut guest, tracer) = traced(Setup { huge_pages, ..setup() });
         let plug = |guest: &mut Guest, mib: u64| {
             send(&mut guest.api, "PATCH", "/hotplug/memory", json!({"requested_size_mib": mib}));
             while guest.api.memory_hotplug().unwrap().plugged_size_mib != mib {
@@ -378,10 +333,8 @@ fn with_more_memory() -> Vec<Call> {
         guest.resume();
         plug(&mut guest, 64);
         plug(&mut guest, 0);
-        guest.run("for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_mem/$way; done");
-        guest.say("poweroff");
-        guest.ended();
-        calls.extend(tracer.calls());
+        comes_and_goes(&mut guest, "virtio_mem", "virtio0");
+        calls.extend(to_the_end(guest, tracer));
     }
     drop(huge);
     calls
@@ -391,13 +344,9 @@ fn with_more_memory() -> Vec<Call> {
 fn with_disks_of_another_process() -> Vec<Call> {
     let (mut first, second) = (StorageDaemon::blank(4 * MIB), StorageDaemon::blank(4 * MIB));
     let setup = Setup { drives: vec![first.drive("first")], ..Setup::default() };
-    let mut guest = Guest::configured(setup);
-    let tracer = Tracer::attach(guest.vmm.pid());
-    guest.apply(Request::Action(ActionType::InstanceStart));
-    guest.console.wait_for("BERTH-GUEST-READY", limits::BOOT);
-    guest.console.wait_for("# ", limits::BOOT);
+    let (mut guest, tracer) = traced(setup);
     guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync");
-    guest.run("for way in unbind bind; do echo virtio0 > /sys/bus/virtio/drivers/virtio_blk/$way; done");
+    comes_and_goes(&mut guest, "virtio_blk", "virtio0");
     guest.pause();
     guest.resume();
     first.resize(5 * MIB);
@@ -416,9 +365,7 @@ fn with_disks_of_another_process() -> Vec<Call> {
     guest.resume();
     first.hang(false);
     guest.run("dd if=/dev/vda of=/dev/null bs=1M count=1 iflag=direct");
-    guest.say("poweroff -f");
-    guest.ended();
-    tracer.calls()
+    to_the_end(guest, tracer)
 }
 
 /// Serial output beyond its limit.
@@ -538,6 +485,28 @@ fn pipe(directory: &Path, name: &str) -> PathBuf {
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
     rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).unwrap();
     path
+}
+
+/// A guest in its shell, and the tracer of its VMM since before the start.
+fn traced(setup: Setup) -> (Guest, Tracer) {
+    let mut guest = Guest::configured(setup);
+    let tracer = Tracer::attach(guest.vmm.pid());
+    guest.boot();
+    (guest, tracer)
+}
+
+/// Has the guest power itself off, and gives the calls that were made.
+fn to_the_end(mut guest: Guest, tracer: Tracer) -> Vec<Call> {
+    guest.say("poweroff");
+    guest.ended();
+    tracer.calls()
+}
+
+/// The guest's driver of a device gives it up and takes it again.
+fn comes_and_goes(guest: &mut Guest, driver: &str, device: &str) {
+    guest.run(&format!(
+        "for way in unbind bind; do echo {device} > /sys/bus/virtio/drivers/{driver}/$way; done"
+    ));
 }
 
 fn limit(guest: &mut Guest, ops: u32) {
