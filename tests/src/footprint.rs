@@ -21,20 +21,37 @@ pub struct Footprint {
 /// A guest's memory may be mapped with a little more at its end.
 const SLACK_KIB: u64 = 1024;
 
+/// Memory that comes and goes does so in slots of this size, if no other is asked for. Nothing else of a VMM is so large.
+const SLOT_KIB: u64 = 128 << 10;
+
 impl Footprint {
     /// Of a VMM with one guest whose memory is in one piece of `guest_mib`.
     ///
     /// # Errors
     /// The process is gone, or does not have exactly one mapping that can be the guest's memory.
     pub fn beyond_guest(pid: u32, guest_mib: u64) -> Result<Footprint> {
-        let path = format!("/proc/{pid}/smaps");
-        let smaps = fs::read_to_string(&path).doing(|| format!("cannot read {path}"))?;
-        Footprint::in_smaps(&smaps, guest_mib).doing(|| path)
+        Footprint::beyond_guest_that_grows(pid, guest_mib, 0)
     }
 
-    fn in_smaps(smaps: &str, guest_mib: u64) -> Result<Footprint> {
+    /// Of one that may have so much plugged beside, in slots of [`SLOT_KIB`], which lie side by side in a mapping or several.
+    ///
+    /// # Errors
+    /// As [`Footprint::beyond_guest`].
+    pub fn beyond_guest_that_grows(pid: u32, guest_mib: u64, pluggable_mib: u64) -> Result<Footprint> {
+        let path = format!("/proc/{pid}/smaps");
+        let smaps = fs::read_to_string(&path).doing(|| format!("cannot read {path}"))?;
+        Footprint::in_smaps(&smaps, guest_mib, pluggable_mib).doing(|| path)
+    }
+
+    fn in_smaps(smaps: &str, guest_mib: u64, pluggable_mib: u64) -> Result<Footprint> {
         let guest_kib = guest_mib << 10..=(guest_mib << 10) + SLACK_KIB;
-        let mappings = mappings(smaps);
+        let mut mappings = mappings(smaps);
+        // What is out of reach keeps its addresses, and has no pages.
+        mappings.retain(|mapping| {
+            let is_slots = mapping.size_kib.is_multiple_of(SLOT_KIB) && mapping.size_kib > 0;
+            let is_plugged = is_slots && mapping.size_kib <= pluggable_mib << 10;
+            !(mapping.is_writable && is_plugged && !guest_kib.contains(&mapping.size_kib))
+        });
         let (guest, own): (Vec<_>, Vec<_>) =
             mappings.iter().partition(|mapping| mapping.is_writable && guest_kib.contains(&mapping.size_kib));
         match guest.len() {
@@ -130,14 +147,31 @@ Rss:                   0 kB
 
     #[test]
     fn all_but_the_guests_memory_is_summed() {
-        let footprint = Footprint::in_smaps(&[PROGRAM, GUEST, RESERVED].concat(), 128).unwrap();
+        let footprint = Footprint::in_smaps(&[PROGRAM, GUEST, RESERVED].concat(), 128, 0).unwrap();
         assert_eq!(footprint, Footprint { rss_kib: 640, private_kib: 540, anonymous_kib: 40 });
+    }
+
+    const PLUGGED: &str = "\
+7d0000000000-7d0010000000 rw-p 00000000 00:00 0
+Size:             262144 kB
+Rss:              200000 kB
+Private_Dirty:    200000 kB
+Anonymous:        200000 kB
+";
+
+    #[test]
+    fn what_is_plugged_is_the_guests_too() {
+        let smaps = [PLUGGED, PROGRAM, GUEST].concat();
+        let own = Footprint { rss_kib: 640, private_kib: 540, anonymous_kib: 40 };
+        assert_eq!(Footprint::in_smaps(&smaps, 128, 256).unwrap(), own);
+        let all = Footprint::in_smaps(&smaps, 128, 0).unwrap();
+        assert_eq!(all.rss_kib, 200_640, "nothing was to be plugged");
     }
 
     #[test]
     fn what_may_or_may_not_be_guest_memory_is_an_error() {
         for smaps in [PROGRAM.to_owned(), [GUEST, PROGRAM, GUEST].concat()] {
-            let error = Footprint::in_smaps(&smaps, 128).unwrap_err();
+            let error = Footprint::in_smaps(&smaps, 128, 0).unwrap_err();
             assert!(error.to_string().contains("not one"), "{error}");
         }
     }
