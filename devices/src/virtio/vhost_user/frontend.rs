@@ -232,9 +232,10 @@ impl Frontend {
         sources.push(Source { fd: self.events.as_raw_fd(), token: BACKEND });
         self.running = Some(Run { queues, memory, features, descriptors });
         self.tell_driver();
-        match self.session {
-            Some(_) => self.hand_over(),
-            None => self.set_timer(Some(FIRST_WAIT)),
+        match (&self.session, self.stage) {
+            (Some(_), Stage::Introducing) => self.set_timer(Some(REPLY_LIMIT)),
+            (Some(_), _) => self.hand_over(),
+            (None, _) => self.set_timer(Some(FIRST_WAIT)),
         }
         Ok(sources)
     }
@@ -253,10 +254,8 @@ impl Frontend {
             return Vec::new();
         }
         self.drain();
+        // One that has not said yet who it is can do so later: to begin anew after each of many pauses would be for ever.
         self.set_timer(None);
-        if self.stage == Stage::Introducing {
-            self.hang_up();
-        }
         let Some(run) = self.running.take() else { return Vec::new() };
         self.unfinished = self.rings.iter().map(Ring::unfinished).collect();
         run.queues.stop()
@@ -412,7 +411,10 @@ impl Frontend {
                     self.config = session.config().to_vec();
                     self.announce();
                 }
-                self.hand_over();
+                match self.running {
+                    Some(_) => self.hand_over(),
+                    None => self.stage = Stage::Idle,
+                }
             }
             Stage::Starting if !waiting => self.serves(),
             Stage::Introducing => {}

@@ -273,6 +273,36 @@ fn it_is_called_again_and_again_with_rests_between_and_then_heard() {
 }
 
 #[test]
+fn a_pause_in_the_middle_of_an_introduction_does_not_begin_it_anew() {
+    let mut rig = rig();
+    let head = rig.request();
+    rig.die();
+    rig.place.open(true);
+    let (place, mut called) = (rig.place.clone(), None);
+    rig.slot.run_until(|_| {
+        called = called.take().or_else(|| place.called());
+        called.is_some()
+    });
+    rig.backend = Backend::new(Kind::default(), called.unwrap(), rig.rings_file.try_clone().unwrap());
+    // Between two pauses it answers one question; the last one is heard in a pause.
+    for heard_in_a_pause in [false, false, true] {
+        let queues = rig.slot.stop();
+        rig.backend.talk();
+        if heard_in_a_pause {
+            assert!(rig.slot.device.config_asked(Instant::now()).is_ok());
+        }
+        rig.slot.start(queues, EVENT_IDX | VERSION_1 | FLUSH);
+        rig.slot.run(100);
+    }
+    rig.settle();
+    assert!(rig.place.called().is_none(), "it was called once");
+    assert_eq!(rig.backend.take(0), [head]);
+    rig.backend.give_back(0, head.into(), 0);
+    assert_eq!(rig.used(), [head]);
+    assert_eq!(rig.lost(), 1);
+}
+
+#[test]
 fn another_back_end_must_have_what_the_driver_was_offered_and_may_have_another_capacity() {
     let mut rig = rig();
     rig.die();
