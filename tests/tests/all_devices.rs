@@ -233,8 +233,15 @@ const EVENTS: &[Event] = &[
         let port = (columns % 2 == 0).then(|| TERMINAL.to_owned());
         let terminal = if port.is_some() { "hvc1" } else { "hvc0" };
         world.guest.apply(Request::PatchConsole(ConsoleUpdate { columns, rows, port }));
-        let has_it = format!("[ \"$(stty size < /dev/{terminal})\" = \"{rows} {columns}\" ]");
-        world.guest.run(&format!("until {has_it}; do sleep 0.1; done"));
+        let (is_now, begin) = (format!("{rows} {columns}\n"), Instant::now());
+        loop {
+            let told = world.guest.shell(&format!("stty size < /dev/{terminal}")).text;
+            if told == is_now {
+                break;
+            }
+            assert!(begin.elapsed() < limits::COMMAND, "{terminal} has {told:?} and not yet {is_now:?}");
+            sleep(Duration::from_millis(100));
+        }
     }),
     ("memory comes", Memory, |world| {
         let size = PLUGGED_MIB[(world.chance.next() % PLUGGED_MIB.len() as u64) as usize];
@@ -327,7 +334,10 @@ struct World {
     /// Terminals of the guest, and how many lines came on each.
     terminals: [(&'static str, Arc<AtomicU64>); 2],
     chance: Chance,
-    storms: u32,
+    /// What comes and goes: once before anything else, however short the storms are.
+    due: Vec<&'static Event>,
+    /// What has not happened since all others have.
+    events: Vec<&'static Event>,
     directory: TempDir,
     _iperf: Bound,
 }
@@ -476,7 +486,7 @@ fn world(name: Name) -> World {
         typed: Mutex::default(),
         stop: AtomicBool::new(false),
     });
-    World {
+    let mut world = World {
         guest,
         tap,
         second_tap,
@@ -485,10 +495,14 @@ fn world(name: Name) -> World {
         outside,
         terminals,
         chance: Chance(seed()),
-        storms: 0,
+        due: Vec::new(),
+        events: Vec::new(),
         directory,
         _iperf: iperf,
-    }
+    };
+    let due = EVENTS.iter().rev().filter(|(_, needs, _)| *needs != Nothing && world.has(*needs));
+    world.due = due.collect();
+    world
 }
 
 /// A qcow2 image with an image behind it.
@@ -611,18 +625,13 @@ impl World {
             ));
         }
         let talks: Vec<_> = TALKS.iter().map(|talk| self.talk(*talk)).collect();
-        let events: Vec<_> = EVENTS.iter().filter(|(_, needs, _)| self.has(*needs)).collect();
-        // What comes and goes does so once at least, however short the storms are.
-        let first = self.storms == 0;
-        self.storms += 1;
-        let mut due = events.iter().filter(|(_, needs, _)| first && *needs != Nothing);
         let (begin, mut happened) = (Instant::now(), 0);
         loop {
             let is_over = happened >= LEAST_EVENTS && begin.elapsed() >= length;
-            let (what, _, event) = match due.next() {
+            let (what, _, event) = match self.due.pop() {
                 Some(event) => event,
                 None if is_over => break,
-                None => &events[(self.chance.next() % events.len() as u64) as usize],
+                None => self.any_event(),
             };
             println!("{:6.1} s: {what}", begin.elapsed().as_secs_f64());
             event(self);
@@ -647,6 +656,14 @@ impl World {
         }
         assert_ne!(self.guest.shell("ls /run/failed.*").code, 0, "{}", self.said());
         self.everything_arrived(lines);
+    }
+
+    /// By chance, and each as often as any other.
+    fn any_event(&mut self) -> &'static Event {
+        if self.events.is_empty() {
+            self.events = EVENTS.iter().filter(|(_, needs, _)| self.has(*needs)).collect();
+        }
+        self.events.swap_remove((self.chance.next() % self.events.len() as u64) as usize)
     }
 
     fn has(&self, needs: Needs) -> bool {

@@ -224,6 +224,20 @@ impl Vmm {
         self.read(ERRORS)
     }
 
+    /// What each of its threads does at the moment, as far as the kernel tells.
+    fn waits(&self) -> String {
+        let tasks = fs::read_dir(self.proc("task")).into_iter().flatten().flatten();
+        let line = |task: fs::DirEntry| {
+            let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let stat = read("stat");
+            let state = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next());
+            let (state, ticks) = (state.unwrap_or("?").to_owned(), ticks(&stat).unwrap_or_default());
+            let stack: Vec<_> = read("stack").lines().take(6).map(String::from).collect();
+            format!("{}: {state} {ticks} {}\n", read("comm").trim_end(), stack.join(" < "))
+        };
+        tasks.map(line).collect()
+    }
+
     fn read(&self, name: &str) -> String {
         String::from_utf8_lossy(&fs::read(self.path(name)).unwrap_or_default()).into_owned()
     }
@@ -236,9 +250,11 @@ impl Vmm {
 impl Drop for Vmm {
     fn drop(&mut self) {
         let ended = self.child.try_wait();
+        let waits = if std::thread::panicking() { self.waits() } else { String::new() };
         process::kill(&mut self.child);
         if std::thread::panicking() {
             eprintln!("--- the VMM in {}: {ended:?}", self.directory.path().display());
+            eprintln!("--- its threads: name, state, processor time in ticks, where in the kernel\n{waits}");
             eprintln!("--- end of the VMM's log\n{}", tail(&self.log()));
             eprintln!("--- end of the VMM's standard error\n{}", tail(&self.errors()));
         }
