@@ -31,12 +31,14 @@ fn guest(name: Name, drives: Vec<Drive>) -> Guest {
     Guest::booted(Setup { name, drives, arguments: metrics(), ..Setup::default() })
 }
 
-/// A guest with fio, whose second disk the daemon has.
+/// A guest with fio, whose second disk the daemon has, with a queue for each vCPU.
 fn guest_with_fio(name: Name, daemon: &StorageDaemon) -> Guest {
-    let drives = vec![debian_drive(), daemon.drive("disk")];
+    let disk = Drive { queues: Some(2), ..daemon.drive("disk") };
+    let drives = vec![debian_drive(), disk];
     let setup = Setup { name, drives, memory_mib: 256, vcpus: 2, arguments: metrics(), ..Setup::default() };
     let mut guest = Guest::booted(setup);
     guest.mount_debian();
+    assert_eq!(guest.run("ls /sys/block/vdb/mq | wc -l"), "2\n");
     guest
 }
 
@@ -102,7 +104,10 @@ fn it_verifies_under_random_writes_of_all_sizes() {
     for name in [Name::Berth, Name::Firecracker] {
         let daemon = StorageDaemon::blank(48 * MIB);
         let mut guest = guest_with_fio(name, &daemon);
-        guest.run(&fio(16));
+        // On each queue.
+        for vcpu in 0..2 {
+            guest.run(&format!("{} --cpus_allowed={vcpu}", fio(8)));
+        }
         guest.power_off();
     }
 }

@@ -14,6 +14,9 @@ use tempfile::TempDir;
 use super::{blank_disk, limits};
 use crate::host::process;
 
+/// What it can serve; a drive has one if it asks for no more.
+const QUEUES: u16 = 4;
+
 /// See the module. The daemon ends with this.
 pub struct StorageDaemon {
     place: TempDir,
@@ -71,7 +74,8 @@ impl StorageDaemon {
             .arg("--blockdev")
             .arg(format!("driver={driver},node-name=d,filename={}", self.disk.display()));
         command.arg("--export").arg(format!(
-            "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={},writable=on",
+            "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={},writable=on,\
+             num-queues={QUEUES}",
             self.socket().display()
         ));
         command.arg("--pidfile").arg(&pid_file);
