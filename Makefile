@@ -33,7 +33,7 @@ test: setup ## everything: lint, unit tests, the host's tests, tests with guests
 	$(MAKE) --no-print-directory fuzz-smoke
 
 bench: setup programs ## measure boots and devices beside QEMU's microvm; RUNS=20 for a surer median, PART=disk for a part
-	$(HOST) run $(PROGRAMS) -- berth-bench --runs $(or $(RUNS),5) $(PART)
+	$(HOST) run $(PROGRAMS) --processors $(or $(PROCESSORS),1) -- berth-bench --runs $(or $(RUNS),5) $(PART)
 
 soak: setup programs ## the long proofs: tests with guests at full length, ten minutes of each fuzzer; FILTER as above
 	$(HOST) test --soak $(PROGRAMS) $(FILTER)

@@ -29,6 +29,7 @@ A Linux host with KVM: this machine if it can run guests, otherwise a nested hos
 Options:
   --timeout SECONDS      ends the command after so long, with exit code 124
   --memory MIB           memory of a nested host, 3072 if not given
+  --processors N         of a nested host, 1 if not given; with more, guests hang now and then: for measurements only
   --forward HOST:GUEST   leads a TCP port of this machine to the nested host's; may be repeated
   --programs DIRECTORY   shows berth and its programs from there, not from berth-host's own directory
   --with NAME=FILE       shows a file as $BERTH_BUILD/NAME too; may be repeated
@@ -92,6 +93,7 @@ struct Options {
     argv: Vec<String>,
     limit: Option<Duration>,
     memory_mib: u64,
+    processors: u32,
     forwards: Vec<Forward>,
     with: Vec<Item>,
     programs: Option<PathBuf>,
@@ -107,6 +109,7 @@ impl Options {
             argv: Vec::new(),
             limit: None,
             memory_mib: DEFAULT_MEMORY_MIB,
+            processors: 1,
             forwards: Vec::new(),
             with: Vec::new(),
             programs: None,
@@ -119,6 +122,7 @@ impl Options {
             match argument {
                 Long("timeout") => options.limit = Some(Duration::from_secs(arguments.value()?.parse()?)),
                 Long("memory") => options.memory_mib = arguments.value()?.parse()?,
+                Long("processors") => options.processors = arguments.value()?.parse()?,
                 Long("forward") => options.forwards.push(arguments.value()?.parse_with(parse_forward)?),
                 Long("with") => options.with.push(arguments.value()?.parse_with(parse_item)?),
                 Long("programs") => options.programs = Some(arguments.value()?.into()),
@@ -158,8 +162,11 @@ fn run(options: Options) -> Result<i32> {
         eprintln!("berth-host: {choice}");
     }
     let env = std::env::var("TERM").map(|term| ("TERM".into(), term)).into_iter().collect();
-    let Options { argv, on_terminal, limit, verbose, memory_mib, forwards, with, programs, .. } = options;
-    let config = provide::config(Wishes { place: choice.place, memory_mib, forwards, with, programs })?;
+    let Options {
+        argv, on_terminal, limit, verbose, memory_mib, processors, forwards, with, programs, ..
+    } = options;
+    let config =
+        provide::config(Wishes { place: choice.place, memory_mib, processors, forwards, with, programs })?;
     session::run(config, &Session { argv, env, on_terminal, limit, verbose })
 }
 
@@ -171,9 +178,10 @@ fn test(options: Options) -> Result<i32> {
     };
     let choice = choose::choose()?;
     let plan = runner::Plan::make(filter, options.is_soak)?;
-    let Options { memory_mib, forwards, mut with, programs, jobs, .. } = options;
+    let Options { memory_mib, processors, forwards, mut with, programs, jobs, .. } = options;
     with.extend(plan.executables());
-    let config = provide::config(Wishes { place: choice.place, memory_mib, forwards, with, programs })?;
+    let config =
+        provide::config(Wishes { place: choice.place, memory_mib, processors, forwards, with, programs })?;
     let logs = provide::own_directory()?.join("guest-tests");
     runner::run(&config, plan, &choice, jobs, &logs)
 }

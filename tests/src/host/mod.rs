@@ -63,6 +63,8 @@ pub struct Config {
     /// The rest is for a nested host only.
     pub images: Images,
     pub memory_mib: u64,
+    /// More than one makes guests hang now and then (`qemu`): for measurements only.
+    pub processors: u32,
     pub forwards: Vec<Forward>,
 }
 

@@ -112,6 +112,7 @@ fn machine(config: &Config, directory: &RunDir) -> Result<Machine> {
     Ok(Machine {
         qemu: config.images.qemu.clone(),
         memory_mib: config.memory_mib,
+        processors: config.processors,
         kernel: config.images.kernel.clone(),
         initramfs: config.images.initramfs.clone(),
         disks,

@@ -34,6 +34,7 @@ const AGENT: &str = "berth-host-agent";
 pub struct Wishes {
     pub place: Place,
     pub memory_mib: u64,
+    pub processors: u32,
     pub forwards: Vec<Forward>,
     /// Shown among the build products.
     pub with: Vec<Item>,
@@ -83,6 +84,7 @@ pub fn config(wishes: Wishes) -> Result<Config> {
         provisions: Provisions { build, assets: guest_assets, guest_disks },
         images,
         memory_mib: wishes.memory_mib,
+        processors: wishes.processors,
         forwards: wishes.forwards,
     })
 }

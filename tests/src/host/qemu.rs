@@ -34,6 +34,7 @@ pub struct Machine {
     /// The program `qemu-system-x86_64`, with `mapped-ram` migration (QEMU 9).
     pub qemu: PathBuf,
     pub memory_mib: u64,
+    pub processors: u32,
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
     pub disks: Vec<Disk>,
@@ -68,10 +69,10 @@ pub struct Qemu {
 /// instructions, which TCG executes byte by byte.
 const CPU: &str = "max,-erms,-fsrm,-fsrs,-fzrm";
 
-/// One vCPU and `thread=multi`, both on purpose. QEMU's emulated VMRUN leaves the injected vector in the vCPU's
+/// With `thread=multi`, and with one vCPU unless a measurement wants more, both on purpose. QEMU's emulated VMRUN leaves the injected vector in the vCPU's
 /// exception index; if another thread of QEMU's makes that vCPU leave its loop before the next VM exit, the vector is
 /// delivered twice and the guest hangs in its interrupt handler. A second vCPU or `thread=single` gives such kicks.
-const ACCELERATOR: [&str; 4] = ["-accel", "tcg,thread=multi", "-smp", "1"];
+const ACCELERATOR: [&str; 2] = ["-accel", "tcg,thread=multi"];
 
 const PLATFORM: &str = "q35,smm=off,hpet=off,vmport=off,i8042=off,usb=off";
 
@@ -101,6 +102,7 @@ impl Machine {
             add("-blockdev", disk.block_device(index).to_string());
             add("-device", format!("virtio-blk-pci,drive=disk{index}"));
         }
+        add("-smp", self.processors.to_string());
         options.extend(ACCELERATOR.map(String::from));
         options
     }

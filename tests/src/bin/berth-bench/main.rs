@@ -1,5 +1,6 @@
 //! Measures a boot of Debian's kernel in 128 MiB with one vCPU: Berth beside QEMU's microvm, in one run in one host,
-//! interleaved, as medians and ratios; what the jailer's cell adds; and what disks, networks and sockets cost under load.
+//! interleaved, as medians and ratios; what the jailer's cell adds; what disks, networks and sockets cost under
+//! load; and what a second io thread brings.
 //! `make bench` runs it in the host; docs/benchmarks.md says what it measures.
 //!
 //! It measures processes from outside, by strace, tracefs, /proc and their own sockets, and knows nothing of how they
@@ -13,6 +14,7 @@ mod network;
 mod peer;
 mod sockets;
 mod table;
+mod threads;
 mod trace;
 
 use std::process::ExitCode;
@@ -27,7 +29,7 @@ use trace::Trace;
 const HELP: &str = "\
 berth-bench [--runs N] [PART...]   measures N times, 5 if not given; more runs give a surer median. Run it by `make bench`.
 
-Parts, all if none is named: boot cell disk network sockets
+Parts, all if none is named: boot cell disk network sockets threads
 ";
 
 const DEFAULT_RUNS: usize = 5;
@@ -39,15 +41,17 @@ enum Part {
     Disk,
     Network,
     Sockets,
+    Threads,
 }
 
 impl Part {
-    const ALL: [(&str, Part); 5] = [
+    const ALL: [(&str, Part); 6] = [
         ("boot", Part::Boot),
         ("cell", Part::Cell),
         ("disk", Part::Disk),
         ("network", Part::Network),
         ("sockets", Part::Sockets),
+        ("threads", Part::Threads),
     ];
 
     fn bench(self, runs: usize) -> Result<String> {
@@ -57,6 +61,7 @@ impl Part {
             Part::Disk => disk::bench(runs, &Trace::open()?),
             Part::Network => network::bench(runs, &Trace::open()?),
             Part::Sockets => sockets::bench(runs, &Trace::open()?),
+            Part::Threads => threads::bench(runs, &Trace::open()?),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::process::{Child, Command, Stdio};
 
 use berth_tests::host::error::{Doing, Result};
 use berth_tests::host::process;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::disk::in_turn;
 use crate::load::{Costs, Devices, Loaded, Subject, Unit, directory, host};
@@ -12,7 +12,7 @@ use crate::peer::Peer;
 use crate::trace::Trace;
 
 const TAP: &str = "bench0";
-const HOST: &str = "10.79.0.1";
+pub const HOST: &str = "10.79.0.1";
 const GUEST: &str = "10.79.0.2";
 const MAC: &str = "06:00:0a:4f:00:02";
 
@@ -53,7 +53,7 @@ fn measure(subject: &Subject, trace: &Trace, costs: &mut Costs) -> Result<()> {
     let _tap = Tap::new()?;
     let server = Server::new()?;
     let mut devices = Devices::default();
-    let mut interface = json!({"iface_id": "net", "host_dev_name": TAP, "guest_mac": MAC});
+    let mut interface = interface();
     if subject.name == VHOST {
         interface["vhost"] = json!(true);
     }
@@ -66,8 +66,7 @@ fn measure(subject: &Subject, trace: &Trace, costs: &mut Costs) -> Result<()> {
         format!("virtio-net-device,netdev=net,mac={MAC}"),
     ]);
     let mut guest = Loaded::boot(subject, directory()?, devices)?;
-    guest.run(&format!("ip link set eth0 up && ip address add {GUEST}/24 dev eth0"))?;
-    guest.run(&format!("until ping -c 1 -W 5 {HOST} > /dev/null; do sleep 0.1; done"))?;
+    set_up(&mut guest)?;
     trace.count()?;
     for (name, reverse) in [("TCP to the host", ""), ("TCP to the guest", "-R")] {
         let cost = guest.cost(trace, MIB, |guest, mib| {
@@ -88,10 +87,22 @@ fn measure(subject: &Subject, trace: &Trace, costs: &mut Costs) -> Result<()> {
     Ok(())
 }
 
-struct Tap;
+/// Berth's, on the tap.
+pub fn interface() -> Value {
+    json!({"iface_id": "net", "host_dev_name": TAP, "guest_mac": MAC})
+}
+
+/// Has the guest and the host reach each other.
+pub fn set_up(guest: &mut Loaded) -> Result<()> {
+    guest.run(&format!("ip link set eth0 up && ip address add {GUEST}/24 dev eth0"))?;
+    guest.run(&format!("until ping -c 1 -W 5 {HOST} > /dev/null; do sleep 0.1; done")).map(drop)
+}
+
+/// There while this is.
+pub struct Tap;
 
 impl Tap {
-    fn new() -> Result<Tap> {
+    pub fn new() -> Result<Tap> {
         host("ip", &["tuntap", "add", "dev", TAP, "mode", "tap"])?;
         let tap = Tap;
         host("ip", &["address", "add", &format!("{HOST}/24"), "dev", TAP])?;
