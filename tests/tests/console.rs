@@ -6,9 +6,12 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use api_socket::{Console, ConsolePort, ConsoleUpdate, Request};
-use berth_tests::guest::{Guest, Name, Setup, md5};
+use api_socket::{Console, ConsolePort, ConsoleUpdate, Request, VmState};
+use berth_tests::guest::{Guest, Name, Setup, limits, md5, times};
 
 fn pipe(path: &Path) -> File {
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
@@ -168,7 +171,7 @@ fn further_ports(name: Name) {
     let writer = std::thread::spawn(move || to_guest.write_all(&sent));
     guest.run(&format!("head -c {TO_GUEST} < /run/org.test.stream | md5sum > /run/sum &"));
     for _ in 0..5 {
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(100));
         guest.pause();
         guest.resume();
     }
@@ -182,7 +185,7 @@ fn further_ports(name: Name) {
     let (begin, rest) = received.split_at_mut(FROM_GUEST / 4);
     from_guest.read_exact(begin).unwrap();
     // A reader that takes its time.
-    std::thread::sleep(std::time::Duration::from_secs(1));
+    std::thread::sleep(Duration::from_secs(1));
     assert_ne!(guest.shell("[ -e /run/sent ]").code, 0, "it waits for its reader");
     guest.pause();
     guest.resume();
@@ -199,6 +202,70 @@ fn further_ports(name: Name) {
         "cd /sys/bus/virtio/drivers/virtio_console; for way in unbind bind; do echo virtio0 > $way; done",
     );
     guest.run("until [ \"$(cat /sys/class/virtio-ports/*/name | wc -l)\" = 3 ]; do sleep 0.1; done");
+    guest.power_off();
+}
+
+#[test]
+fn a_size_that_is_said_while_the_guest_writes_and_is_paused_arrives() {
+    sizes_arrive(Name::Berth);
+}
+
+#[test]
+fn a_size_that_is_said_while_the_guest_writes_and_is_paused_arrives_without_pci() {
+    sizes_arrive(Name::Firecracker);
+}
+
+fn sizes_arrive(name: Name) {
+    let mut guest = Guest::configured(Setup { name, vcpus: 2, ..Setup::default() });
+    let (first, second) = (guest.path("first"), guest.path("second"));
+    let screens = [pipe(&first), pipe(&second)];
+    let port = ConsolePort {
+        name: "second".into(),
+        is_console: true,
+        output_path: second,
+        ..ConsolePort::default()
+    };
+    guest.apply(Request::PutConsole(Console { output_path: first, ports: vec![port], ..Console::default() }));
+    guest.boot();
+    for mut screen in screens {
+        std::thread::spawn(move || while screen.read(&mut [0; 4096]).is_ok() {});
+    }
+    for hvc in ["hvc0", "hvc1"] {
+        guest.run(&format!(
+            "until (: < /dev/{hvc}) 2> /dev/null; do sleep 0.1; done; sleep 100000 < /dev/{hvc} &"
+        ));
+        guest.run(&format!("(while :; do seq 20; sleep 0.1; done) > /dev/{hvc} &"));
+    }
+    let mut other = guest.vmm.client();
+    let stop = Arc::<AtomicBool>::default();
+    let stopped = Arc::clone(&stop);
+    let pauses = std::thread::spawn(move || {
+        for length in (0..).map(|pause| pause * 37 % 100) {
+            other.apply(&Request::PatchVm(VmState::Paused)).unwrap();
+            std::thread::sleep(Duration::from_millis(length / 4));
+            other.apply(&Request::PatchVm(VmState::Resumed)).unwrap();
+            if stopped.load(Ordering::SeqCst) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(length));
+        }
+    });
+    for round in 0..times(10, 1000) {
+        let (columns, rows) = (round as u16 % 150 + 1, round as u16 % 49 + 1);
+        for (hvc, port) in [("hvc0", None), ("hvc1", Some("second".to_owned()))] {
+            guest.apply(Request::PatchConsole(ConsoleUpdate { columns, rows, port }));
+            let (is_now, begin) = (format!("{rows} {columns}\n"), Instant::now());
+            loop {
+                let told = guest.run(&format!("stty size < /dev/{hvc}"));
+                if told == is_now {
+                    break;
+                }
+                assert!(begin.elapsed() < limits::COMMAND, "{hvc} has {told:?} and not {is_now:?}");
+            }
+        }
+    }
+    stop.store(true, Ordering::SeqCst);
+    pauses.join().unwrap();
     guest.power_off();
 }
 
