@@ -7,6 +7,7 @@
 
 mod cell;
 mod disk;
+mod fleet;
 mod load;
 mod measure;
 mod network;
@@ -27,7 +28,7 @@ use trace::Trace;
 const HELP: &str = "\
 berth-bench [--runs N] [PART...]   measures N times, 5 if not given; more runs give a surer median. Run it by `make bench`.
 
-Parts, all if none is named: boot cell disk network sockets
+Parts, all if none is named: boot cell disk network sockets fleet
 ";
 
 const DEFAULT_RUNS: usize = 5;
@@ -39,15 +40,17 @@ enum Part {
     Disk,
     Network,
     Sockets,
+    Fleet,
 }
 
 impl Part {
-    const ALL: [(&str, Part); 5] = [
+    const ALL: [(&str, Part); 6] = [
         ("boot", Part::Boot),
         ("cell", Part::Cell),
         ("disk", Part::Disk),
         ("network", Part::Network),
         ("sockets", Part::Sockets),
+        ("fleet", Part::Fleet),
     ];
 
     fn bench(self, runs: usize) -> Result<String> {
@@ -57,6 +60,7 @@ impl Part {
             Part::Disk => disk::bench(runs, &Trace::open()?),
             Part::Network => network::bench(runs, &Trace::open()?),
             Part::Sockets => sockets::bench(runs, &Trace::open()?),
+            Part::Fleet => fleet::bench(runs),
         }
     }
 }
