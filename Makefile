@@ -18,8 +18,8 @@ help: ## this list
 setup: ## install what building and testing need (Debian 12; elsewhere it says what is missing)
 	@resources/setup.sh
 
-run: setup programs ## boot a Debian guest on this terminal; log in as root, leave with `poweroff`
-	$(HOST) run --tty $(PROGRAMS) --with run-debian=resources/run-debian.sh -- run-debian
+run: setup programs ## start berthd, and a shell in a Debian guest on this terminal; leave with `exit`
+	$(HOST) run --tty $(PROGRAMS) --with run-berth=resources/run-berth.sh -- run-berth
 
 check: lint unit ## the inner loop: lint and unit tests
 

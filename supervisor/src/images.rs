@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{copy, events, store};
 
 /// What the kernel of an image is told that says nothing: as in the interface's description.
-const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda rw";
+const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda rw panic=1";
 /// The file that says what an image is.
 const NAME: &str = "image.json";
 /// Begins the name of what a guest's kernel gets as its initramfs: the image's and the agent's.

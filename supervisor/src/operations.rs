@@ -21,7 +21,7 @@ use crate::watch::Kind;
 use crate::{spawn, usage, vmm_api};
 
 /// How long a VMM may take from its start to an answer; a jailer that hangs is ended then.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(60);
 /// Between two looks whether it answers.
 const START_PAUSE: Duration = Duration::from_millis(5);
 /// How often the agent of a guest that goes down is asked again.

@@ -316,7 +316,7 @@ pub struct Event {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewImage {
-    /// The kernel's, without what is added for each guest. Default: `console=ttyS0 root=/dev/vda rw`.
+    /// The kernel's, without what is added for each guest. Default: `console=ttyS0 root=/dev/vda rw panic=1`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command_line: Option<String>,
 }

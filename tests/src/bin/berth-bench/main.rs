@@ -8,6 +8,7 @@
 
 mod cell;
 mod disk;
+mod fleet;
 mod load;
 mod measure;
 mod network;
@@ -29,7 +30,7 @@ use trace::Trace;
 const HELP: &str = "\
 berth-bench [--runs N] [PART...]   measures N times, 5 if not given; more runs give a surer median. Run it by `make bench`.
 
-Parts, all if none is named: boot cell disk network sockets threads
+Parts, all if none is named: boot cell disk network sockets threads fleet
 ";
 
 const DEFAULT_RUNS: usize = 5;
@@ -42,16 +43,18 @@ enum Part {
     Network,
     Sockets,
     Threads,
+    Fleet,
 }
 
 impl Part {
-    const ALL: [(&str, Part); 6] = [
+    const ALL: [(&str, Part); 7] = [
         ("boot", Part::Boot),
         ("cell", Part::Cell),
         ("disk", Part::Disk),
         ("network", Part::Network),
         ("sockets", Part::Sockets),
         ("threads", Part::Threads),
+        ("fleet", Part::Fleet),
     ];
 
     fn bench(self, runs: usize) -> Result<String> {
@@ -62,6 +65,7 @@ impl Part {
             Part::Network => network::bench(runs, &Trace::open()?),
             Part::Sockets => sockets::bench(runs, &Trace::open()?),
             Part::Threads => threads::bench(runs, &Trace::open()?),
+            Part::Fleet => fleet::bench(runs),
         }
     }
 }
