@@ -189,16 +189,20 @@ fn terminal(process: &mut Command, size: Size, user: &User) -> Result<File, Refu
 fn as_user<'a>(process: &'a mut Command, user: &User, has_terminal: bool) -> &'a mut Command {
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     let groups: Vec<_> = user.groups.iter().copied().map(Gid::from_raw).collect();
+    // The agent is; who tests it may be somebody else, and stays that.
+    let is_root = rustix::process::geteuid().is_root();
     let enter = move || {
         rustix::process::setsid()?;
         if has_terminal {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         }
         rustix::process::umask(Mode::WGRP | Mode::WOTH);
-        // The user last, who may do none of this.
-        rustix::thread::set_thread_groups(&groups)?;
-        rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-        rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+        if is_root {
+            // The user last, who may do none of this.
+            rustix::thread::set_thread_groups(&groups)?;
+            rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+            rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+        }
         Ok(())
     };
     // SAFETY: between fork and exec only async-signal-safe calls are allowed: `enter` makes bare system calls, and neither
@@ -497,7 +501,7 @@ mod tests {
         let proc = File::open("/proc").unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let kernel = Kernel { proc: proc.as_fd(), sys: proc.as_fd() };
+                let kernel = Kernel::new(proc.as_fd(), proc.as_fd());
                 Running::start(&command).unwrap().serve(kernel, &theirs)
             });
             scope.spawn(|| {
@@ -531,7 +535,7 @@ mod tests {
             let (ours, theirs) = UnixStream::pair().unwrap();
             let command = Exec { argv: ["sh", "-c", script].map(String::from).into(), ..Exec::default() };
             let proc = File::open("/proc").unwrap();
-            let kernel = Kernel { proc: proc.as_fd(), sys: proc.as_fd() };
+            let kernel = Kernel::new(proc.as_fd(), proc.as_fd());
             std::thread::scope(|scope| {
                 let serving = scope.spawn(|| Running::start(&command).unwrap().serve(kernel, &theirs));
                 let FromGuest::Stdout(pid) =
