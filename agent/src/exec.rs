@@ -32,6 +32,10 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 /// Bytes on their way to a command, beyond which the host has to wait. One frame more may come on top.
 const MAX_INPUT: usize = 64 << 10;
 
+/// How often a host is asked for a sign of life while it is made to wait: the end of what it says is behind what it has said,
+/// and so not heard.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+
 /// Bytes read from a command at a time; while some are on their way to the host, no more are read.
 const CHUNK: usize = 32 << 10;
 
@@ -185,16 +189,20 @@ fn terminal(process: &mut Command, size: Size, user: &User) -> Result<File, Refu
 fn as_user<'a>(process: &'a mut Command, user: &User, has_terminal: bool) -> &'a mut Command {
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     let groups: Vec<_> = user.groups.iter().copied().map(Gid::from_raw).collect();
+    // The agent is; who tests it may be somebody else, and stays that.
+    let is_root = rustix::process::geteuid().is_root();
     let enter = move || {
         rustix::process::setsid()?;
         if has_terminal {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         }
         rustix::process::umask(Mode::WGRP | Mode::WOTH);
-        // The user last, who may do none of this.
-        rustix::thread::set_thread_groups(&groups)?;
-        rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-        rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+        if is_root {
+            // The user last, who may do none of this.
+            rustix::thread::set_thread_groups(&groups)?;
+            rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+            rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+        }
         Ok(())
     };
     // SAFETY: between fork and exec only async-signal-safe calls are allowed: `enter` makes bare system calls, and neither
@@ -253,7 +261,12 @@ impl Started {
                     said_all = true;
                 }
             }
-            for (source, events) in self.wait(stream, said_all)? {
+            let ready = self.wait(stream, said_all)?;
+            if ready.is_empty() && self.is_full() && self.output.is_empty() {
+                // An empty piece of output: it means nothing, and who is not there any more cannot get it.
+                self.output = FromGuest::Stdout(Vec::new()).frame().encode();
+            }
+            for (source, events) in ready {
                 match source {
                     Source::Host => {
                         self.send(stream)?;
@@ -275,6 +288,11 @@ impl Started {
         }
     }
 
+    /// The host has to wait until the command takes some of its input.
+    fn is_full(&self) -> bool {
+        self.input.len() >= MAX_INPUT
+    }
+
     /// The command has ended and nothing of its output is on its way.
     fn is_over(&self) -> bool {
         (self.stdout.is_none() && self.stderr.is_none()) || self.last_output.elapsed() >= LINGER
@@ -283,7 +301,7 @@ impl Started {
     /// Waits for something to do and says what it is.
     fn wait(&self, stream: &UnixStream, said_all: bool) -> io::Result<Vec<(Source, PollFlags)>> {
         let mut host = PollFlags::RDHUP;
-        host.set(PollFlags::IN, self.input.len() < MAX_INPUT);
+        host.set(PollFlags::IN, !self.is_full());
         host.set(PollFlags::OUT, !self.output.is_empty());
         let (mut sources, mut descriptors) = (vec![Source::Host], vec![PollFd::new(stream, host)]);
         let mut add = |source, descriptor, flags| {
@@ -304,10 +322,14 @@ impl Started {
                 add(Source::Stderr, stderr.as_fd(), PollFlags::IN);
             }
         }
-        // Only what a command has left behind is waited for by the clock.
-        let is_lingering = self.exit.is_some() && self.output.is_empty();
-        let limit = is_lingering.then(|| LINGER.saturating_sub(self.last_output.elapsed()));
-        let limit = limit.map(|limit| Timespec { tv_sec: 0, tv_nsec: i64::from(limit.subsec_nanos()) + 1 });
+        let limit = match self.exit {
+            _ if !self.output.is_empty() => None,
+            Some(_) => Some(LINGER.saturating_sub(self.last_output.elapsed()) + Duration::from_millis(1)),
+            None => self.is_full().then_some(ASK_AGAIN),
+        };
+        let seconds = |limit: Duration| limit.as_secs().try_into().unwrap_or(i64::MAX);
+        let limit =
+            limit.map(|limit| Timespec { tv_sec: seconds(limit), tv_nsec: limit.subsec_nanos().into() });
         match poll(&mut descriptors, limit.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -479,7 +501,7 @@ mod tests {
         let proc = File::open("/proc").unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let kernel = Kernel { proc: proc.as_fd(), sys: proc.as_fd() };
+                let kernel = Kernel::new(proc.as_fd(), proc.as_fd());
                 Running::start(&command).unwrap().serve(kernel, &theirs)
             });
             scope.spawn(|| {
@@ -505,6 +527,32 @@ mod tests {
         assert!(run("cat", &input) == (input.clone(), Vec::new(), Exit::Code(0)));
         let (stdout, stderr, exit) = run("head -c 4000000 /dev/zero & wc -c >&2; wait", &input);
         assert_eq!((stdout.len(), stderr.as_slice(), exit), (4_000_000, &b"4000000\n"[..], Exit::Code(0)));
+    }
+
+    #[test]
+    fn a_command_ends_with_its_host() {
+        for script in ["echo $$; sleep 4711", "trap '' HUP; echo $$; sleep 4711 & sleep 4711"] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let command = Exec { argv: ["sh", "-c", script].map(String::from).into(), ..Exec::default() };
+            let proc = File::open("/proc").unwrap();
+            let kernel = Kernel::new(proc.as_fd(), proc.as_fd());
+            std::thread::scope(|scope| {
+                let serving = scope.spawn(|| Running::start(&command).unwrap().serve(kernel, &theirs));
+                let FromGuest::Stdout(pid) =
+                    FromGuest::parse(Frame::read(&mut &ours).unwrap().unwrap()).unwrap()
+                else {
+                    panic!("no number")
+                };
+                let pid = Pid::from_raw(String::from_utf8(pid).unwrap().trim().parse().unwrap()).unwrap();
+                assert!(signal_session(kernel, pid, Signal::CONT) > 0);
+                ours.shutdown(std::net::Shutdown::Both).unwrap();
+                assert!(serving.join().unwrap().is_err());
+                // What was killed may need a moment for it.
+                while signal_session(kernel, pid, Signal::CONT) > 0 {
+                    std::thread::sleep(LOOK_AGAIN);
+                }
+            });
+        }
     }
 
     #[test]

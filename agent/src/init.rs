@@ -28,7 +28,7 @@ const IMAGES: &str = "/init";
 pub fn run() -> ExitCode {
     let view = kernel::hidden("proc").and_then(|proc| Ok((proc, kernel::hidden("sysfs")?)));
     let command_line = match &view {
-        Ok((proc, sys)) => Kernel { proc: proc.as_fd(), sys: sys.as_fd() }.command_line(),
+        Ok((proc, sys)) => Kernel::new(proc.as_fd(), sys.as_fd()).command_line(),
         Err(error) => Err(io::Error::new(error.kind(), format!("no /proc or /sys: {error}"))),
     };
     let command_line = CommandLine::parse(&command_line.unwrap_or_default());
@@ -47,7 +47,7 @@ pub fn run() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let Ok((proc, sys)) = view else { return ExitCode::FAILURE };
-    let kernel = Kernel { proc: proc.as_fd(), sys: sys.as_fd() };
+    let kernel = Kernel::new(proc.as_fd(), sys.as_fd());
     match crate::switch::to_root(kernel, &command_line) {
         Ok(init) => console(&format!("{} does not run: {}", init.display(), go_on_as(&init))),
         Err(error) => console(&error),

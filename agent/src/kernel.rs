@@ -4,11 +4,11 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{Dir, Mode, OFlags, open, openat, readlinkat};
+use rustix::fs::{Dir, Mode, OFlags, open, openat, readlinkat, stat};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 /// What is read of one file at most. The largest is the kernel's command line, a page or two.
@@ -19,9 +19,16 @@ const MAX_FILE: u64 = 64 << 10;
 pub struct Kernel<'a> {
     pub proc: BorrowedFd<'a>,
     pub sys: BorrowedFd<'a>,
+    /// The root of this process at first, by device and number: it may get another when process 1 does.
+    pub first_root: Option<(u64, u64)>,
 }
 
-impl Kernel<'_> {
+impl<'a> Kernel<'a> {
+    pub fn new(proc: BorrowedFd<'a>, sys: BorrowedFd<'a>) -> Kernel<'a> {
+        let first_root = stat("/").ok().map(|root| (root.st_dev, root.st_ino));
+        Kernel { proc, sys, first_root }
+    }
+
     pub fn command_line(&self) -> io::Result<String> {
         read(self.proc, "cmdline")
     }
@@ -88,10 +95,4 @@ fn say(level: u8, words: &str) {
 /// Puts words on the console, which is process 1's standard error.
 pub fn console(words: &str) {
     let _ = io::stderr().write_all(format!("berth: {words}\n").as_bytes());
-}
-
-/// Whether two descriptors are of the same file.
-pub fn same_file(one: impl AsFd, other: impl AsFd) -> io::Result<bool> {
-    let (one, other) = (rustix::fs::fstat(one)?, rustix::fs::fstat(other)?);
-    Ok((one.st_dev, one.st_ino) == (other.st_dev, other.st_ino))
 }

@@ -143,6 +143,7 @@ pub enum ToGuest {
 /// From a command to the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FromGuest {
+    /// May be empty, which means nothing.
     Stdout(Vec<u8>),
     Stderr(Vec<u8>),
     /// The last one.

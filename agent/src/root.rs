@@ -5,12 +5,12 @@
 
 use std::io;
 
-use rustix::fs::{Mode, OFlags, open, openat, readlinkat};
+use rustix::fs::{Mode, OFlags, fstat, openat, readlinkat};
 use rustix::process::{chroot, fchdir};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::command_line::CommandLine;
-use crate::kernel::{self, Kernel};
+use crate::kernel::Kernel;
 
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
@@ -33,7 +33,8 @@ pub fn enter(kernel: Kernel) -> io::Result<()> {
 /// that marks an initramfs of systemd's. Call in a thread that has not entered any root.
 pub fn is_ready(kernel: Kernel) -> io::Result<bool> {
     let root = openat(kernel.proc, "1/root", DIRECTORY, Mode::empty())?;
-    if !kernel::same_file(root, open("/", DIRECTORY, Mode::empty())?)? {
+    let root = fstat(root)?;
+    if kernel.first_root != Some((root.st_dev, root.st_ino)) {
         return Ok(true);
     }
     let command_line = CommandLine::parse(&kernel.command_line()?);

@@ -41,7 +41,7 @@ pub type Refusal = String;
 
 pub fn run() -> ExitCode {
     // What came with the program: see `init::leave_agent`.
-    let kernel = Kernel { proc: rustix::stdio::stdin(), sys: rustix::stdio::stdout() };
+    let kernel = Kernel::new(rustix::stdio::stdin(), rustix::stdio::stdout());
     // Out of the console's session, so that it is not hung up with it.
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"berth-agent");
