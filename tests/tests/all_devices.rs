@@ -228,8 +228,9 @@ const EVENTS: &[Event] = &[
     }),
     ("metrics are flushed", Nothing, |world| world.guest.apply(Request::Action(ActionType::FlushMetrics))),
     ("a terminal changes its size", Nothing, |world| {
+        // Of a size of 1 busybox says what it takes for the usual one.
         let (columns, rows) =
-            ((world.chance.next() % 200) as u16 + 1, (world.chance.next() % 100) as u16 + 1);
+            ((world.chance.next() % 200) as u16 + 2, (world.chance.next() % 100) as u16 + 2);
         let port = (columns % 2 == 0).then(|| TERMINAL.to_owned());
         let terminal = if port.is_some() { "hvc1" } else { "hvc0" };
         world.guest.apply(Request::PatchConsole(ConsoleUpdate { columns, rows, port }));
