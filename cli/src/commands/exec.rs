@@ -9,7 +9,7 @@ use agent::protocol::{self, Exit as Ended};
 use api_socket::fleet::Client;
 
 use crate::args::{Exec, Inside};
-use crate::error::{Error, Result};
+use crate::error::{During, Error, Result};
 use crate::exit::Exit;
 use crate::output::progress::Progress;
 use crate::reach::{self, told};
@@ -59,7 +59,12 @@ pub fn inside(
         (_, true) => false,
         _ => terminal::is_ours() && !inside.no_stdin,
     };
-    client::exec(&mut &*stream, wanted(inside, command, on_terminal)).map_err(|error| told(guest, &error))?;
+    let mut agent = stream.try_clone().during(|| guest.to_string())?;
+    let command = wanted(inside, command, on_terminal);
+    match signals.during(move || client::exec(&mut agent, command)) {
+        Ok(started) => started.map_err(|error| told(guest, &error))?,
+        Err(signal) => return Ok(Ending::Signalled(signal)),
+    }
     // A command may want a terminal where we have none: keys that leave are looked for in any case.
     let raw = match on_terminal && terminal::is_ours() {
         true => Some(Raw::set().map_err(|error| Error::new("the terminal", error))?),
