@@ -45,7 +45,7 @@ pub fn run(daemon: &Client, args: &Cp) -> Result<Exit> {
 }
 
 fn ready(daemon: &Client, guest: &Name) -> Result<UnixStream> {
-    reach::ready(daemon, guest.as_str())
+    reach::ready(daemon, guest.as_str(), false)
 }
 
 fn out(daemon: &Client, guest: &Name, path: &str, to: &Place) -> Result<Exit> {

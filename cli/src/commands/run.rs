@@ -54,8 +54,8 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     }
 
     // From here on the guest is there for the command, and whatever goes wrong, it ends.
-    let (client, id) = (daemon.clone(), made.id.clone());
-    let stream = match signals.during(move || reach::ready(&client, &id)) {
+    let (client, id, on_terminal) = (daemon.clone(), made.id.clone(), exec::wants_terminal(&args.inside));
+    let stream = match signals.during(move || reach::ready(&client, &id, on_terminal)) {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             end.by_force();
