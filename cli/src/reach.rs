@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent::client;
-use agent::protocol::PORT;
+use agent::protocol::{Kind, PORT};
 use api_socket::ClientError;
 use api_socket::fleet::{Client, Guest, State};
 
@@ -20,12 +20,16 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// The least time that a guest is given whose boot should be over: its agent may be busy.
 const LEAST: Duration = Duration::from_secs(5);
 
-/// A connection to the agent of a guest that has booted so far that commands find its files. One that still boots is waited
-/// for.
+/// What is there when a guest has terminals to give, and how long it is waited for: they come a moment after its root.
+const TERMINALS: &str = "/dev/pts/ptmx";
+const TERMINALS_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A connection to the agent of a guest that has booted so far that commands find its files and, if one is wanted, a
+/// terminal. One that still boots is waited for.
 ///
 /// # Errors
 /// berthd refuses or is not there; there is no agent.
-pub fn ready(daemon: &Client, guest: &str) -> Result<UnixStream> {
+pub fn ready(daemon: &Client, guest: &str, wants_terminal: bool) -> Result<UnixStream> {
     let begin = Instant::now();
     // Mostly there is nothing to wait for.
     let mut stream = match daemon.vsock(guest, PORT, 0) {
@@ -35,7 +39,12 @@ pub fn ready(daemon: &Client, guest: &str) -> Result<UnixStream> {
     loop {
         let left = BOOT.saturating_sub(begin.elapsed());
         match client::ping(&mut stream) {
-            Ok(pong) if pong.root_is_ready => return connect(daemon, guest, left),
+            Ok(pong) if pong.root_is_ready => {
+                if wants_terminal {
+                    wait_for_terminals(daemon, guest)?;
+                }
+                return connect(daemon, guest, left);
+            }
             // The connection breaks if the guest ends, and berthd knows.
             Ok(_) | Err(client::ClientError::Protocol(_)) if !left.is_zero() => {
                 std::thread::sleep(LOOK_AGAIN);
@@ -48,6 +57,20 @@ pub fn ready(daemon: &Client, guest: &str) -> Result<UnixStream> {
             Err(error) => return Err(told(guest, &error)),
         }
     }
+}
+
+/// A guest that has none after all says so itself, when it is asked for one.
+fn wait_for_terminals(daemon: &Client, guest: &str) -> Result<()> {
+    let begin = Instant::now();
+    while begin.elapsed() < TERMINALS_PATIENCE {
+        let mut stream = connect(daemon, guest, LEAST)?;
+        let found = client::look(&mut stream, TERMINALS).map_err(|error| told(guest, &error))?;
+        if found.kind != Kind::Nothing {
+            break;
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+    Ok(())
 }
 
 /// How long to wait for a guest whose agent does not listen.

@@ -237,7 +237,8 @@ fn logs(guest: Arc<Guest>, of: Log, follow: bool) -> Result<Answer<'static>, Fau
         loop {
             match listener.hear(LOOK) {
                 Heard::Bytes(bytes) => stream.tell(&bytes)?,
-                Heard::Nothing if stream.is_gone() => return Ok(()),
+                // A guest that stays stopped says no more, and who follows it need not find that out.
+                Heard::Nothing if stream.is_gone() || guest.state() == State::Stopped => return Ok(()),
                 Heard::Nothing => {}
                 Heard::Over => return Ok(()),
             }

@@ -38,18 +38,17 @@ const MAX_DEPTH: usize = 256;
 /// # Errors
 /// The sides are no copy, the guest or this host refuses, or the connection breaks.
 pub fn run(daemon: &Client, args: &Cp) -> Result<Exit> {
-    let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
     match args.sides().map_err(|why| Error::new("cp", why).exit(Exit::Usage))? {
-        Copy::Out { name, path, to } => out(daemon, &signals, &name, &path, &to),
-        Copy::In { from, name, path } => into(daemon, &signals, &from, &name, &path),
+        Copy::Out { name, path, to } => out(daemon, &name, &path, &to),
+        Copy::In { from, name, path } => into(daemon, &from, &name, &path),
     }
 }
 
 fn ready(daemon: &Client, guest: &Name) -> Result<UnixStream> {
-    reach::ready(daemon, guest.as_str())
+    reach::ready(daemon, guest.as_str(), false)
 }
 
-fn out(daemon: &Client, signals: &Signals, guest: &Name, path: &str, to: &Place) -> Result<Exit> {
+fn out(daemon: &Client, guest: &Name, path: &str, to: &Place) -> Result<Exit> {
     let about = format!("{guest}:{path}");
     let Place::Local(to) = to else { return stream_out(daemon, guest, path, &about) };
     let (directory, name) =
@@ -59,6 +58,8 @@ fn out(daemon: &Client, signals: &Signals, guest: &Name, path: &str, to: &Place)
         name.to_str().ok_or_else(|| Error::new(to.display().to_string(), "its name must be UTF-8"))?;
     client::pack(&mut &stream, path, Some(sent_as)).map_err(|error| told(&about, &error))?;
 
+    // From here on there is something to clear away.
+    let signals = Signals::take().during(|| "signals".into())?;
     let staging = Staging::make(&directory)?;
     let (aside, from) = (staging.0.clone(), stream.try_clone().during(|| about.clone())?);
     let label = about.clone();
@@ -168,7 +169,7 @@ fn stream_out(daemon: &Client, guest: &Name, path: &str, about: &str) -> Result<
     }
 }
 
-fn into(daemon: &Client, signals: &Signals, from: &Place, guest: &Name, path: &str) -> Result<Exit> {
+fn into(daemon: &Client, from: &Place, guest: &Name, path: &str) -> Result<Exit> {
     let about = format!("{guest}:{path}");
     let refused = |error: &client::ClientError| told(&about, error);
     let source = match from {
@@ -189,27 +190,17 @@ fn into(daemon: &Client, signals: &Signals, from: &Place, guest: &Name, path: &s
     };
     let stream = ready(daemon, guest)?;
     client::unpack(&mut &stream, &directory).map_err(|error| refused(&error))?;
-    let to = stream.try_clone().during(|| about.clone())?;
-    let label = about.clone();
-    let sent = signals.during(move || {
-        let progress = Progress::bytes(&label, source.as_ref().and_then(|(_, length)| *length));
-        let mut to = Counted { to, progress };
-        let sent = match source {
-            Some((from, _)) => {
-                let packed = files::pack(&from, Path::new(&name), BufWriter::with_capacity(CHUNK, &mut to));
-                packed.map_err(Unsent::from)
-            }
-            None => io::copy(&mut io::stdin().lock(), &mut to).map(drop).map_err(|_| Unsent::Connection),
-        };
-        (sent, to.to.shutdown(Shutdown::Write))
-    });
-    let (sent, _) = match sent {
-        Ok(sent) => sent,
-        Err(signal) => {
-            let _ = stream.shutdown(Shutdown::Both);
-            return Ok(Exit::signal(signal));
+    let progress = Progress::bytes(&about, source.as_ref().and_then(|(_, length)| *length));
+    let mut to = Counted { to: &stream, progress };
+    let sent = match source {
+        Some((from, _)) => {
+            let packed = files::pack(&from, Path::new(&name), BufWriter::with_capacity(CHUNK, &mut to));
+            packed.map_err(Unsent::from)
         }
+        None => io::copy(&mut io::stdin().lock(), &mut to).map(drop).map_err(|_| Unsent::Connection),
     };
+    drop(to);
+    let _ = stream.shutdown(Shutdown::Write);
     // What could not be read here is said first; of a connection that ended, the guest knows why.
     if let Err(Unsent::Here(why)) = &sent {
         return Err(Error::new("cp", why));
@@ -236,12 +227,12 @@ impl From<FilesError> for Unsent {
 }
 
 /// Counts what is written through it.
-struct Counted {
-    to: UnixStream,
+struct Counted<'a> {
+    to: &'a UnixStream,
     progress: Progress,
 }
 
-impl Write for Counted {
+impl Write for Counted<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let count = self.to.write(bytes)?;
         self.progress.advance(count as u64);

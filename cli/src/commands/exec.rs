@@ -9,7 +9,7 @@ use agent::protocol::{self, Exit as Ended};
 use api_socket::fleet::Client;
 
 use crate::args::{Exec, Inside};
-use crate::error::{Error, Result};
+use crate::error::{During, Error, Result};
 use crate::exit::Exit;
 use crate::output::progress::Progress;
 use crate::reach::{self, told};
@@ -27,8 +27,8 @@ fn exec(daemon: &Client, args: &Exec) -> Result<Exit> {
     let guest = args.guest.as_str();
     let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
     let waiting = Progress::waiting(&format!("waiting for {guest}"));
-    let (client, name) = (daemon.clone(), guest.to_string());
-    let stream = match signals.during(move || reach::ready(&client, &name)) {
+    let (client, name, on_terminal) = (daemon.clone(), guest.to_string(), wants_terminal(&args.inside));
+    let stream = match signals.during(move || reach::ready(&client, &name, on_terminal)) {
         Ok(stream) => stream?,
         Err(signal) => return Ok(Exit::signal(signal)),
     };
@@ -54,12 +54,13 @@ pub fn inside(
     command: Vec<String>,
     signals: &Signals,
 ) -> Result<Ending> {
-    let on_terminal = match (inside.tty, inside.no_tty) {
-        (true, _) => true,
-        (_, true) => false,
-        _ => terminal::is_ours() && !inside.no_stdin,
-    };
-    client::exec(&mut &*stream, wanted(inside, command, on_terminal)).map_err(|error| told(guest, &error))?;
+    let on_terminal = wants_terminal(inside);
+    let mut agent = stream.try_clone().during(|| guest.to_string())?;
+    let command = wanted(inside, command, on_terminal);
+    match signals.during(move || client::exec(&mut agent, command)) {
+        Ok(started) => started.map_err(|error| told(guest, &error))?,
+        Err(signal) => return Ok(Ending::Signalled(signal)),
+    }
     // A command may want a terminal where we have none: keys that leave are looked for in any case.
     let raw = match on_terminal && terminal::is_ours() {
         true => Some(Raw::set().map_err(|error| Error::new("the terminal", error))?),
@@ -82,6 +83,15 @@ pub fn inside(
         eprintln!("\nberth: left {guest}");
     }
     Ok(ending)
+}
+
+/// Whether a command gets a terminal: as it was said, or as it is here.
+pub fn wants_terminal(inside: &Inside) -> bool {
+    match (inside.tty, inside.no_tty) {
+        (true, _) => true,
+        (_, true) => false,
+        _ => terminal::is_ours() && !inside.no_stdin,
+    }
 }
 
 /// What the agent is asked for.

@@ -33,7 +33,15 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     let new = NewGuest { remove_when_ended: args.rm, ..guests::new_guest(&args.guest, image) };
     let made = daemon.create(new).about(image)?;
     let end = End { daemon, guest: &made, signals: &signals, removes: args.rm };
-    if let Err(error) = daemon.start(&made.id).about(&made.name) {
+    let (client, id) = (daemon.clone(), made.id.clone());
+    let started = match signals.during(move || client.start(&id)) {
+        Ok(started) => started.about(&made.name),
+        Err(signal) => {
+            end.by_force();
+            return Ok(Exit::signal(signal));
+        }
+    };
+    if let Err(error) = started {
         if args.rm {
             let _ = daemon.remove(&made.id, true);
             return Err(error);
@@ -46,8 +54,8 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     }
 
     // From here on the guest is there for the command, and whatever goes wrong, it ends.
-    let (client, id) = (daemon.clone(), made.id.clone());
-    let stream = match signals.during(move || reach::ready(&client, &id)) {
+    let (client, id, on_terminal) = (daemon.clone(), made.id.clone(), exec::wants_terminal(&args.inside));
+    let stream = match signals.during(move || reach::ready(&client, &id, on_terminal)) {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             end.by_force();

@@ -12,12 +12,16 @@ use crate::output::words;
 
 /// Older kernels are not known to work: the oldest of Debian that still gets fixes has this one.
 const OLDEST_KERNEL: (u32, u32) = (5, 10);
-/// Controllers that limit what a guest uses.
-const CONTROLLERS: [&str; 3] = ["cpu", "io", "memory"];
+/// Controllers that berthd limits each guest with.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// And one that it uses if it is there.
+const IO: &str = "io";
 /// What a guest's disk, its logs and a little of the host's own need at least.
 const LEAST_SPACE: u64 = 1 << 30;
 /// What the jailer gives a VMM if nothing is said.
 const LEAST_OPEN_FILES: u64 = 2048;
+/// What berthd wants for a guest's network.
+const NO_NETWORK: &str = "guests start without a network only (berth run --no-network)";
 /// What filters of system calls end a process with.
 const KILL: &str = "kill_process";
 
@@ -67,7 +71,7 @@ pub fn judge(facts: &Facts) -> Report {
     Report { guests_can_run: !checks.iter().any(is_in_the_way), checks }
 }
 
-const CHECKS: [fn(&Facts) -> Check; 22] = [
+const CHECKS: [fn(&Facts) -> Check; 23] = [
     kvm,
     kvm_permissions,
     kernel,
@@ -75,6 +79,7 @@ const CHECKS: [fn(&Facts) -> Check; 22] = [
     jailer,
     control_groups,
     controllers,
+    io_controller,
     namespaces,
     seccomp,
     landlock,
@@ -188,11 +193,11 @@ fn jailer(facts: &Facts) -> Check {
 }
 
 fn ip(facts: &Facts) -> Check {
-    program("ip", "ip", facts.ip.as_deref(), "guests have no network", "iproute2")
+    program("ip", "ip", facts.ip.as_deref(), NO_NETWORK, "iproute2")
 }
 
 fn nft(facts: &Facts) -> Check {
-    program("nft", "nft", facts.nft.as_deref(), "guests reach the host and nothing behind it", "nftables")
+    program("nft", "nft", facts.nft.as_deref(), NO_NETWORK, "nftables")
 }
 
 fn program(name: &'static str, file: &str, found: Option<&Path>, costs: &str, package: &str) -> Check {
@@ -216,18 +221,34 @@ fn control_groups(facts: &Facts) -> Check {
 }
 
 fn controllers(facts: &Facts) -> Check {
-    const NAME: &str = "controllers";
     let have = &facts.control_groups.controllers;
     let missing: Vec<_> =
         CONTROLLERS.into_iter().filter(|name| !have.iter().any(|known| known == name)).collect();
-    match missing.as_slice() {
-        _ if !facts.control_groups.is_version_2 => {
-            ok(NAME, "not those of version 2").missing("nothing limits what guests use", "see control-groups")
-        }
-        [] => ok(NAME, have.join(", ")),
-        missing => ok(NAME, format!("without {}", missing.join(", "))).missing(
-            &format!("nothing limits what guests use of: {}", missing.join(", ")),
-            format!("grep . /proc/cgroups {CONTROL_GROUPS}/cgroup.controllers   # one that version 1 has is not there; boot with cgroup_no_v1=all"),
+    controller("controllers", have, &missing, "berthd cannot run a guest, as it limits what each uses", facts)
+        .needed()
+}
+
+fn io_controller(facts: &Facts) -> Check {
+    let have = &facts.control_groups.controllers;
+    let missing = if have.iter().any(|known| known == IO) { [].as_slice() } else { &[IO] };
+    controller(
+        "io-controller",
+        have,
+        missing,
+        "guests share disks as it comes: their --io-weight has no effect",
+        facts,
+    )
+}
+
+fn controller(name: &'static str, have: &[String], missing: &[&str], costs: &str, facts: &Facts) -> Check {
+    match missing {
+        _ if !facts.control_groups.is_version_2 => ok(name, "not those of version 2").missing(costs, "see control-groups"),
+        [] => ok(name, format!("there are {}", have.join(", "))),
+        missing => ok(name, format!("without {}", missing.join(", "))).missing(
+            costs,
+            format!(
+                "grep . /proc/cgroups {CONTROL_GROUPS}/cgroup.controllers   # one that version 1 has is not there; boot with cgroup_no_v1=all"
+            ),
         ),
     }
 }
@@ -285,7 +306,7 @@ fn tun(facts: &Facts) -> Check {
         TUN,
         &facts.tun,
         if facts.is_root { "a tap was made" } else { "it can be opened; only root makes taps" },
-        "guests have no network",
+        NO_NETWORK,
         "sudo modprobe tun",
         facts,
     )

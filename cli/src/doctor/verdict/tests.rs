@@ -39,7 +39,7 @@ fn good() -> Facts {
 /// What is changed on a good host; the check that tells; how; whether guests can run; what mends it.
 type Row = (&'static str, fn(&mut Facts), &'static str, Verdict, bool, &'static str);
 
-const BAD: [Row; 37] = {
+const BAD: [Row; 38] = {
     use Verdict::{Broken, Missing};
     fn other() -> Tried {
         Err(Trouble::Other("odd".into()))
@@ -94,9 +94,17 @@ const BAD: [Row; 37] = {
         ("no jailer", |f| f.jailer = None, "berth-jailer", Missing, false, "apt-get install berth"),
         ("version 1", |f| f.control_groups.is_version_2 = false, "control-groups", Missing, false, "cgroup2"),
         (
+            "no memory",
+            |f| f.control_groups.controllers.retain(|c| c != "memory"),
+            "controllers",
+            Missing,
+            false,
+            "/proc/cgroups",
+        ),
+        (
             "no io",
             |f| f.control_groups.controllers.retain(|c| c != "io"),
-            "controllers",
+            "io-controller",
             Missing,
             true,
             "/proc/cgroups",
@@ -261,6 +269,7 @@ fn the_names_of_checks_stay() {
         "berth-jailer",
         "control-groups",
         "controllers",
+        "io-controller",
         "namespaces",
         "seccomp",
         "landlock",
@@ -281,6 +290,15 @@ fn the_names_of_checks_stay() {
     let needed: Vec<_> = report.checks.iter().filter(|check| check.needed).map(|check| check.name).collect();
     assert_eq!(
         needed,
-        ["kvm", "kernel", "berth-vmm", "berth-jailer", "control-groups", "namespaces", "seccomp"]
+        [
+            "kvm",
+            "kernel",
+            "berth-vmm",
+            "berth-jailer",
+            "control-groups",
+            "controllers",
+            "namespaces",
+            "seccomp"
+        ]
     );
 }

@@ -1,0 +1,207 @@
+//! The command line on guests of a real daemon: what a person types, and what comes of it.
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+
+use std::fs;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use api_socket::fleet::State;
+use berth_tests::berthd::{Daemon, IMAGE};
+use berth_tests::guest::{Console, asset, limits, program};
+use berth_tests::host::{process, provide};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
+use serde_json::Value;
+
+/// Exit code, standard output, standard error.
+type Said = (i32, String, String);
+
+fn berth(daemon: &Daemon, line: &str) -> Command {
+    let mut command = Command::new(program("berth"));
+    command.env("BERTH_SOCKET", daemon.path("socket")).args(line.split_whitespace()).stdin(Stdio::null());
+    command
+}
+
+fn says(mut command: Command, input: &[u8]) -> Said {
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}
+
+/// What a command answers that must succeed.
+#[track_caller]
+fn ok(daemon: &Daemon, line: &str) -> String {
+    let (code, output, error) = says(berth(daemon, line), b"");
+    assert_eq!(code, 0, "{line}: {output}{error}{}", daemon.log());
+    output
+}
+
+fn code(daemon: &Daemon, line: &str) -> i32 {
+    says(berth(daemon, line), b"").0
+}
+
+/// Imports the small system by the command line.
+fn import(daemon: &Daemon) {
+    let disk = daemon.path("blank.img");
+    fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let mut command = berth(daemon, &format!("image import --name {IMAGE}"));
+    command.arg("--kernel").arg(asset(provide::BZIMAGE)).arg("--initrd").arg(asset(provide::INITRAMFS));
+    command.args(["--cmdline", "console=ttyS0 quiet reboot=k"]).arg(disk);
+    let (code, output, error) = says(command, b"");
+    assert_eq!((code, output.trim()), (0, IMAGE), "{error}");
+}
+
+#[test]
+fn a_guest_is_run_looked_into_and_removed() {
+    let daemon = Daemon::start("");
+    import(&daemon);
+    assert!(ok(&daemon, "image ls").contains(IMAGE));
+    let id = ok(&daemon, &format!("run --detach --name web --memory 96M {IMAGE}"));
+    let guests: Value = serde_json::from_str(&ok(&daemon, "ps --json")).unwrap();
+    assert_eq!((guests[0]["id"].as_str().unwrap(), guests[0]["name"].as_str()), (id.trim(), Some("web")));
+    assert!(ok(&daemon, "ps").contains("running, up"));
+
+    assert_eq!(ok(&daemon, "exec web -- uname -s"), "Linux\n");
+    assert_eq!(ok(&daemon, &format!("exec {} -- hostname", &id[..5])), "web\n");
+    assert_eq!(code(&daemon, "exec web -- false"), 1);
+    assert_eq!(code(&daemon, "exec web -- no-such-program"), 127);
+    assert_eq!(code(&daemon, "exec none -- true"), 125);
+    let killed = berth(&daemon, "exec web -- sh -c").arg("kill -9 $$").status().unwrap();
+    assert_eq!(killed.code(), Some(137));
+    let (_, counted, _) = says(berth(&daemon, "exec web -- wc -c"), &[b'x'; 300_000]);
+    assert_eq!(counted.trim(), "300000");
+
+    ok(&daemon, "pause web");
+    assert_eq!(code(&daemon, "exec web -- true"), 125);
+    ok(&daemon, "resume web");
+    assert!(ok(&daemon, "stats --no-stream web").contains("web"));
+    let stats: Value = serde_json::from_str(&ok(&daemon, "stats --json")).unwrap();
+    assert!(stats[0]["memory_bytes"].as_u64().unwrap() > 1 << 20, "{stats}");
+
+    let (code, shown, _) = says(berth(&daemon, "console web"), b"echo con-$((1 + 1)); poweroff -f\n");
+    assert!(code == 0 && shown.contains("con-2"), "{code} {shown}");
+    daemon.wait_for("web", State::Stopped);
+    assert!(ok(&daemon, "logs web").contains("con-2"));
+    assert!(ok(&daemon, "ps --all").contains("stopped, powered-off"));
+    assert_eq!(ok(&daemon, "start web"), "web\n");
+    assert_eq!(ok(&daemon, "stop --time 30 web"), "web\n");
+    assert_eq!(ok(&daemon, "rm web"), "web\n");
+    assert_eq!(ok(&daemon, "ps --all --quiet"), "");
+    ok(&daemon, &format!("image rm {IMAGE}"));
+}
+
+#[test]
+fn a_guest_for_one_command_has_its_output_and_code_and_leaves_nothing() {
+    let daemon = Daemon::start("");
+    import(&daemon);
+    let nothing = daemon.traces();
+    let mut command = berth(&daemon, &format!("run --rm --memory 96M {IMAGE} -- sh -c"));
+    command.arg("cat; echo err >&2; exit 7");
+    assert_eq!(says(command, b"typed\n"), (7, "typed\n".into(), "err\n".into()));
+    assert_eq!(ok(&daemon, "ps --all --quiet"), "");
+    assert_eq!(daemon.traces(), nothing);
+
+    // One that is kept has gone down by itself.
+    assert_eq!(ok(&daemon, &format!("run --name kept --memory 96M {IMAGE} -- echo hi")), "hi\n");
+    let guest: Value = serde_json::from_str(&ok(&daemon, "inspect kept")).unwrap();
+    assert_eq!(
+        (guest["state"].as_str(), guest["last_end"]["outcome"].as_str()),
+        (Some("stopped"), Some("powered-off"))
+    );
+
+    // A shell that reads its commands from a pipe.
+    let shell = berth(&daemon, &format!("run --rm --memory 96M {IMAGE}"));
+    let (code, shown, error) = says(shell, b"echo in-$((2 + 2))\nexit 3\n");
+    assert!(code == 3 && shown.contains("in-4"), "{code} {shown} {error}");
+}
+
+/// What a person sees who types `berth run IMAGE`.
+#[test]
+fn a_terminal_gets_a_shell_in_a_new_guest_and_is_given_back() {
+    let daemon = Daemon::start("");
+    import(&daemon);
+    let nothing = daemon.traces();
+    let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&person).unwrap();
+    unlockpt(&person).unwrap();
+    let end = ioctl_tiocgptpeer(&person, OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    let size = Winsize { ws_row: 41, ws_col: 123, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(&person, size).unwrap();
+    let before = format!("{:?}", tcgetattr(&end).unwrap());
+
+    let mut command = berth(&daemon, &format!("run --rm --name shell --memory 96M {IMAGE}"));
+    let clone = || end.try_clone().unwrap();
+    command.stdin(clone()).stdout(clone()).stderr(clone()).env("TERM", "vt100");
+    let mut shell = process::in_session(&mut command, true).spawn().unwrap();
+    let mut console = Console::new(person.try_clone().unwrap(), person);
+    console.wait_for("# ", limits::BOOT);
+    console.send(b"echo $TERM-$(stty size)\r");
+    console.wait_for("vt100-41 123", limits::COMMAND);
+    // Ctrl-C is for what runs in the guest.
+    console.send(b"sleep 1000\r");
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    console.send(b"\x03");
+    console.send(b"exit 5\r");
+    assert!(process::wait_for(&mut shell, limits::COMMAND), "the shell does not end");
+    assert_eq!(shell.wait().unwrap().code(), Some(5));
+    assert_eq!(format!("{:?}", tcgetattr(&end).unwrap()), before);
+    assert_eq!(daemon.traces(), nothing);
+}
+
+#[test]
+fn files_and_archives_go_in_and_come_out() {
+    let daemon = Daemon::start("");
+    import(&daemon);
+    ok(&daemon, &format!("run -d --name web --memory 96M {IMAGE}"));
+    let here = tempfile::tempdir().unwrap();
+    let path = |name: &str| here.path().join(name).to_str().unwrap().to_string();
+    fs::create_dir_all(path("tree/deep")).unwrap();
+    fs::write(path("tree/deep/leaf"), "leaf").unwrap();
+    let large: Vec<u8> = (0..2_000_000_u32).map(|number| (number % 251) as u8).collect();
+    fs::write(path("tree/large"), &large).unwrap();
+
+    ok(&daemon, &format!("cp {} web:/root", path("tree")));
+    assert_eq!(ok(&daemon, "exec web -- cat /root/tree/deep/leaf"), "leaf");
+    ok(&daemon, &format!("cp web:/root/tree {}", path("back")));
+    assert_eq!(fs::read(path("back/large")).unwrap(), large);
+    assert_eq!(fs::read_to_string(path("back/deep/leaf")).unwrap(), "leaf");
+
+    let archive = berth(&daemon, "cp web:/root/tree -").output().unwrap();
+    assert!(archive.status.success());
+    ok(&daemon, "exec web -- mkdir /root/other");
+    let (code, _, error) = says(berth(&daemon, "cp - web:/root/other"), &archive.stdout);
+    assert_eq!(code, 0, "{error}");
+    assert_eq!(ok(&daemon, "exec web -- cat /root/other/tree/deep/leaf"), "leaf");
+    let (code, _, error) = says(berth(&daemon, "cp web:/none ."), b"");
+    assert!(code == 1 && error.starts_with("berth: web:/none: "), "{error}");
+}
+
+#[test]
+fn events_and_logs_are_followed_while_things_happen() {
+    let daemon = Daemon::start("");
+    import(&daemon);
+    let events = berth(&daemon, "events --json").stdout(Stdio::piped()).spawn().unwrap();
+    ok(&daemon, &format!("create --name web --memory 96M {IMAGE}"));
+    ok(&daemon, "start web");
+    let logs = berth(&daemon, "logs --follow web").stdout(Stdio::piped()).spawn().unwrap();
+    ok(&daemon, "exec web -- sh -c true");
+    berth(&daemon, "exec web -- sh -c").arg("echo to-the-console > /dev/console").status().unwrap();
+    ok(&daemon, "stop web");
+    // The guest's end is that of what follows it.
+    let logged = logs.wait_with_output().unwrap();
+    assert!(logged.status.success());
+    assert!(String::from_utf8_lossy(&logged.stdout).contains("to-the-console"));
+    rustix::process::kill_process(rustix::process::Pid::from_child(&events), rustix::process::Signal::TERM)
+        .unwrap();
+    let told = String::from_utf8(events.wait_with_output().unwrap().stdout).unwrap();
+    let states: Vec<_> = told
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["what"].as_str().unwrap().to_string())
+        .collect();
+    for what in ["created", "running", "stopped"] {
+        assert!(states.iter().any(|state| state == what), "{what}: {states:?}");
+    }
+}
