@@ -31,6 +31,9 @@ const OVERHEAD_MIB: u64 = 128;
 const MAX_THREADS: u32 = 64;
 /// The guest's own address for its sockets. Each VMM has sockets of its own, so it can be the same everywhere.
 const CID: u32 = 3;
+/// As pipes are opened whose other end is the VMM's. For writing too: without anybody who could write, which a VMM brings about
+/// by closing its end, a pipe is always ready, and the loop would never rest.
+const READ: OFlags = OFlags::RDWR.union(OFlags::NONBLOCK);
 /// The period in which a share of processors is counted, in microseconds; the kernel's default.
 const CPU_PERIOD: u64 = 100_000;
 
@@ -182,7 +185,7 @@ impl Pipes {
 /// # Errors
 /// Those of the file system.
 pub fn console(places: &Places) -> io::Result<File> {
-    open_pipe(places, "console.out", OFlags::RDONLY | OFlags::NONBLOCK)
+    open_pipe(places, "console.out", READ)
 }
 
 /// What the VMM has to say, to be read.
@@ -190,7 +193,7 @@ pub fn console(places: &Places) -> io::Result<File> {
 /// # Errors
 /// Those of the file system.
 pub fn log(places: &Places) -> io::Result<File> {
-    open_pipe(places, "log", OFlags::RDONLY | OFlags::NONBLOCK)
+    open_pipe(places, "log", READ)
 }
 
 /// What the guest reads from its console, to be written.
@@ -295,6 +298,20 @@ mod tests {
             fs::write(&path, settings.to_string()).unwrap();
             let requests = api_socket::config_file::read(&path).unwrap();
             assert_eq!(requests.len(), if has_network { 7 } else { 6 });
+        }
+    }
+
+    #[test]
+    fn a_vmm_that_closes_its_ends_does_not_keep_the_loop_awake() {
+        let place = tempfile::tempdir().unwrap();
+        let config = Config { run_dir: place.path().into(), ..Config::default() };
+        let places = Places::new(&config, "0123456789ab");
+        let Pipes { console_in, console_out, log_out, console, log, .. } =
+            Pipes::make(&places, rustix::process::getuid().as_raw()).unwrap();
+        drop((console_in, console_out, log_out));
+        for pipe in [console, log] {
+            let mut fds = [rustix::event::PollFd::new(&pipe, rustix::event::PollFlags::IN)];
+            assert_eq!(rustix::event::poll(&mut fds, Some(&Default::default())).unwrap(), 0);
         }
     }
 
