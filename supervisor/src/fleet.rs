@@ -189,10 +189,7 @@ impl Fleet {
         }
         let (then, action) = state::next(before, event, record.policy())
             .map_err(|why| Fault { status: 409, message: format!("Guest {} is {}.", guest.name, why.0) })?;
-        if !inner.is_made {
-            let message = format!("Guest {} is being made; try again when that is done.", guest.name);
-            return Err(Fault { status: 409, message });
-        }
+        inner.check_made(&guest.name)?;
         record.state = then;
         match (event, action) {
             (Event::Start, Action::Start) => (record.restarts, record.streak) = (0, 0),
@@ -252,7 +249,9 @@ impl Fleet {
         if let Err(error) = guest.places.clear(&self.config).and_then(|()| self.store.remove(&guest.id)) {
             // It is still there for `rm --force`, and for the next start of the daemon.
             log::error!("Guest {} cannot be removed: {error}", guest.name);
-            guest.lock().why_ended = Some(error.to_string());
+            let mut inner = guest.lock();
+            (inner.why_ended, inner.is_left) = (Some(error.to_string()), true);
+            drop(inner);
             guest.changed();
             return;
         }

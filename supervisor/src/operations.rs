@@ -28,6 +28,8 @@ const START_PAUSE: Duration = Duration::from_millis(5);
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// After a process was killed, how long its client waits for all to be cleared away.
 const CLEARING: Duration = Duration::from_secs(60);
+/// What is kept of why a guest ended, in bytes: a sentence or a few. It becomes part of the record, which has a longest too.
+const MAX_REASON: usize = 1024;
 /// The longest text of how a process ended, in bytes.
 const MAX_EXIT_STATUS: u64 = 4096;
 
@@ -119,7 +121,7 @@ impl Fleet {
     }
 
     /// From now on the loop tells what the guest says, and its end.
-    pub fn watch_guest(&self, guest: &Guest, held: &Held) {
+    pub fn watch_guest(self: &Arc<Fleet>, guest: &Arc<Guest>, held: &Arc<Held>) {
         use std::os::fd::AsFd;
         let watch = |kind, feed: &crate::feed::Feed| {
             feed.with_pipe(|pipe| pipe.map_or(Ok(()), |pipe| self.watch.guest(&guest.id, kind, pipe)))
@@ -130,6 +132,11 @@ impl Fleet {
         if let Err(error) = outcome {
             // Nobody would hear of its end: no guest is better than one that is lost.
             self.give_up(guest, &format!("it cannot be watched: {error}"));
+            let (fleet, guest, held) = (self.clone(), guest.clone(), held.clone());
+            self.workers.put(move || {
+                held.ends_within(CLEARING);
+                fleet.process_has_ended(&guest);
+            });
         }
     }
 
@@ -201,8 +208,11 @@ impl Fleet {
     pub fn remove_and_wait(self: &Arc<Fleet>, guest: &Arc<Guest>, force: bool) -> Result<(), Fault> {
         guest.lock().why_ended = None;
         let action = self.apply(guest, Event::Remove { force })?;
+        // Nobody else tries again what could not be removed before.
+        let is_left = std::mem::take(&mut guest.lock().is_left);
         match action {
             Action::Forget => self.forget(guest),
+            Action::Kill if is_left => self.forget(guest),
             action => self.see_to(guest, action),
         }
         guest.wait(CLEARING, |inner| inner.why_ended.is_some() || self.by_id(&guest.id).is_none());
@@ -289,7 +299,11 @@ impl Fleet {
     /// 409 for what a running guest cannot have; the VMM or the kernel refuses. What was done before stays.
     pub fn update(self: &Arc<Fleet>, guest: &Arc<Guest>, update: GuestUpdate) -> Result<(), Fault> {
         let _claim = guest.claim("being changed")?;
-        let mut then = guest.lock().record.clone();
+        let mut then = {
+            let inner = guest.lock();
+            inner.check_made(&guest.name)?;
+            inner.record.clone()
+        };
         let is_live = matches!(then.state, State::Running | State::Paused);
         if let Some(memory) = update.memory_mib {
             if let Some(first) = then.started_memory_mib.filter(|_| is_live) {
@@ -352,7 +366,7 @@ impl Fleet {
 
     /// Nothing is left of the guest's run.
     pub fn has_ended(self: &Arc<Fleet>, guest: &Arc<Guest>, outcome: Outcome, reason: String) {
-        let end = End { at: now(), outcome, reason };
+        let end = End { at: now(), outcome, reason: tame(&reason) };
         {
             let mut inner = guest.lock();
             inner.record.last_end = Some(end.clone());
@@ -442,13 +456,29 @@ fn read_exit_status(guest: &Guest) -> Option<ExitStatus> {
 fn vmm_fault(guest: &Guest, error: ClientError) -> Fault {
     match error {
         ClientError::Refused(fault) => {
-            Fault { message: format!("Guest {}: {}", guest.name, fault.message), ..fault }
+            Fault { message: format!("Guest {}: {}", guest.name, tame(&fault.message)), ..fault }
         }
         error => Fault {
             status: 504,
-            message: format!("The VMM of guest {} does not answer: {error}.", guest.name),
+            message: format!(
+                "The VMM of guest {} does not answer: {}.",
+                guest.name,
+                tame(&error.to_string())
+            ),
         },
     }
+}
+
+/// The beginning of what a VMM has said, with nothing in it that moves a terminal's cursor.
+fn tame(text: &str) -> String {
+    let mut tame = String::new();
+    for char in text.chars().map(|char| if char.is_control() { ' ' } else { char }) {
+        if tame.len() + char.len_utf8() > MAX_REASON {
+            break;
+        }
+        tame.push(char);
+    }
+    tame
 }
 
 fn sentence(text: &str) -> String {
@@ -458,6 +488,59 @@ fn sentence(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{self, ID};
+
+    #[test]
+    fn whatever_a_vmm_says_of_its_end_the_record_can_be_read_again() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| record.state = State::Running);
+        fleet.has_ended(&guest, Outcome::VmmFailed, "\x1b[2Jé".repeat(100_000));
+        let found = fleet.store.load().unwrap();
+        let [record] = &found.records[..] else { panic!("{found:?}") };
+        let reason = &record.last_end.as_ref().unwrap().reason;
+        assert!(reason.len() <= MAX_REASON && !reason.contains(char::is_control), "{reason:?}");
+        assert_eq!(record.state, State::Stopped);
+    }
+
+    #[test]
+    fn what_could_not_be_removed_is_removed_when_somebody_asks_again() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |_| ());
+        // There is no jailer, which removes cells.
+        assert_eq!(fleet.remove_and_wait(&guest, false).unwrap_err().status, 500);
+        assert_eq!(guest.state(), State::Removing);
+        assert_eq!(fleet.remove_and_wait(&guest, true).unwrap_err().status, 500);
+        testing::provide_jailer(&fleet);
+        fleet.remove_and_wait(&guest, false).unwrap();
+        assert!(fleet.by_id(ID).is_none() && !fleet.store.directory(ID).exists());
+    }
+
+    #[test]
+    fn a_guest_that_is_being_made_is_not_changed() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |_| ());
+        let update = GuestUpdate { cpus: Some(2), ..GuestUpdate::default() };
+        guest.lock().is_made = false;
+        assert_eq!(fleet.update(&guest, update).unwrap_err().status, 409);
+        guest.lock().is_made = true;
+        fleet.update(&guest, update).unwrap();
+        assert_eq!(fleet.store.load().unwrap().records[0].cpus, 2);
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_watched_is_ended_and_known_to_have() {
+        let (_place, fleet) = testing::fleet();
+        // Of an id that is none the watch makes no token.
+        let guest = testing::guest(&fleet, "none", |record| record.state = State::Running);
+        let (mut child, held) = testing::process();
+        guest.lock().held = Some(held.clone());
+        fleet.watch_guest(&guest, &held);
+        assert!(guest.wait(Duration::from_secs(60), |inner| inner.record.state == State::Stopped));
+        let end = guest.last_end().unwrap();
+        assert!(end.outcome == Outcome::VmmFailed && end.reason.contains("cannot be watched"), "{end:?}");
+        // It was reaped.
+        assert!(child.wait().is_err());
+    }
 
     #[test]
     fn exit_codes_are_what_the_documents_say() {
