@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use api_socket::Fault;
@@ -19,7 +19,7 @@ use crate::images::{Images, disk_fault};
 use crate::network::Network;
 use crate::record::Record;
 use crate::state::{self, Action, Event, State};
-use crate::store::{ID_LENGTH, Store};
+use crate::store::{Claimed, ID_LENGTH, Store};
 use crate::watch::Watch;
 use crate::workers::Workers;
 
@@ -37,6 +37,8 @@ pub struct Fleet {
     pub workers: Workers,
     pub watch: Watch,
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
+    /// Of guests whose records are not understood: nobody else gets it. Set once, at the start.
+    claimed: OnceLock<Vec<Claimed>>,
 }
 
 impl Fleet {
@@ -57,6 +59,7 @@ impl Fleet {
             workers: Workers::start()?,
             watch: Watch::new()?,
             guests: Mutex::default(),
+            claimed: OnceLock::new(),
             config,
         }))
     }
@@ -97,6 +100,16 @@ impl Fleet {
                 ),
             }),
         }
+    }
+
+    /// At the start: what nobody else is to get.
+    pub fn set_claimed(&self, claimed: Vec<Claimed>) {
+        // Twice would be a second start.
+        let _ = self.claimed.set(claimed);
+    }
+
+    fn claimed(&self) -> &[Claimed] {
+        self.claimed.get().map(Vec::as_slice).unwrap_or_default()
     }
 
     /// Adds a guest that was found at the start.
@@ -142,11 +155,13 @@ impl Fleet {
         }
         let id = free_id(&guests).map_err(|error| full(format!("No id can be made: {error}.")))?;
         let name = new.name.clone().unwrap_or_else(|| format!("guest-{}", id.get(..6).unwrap_or(&id)));
-        if guests.values().any(|guest| guest.name == name || guest.id == name) {
+        let is_claimed = self.claimed().iter().any(|claimed| claimed.name.as_ref() == Some(&name));
+        if is_claimed || guests.values().any(|guest| guest.name == name || guest.id == name) {
             let message = format!("There is a guest {name} already; remove it, or give another name.");
             return Err(Fault { status: 409, message });
         }
-        let uids: BTreeSet<_> = guests.values().map(|guest| guest.uid).collect();
+        let mut uids: BTreeSet<_> = guests.values().map(|guest| guest.uid).collect();
+        uids.extend(self.claimed().iter().filter_map(|claimed| claimed.uid));
         let uid = (config.uid_first..config.uid_first.saturating_add(config.uid_count))
             .find(|uid| !uids.contains(uid));
         let uid = uid.ok_or_else(|| {
@@ -169,7 +184,8 @@ impl Fleet {
     }
 
     fn free_address(&self, guests: &BTreeMap<String, Arc<Guest>>) -> Option<std::net::Ipv4Addr> {
-        let taken: BTreeSet<_> = guests.values().filter_map(|guest| guest.address).collect();
+        let mut taken: BTreeSet<_> = guests.values().filter_map(|guest| guest.address).collect();
+        taken.extend(self.claimed().iter().filter_map(|claimed| claimed.address));
         let all = self.config.network.guests().map(std::net::Ipv4Addr::from_bits);
         { all }.find(|address| *address != self.config.network.address && !taken.contains(address))
     }
@@ -191,6 +207,9 @@ impl Fleet {
             .map_err(|why| Fault { status: 409, message: format!("Guest {} is {}.", guest.name, why.0) })?;
         inner.check_made(&guest.name)?;
         record.state = then;
+        if action == Action::Start {
+            record.started_memory_mib = None;
+        }
         match (event, action) {
             (Event::Start, Action::Start) => (record.restarts, record.streak) = (0, 0),
             (_, Action::Start) if event == Event::Due => {
@@ -329,5 +348,27 @@ fn free_id(guests: &BTreeMap<String, Arc<Guest>>) -> io::Result<String> {
         if !guests.contains_key(&id) {
             return Ok(id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, ID};
+
+    #[test]
+    fn what_may_be_of_a_guest_that_is_not_understood_nobody_else_gets() {
+        let (_place, fleet) = testing::fleet();
+        let directory = fleet.store.directory(ID);
+        fs::create_dir(&directory).unwrap();
+        let (uid, address) = (fleet.config.uid_first, "10.87.0.2");
+        let newer = format!(r#"{{"format":2,"name":"web","uid":{uid},"address":"{address}","state":{{}}}}"#);
+        fs::write(directory.join("guest.json"), newer).unwrap();
+        crate::adopt::all(&fleet).unwrap();
+        assert!(fleet.list(ROOT).is_empty() && directory.join("guest.json").exists());
+        let named = |name: &str| NewGuest { name: Some(name.into()), ..NewGuest::of("debian") };
+        assert_eq!(fleet.reserve(1000, named("web")).unwrap_err().status, 409);
+        let guest = fleet.reserve(1000, named("other")).unwrap();
+        assert_eq!((guest.uid, guest.address.unwrap().to_string()), (uid + 1, "10.87.0.3".into()));
     }
 }

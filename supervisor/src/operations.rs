@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api_socket::fleet::{End, GuestUpdate, Outcome, Stop};
-use api_socket::{ClientError, Fault, VmState};
+use api_socket::{ClientError, Fault, InstanceState, VmState};
 use rustix::process::Signal;
 use serde::Deserialize;
 
@@ -291,6 +291,20 @@ impl Fleet {
             if is_paused { (VmState::Paused, Event::Paused) } else { (VmState::Resumed, Event::Resumed) };
         vmm_api::set_state(&guest.places, to).map_err(|error| vmm_fault(guest, error))?;
         self.apply(guest, event).map(|_| ())
+    }
+
+    /// Writes down whether the guest is paused, if it was paused or resumed while nobody wrote.
+    pub fn look_whether_paused(&self, guest: &Guest) {
+        // Who has the claim writes down the newest.
+        let Ok(_claim) = guest.claim("being looked at") else { return };
+        let event = match vmm_api::state(&guest.places) {
+            Ok(InstanceState::Paused) => Event::Paused,
+            Ok(InstanceState::Running) => Event::Resumed,
+            _ => return,
+        };
+        if let Err(fault) = self.apply(guest, event) {
+            log::error!("{fault}");
+        }
     }
 
     /// Changes what can be changed now, and writes down the rest.

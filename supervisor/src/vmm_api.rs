@@ -30,8 +30,15 @@ pub const VSOCK: &str = "run/v.sock";
 /// # Errors
 /// It does not answer.
 pub fn is_running(places: &Places) -> Result<bool, ClientError> {
-    let info = client(places, PING)?.instance_info()?;
-    Ok(info.state != InstanceState::NotStarted)
+    Ok(state(places)? != InstanceState::NotStarted)
+}
+
+/// What the VMM says of its guest.
+///
+/// # Errors
+/// It does not answer.
+pub fn state(places: &Places) -> Result<InstanceState, ClientError> {
+    Ok(client(places, PING)?.instance_info()?.state)
 }
 
 /// Pauses or resumes the guest.
