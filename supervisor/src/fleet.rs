@@ -138,7 +138,7 @@ impl Fleet {
             return Err(fault);
         }
         guest.lock().is_made = true;
-        self.events.tell("created", &guest.id, &guest.name, None);
+        self.events.tell("created", guest.owner, &guest.id, &guest.name, None);
         Ok(guest)
     }
 
@@ -238,9 +238,10 @@ impl Fleet {
                 !matches!(event, Event::Start | Event::Stop | Event::Remove { .. }),
             )?;
         }
+        inner.ends += u64::from(matches!(event, Event::Ended(_)));
         drop(inner);
         if then != before {
-            self.events.tell(then.on_the_wire().as_str(), &guest.id, &guest.name, None);
+            self.events.tell(then.on_the_wire().as_str(), guest.owner, &guest.id, &guest.name, None);
         }
         guest.changed();
         Ok(action)
@@ -278,7 +279,7 @@ impl Fleet {
         guest.log.end();
         self.watch.time(&guest.id, None);
         self.guests().remove(&guest.id);
-        self.events.tell("removed", &guest.id, &guest.name, None);
+        self.events.tell("removed", guest.owner, &guest.id, &guest.name, None);
         guest.changed();
     }
 

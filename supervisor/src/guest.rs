@@ -53,6 +53,8 @@ pub struct Inner {
     pub is_killed: bool,
     /// Why there is no guest, where the VMM cannot know.
     pub why_ended: Option<String>,
+    /// How often it has ended, since this daemon knows it.
+    pub ends: u64,
     /// It was to be removed, and something was in the way.
     pub is_left: bool,
 }
@@ -95,6 +97,7 @@ impl Guest {
                 is_asked: false,
                 is_killed: false,
                 why_ended: None,
+                ends: 0,
                 is_left: false,
             }),
             changed: Condvar::new(),

@@ -99,6 +99,25 @@ fn a_guest_that_was_paused_while_no_daemon_is_there_is_known_to_be() {
     daemon.wait_for("web", State::Paused);
     assert_eq!(daemon.client().resume("web").unwrap().state, State::Running);
     assert_eq!(daemon.exec("web", &["echo", "still"]).text(), "still\n");
+
+    // Nor need the daemon be asked: a guest that its owner has paused goes down when it is stopped.
+    own.apply(&Request::PatchVm(VmState::Paused)).unwrap();
+    let ended = daemon.client().stop("web", Stop::default()).unwrap();
+    assert_eq!(ended.last_end.unwrap().outcome, Outcome::PoweredOff);
+}
+
+#[test]
+fn a_console_stays_when_its_guest_reboots() {
+    let daemon = Daemon::start("");
+    daemon.import();
+    let before = daemon.guest("web");
+    let mut console = daemon.client().console("web").unwrap();
+    console.set_read_timeout(Some(limits::COMMAND)).unwrap();
+    daemon.say("web", "(sleep 1; reboot -f) &");
+    daemon.wait_for_another(&before);
+    daemon.exec("web", &["true"]).text();
+    console.write_all(b"echo one-$((1 + 1))\n").unwrap();
+    hear_until(&mut console, "one-2").unwrap();
 }
 
 #[test]
