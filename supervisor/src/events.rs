@@ -9,7 +9,7 @@ use api_socket::fleet::{End, Event};
 use crate::fleet::User;
 
 /// Events that are kept for who is slow to take them.
-const KEPT: usize = 1024;
+pub const KEPT: usize = 1024;
 
 /// All events of this run of the daemon.
 #[derive(Debug, Default)]

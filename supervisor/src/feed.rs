@@ -14,9 +14,9 @@ use std::time::Duration;
 /// The longest log, in bytes; then it is moved aside, and the one before that removed.
 pub const MAX_LOG: u64 = 1 << 20;
 /// What a listener may leave untaken, in bytes.
-const MAX_UNTAKEN: usize = 256 << 10;
+pub const MAX_UNTAKEN: usize = 256 << 10;
 /// Listeners of one feed at a time.
-const MAX_LISTENERS: usize = 16;
+pub const MAX_LISTENERS: usize = 16;
 /// What is read of a pipe before others have their turn, in bytes: what a pipe holds.
 const MAX_TURN: usize = 64 << 10;
 

@@ -476,7 +476,7 @@ fn how_it_ended(guest: &Guest, status: Option<Status>) -> (Outcome, String) {
 }
 
 /// Exit codes of the VMM and the jailer (docs/vmm.md, docs/jailer.md).
-fn outcome_of(code: i32, is_starting: bool) -> Outcome {
+pub fn outcome_of(code: i32, is_starting: bool) -> Outcome {
     match code {
         0 => Outcome::PoweredOff,
         3 => Outcome::Rebooted,

@@ -26,9 +26,9 @@ use crate::{metrics, spawn, usage, vmm_api};
 /// Clients at the same time; one more is told so and closed.
 pub const MAX_CLIENTS: usize = 256;
 /// The same of one user who is not root, so that one cannot keep out the others.
-const MAX_CLIENTS_OF_USER: usize = 64;
+pub const MAX_CLIENTS_OF_USER: usize = 64;
 /// Places that only root may take: somebody must be able to look into it.
-const ROOTS_PLACES: usize = 16;
+pub const ROOTS_PLACES: usize = 16;
 /// The stack of a client's thread, in bytes: what it says is on the heap.
 const STACK: usize = 256 << 10;
 /// How often somebody who tells a stream looks whether it is still heard.
