@@ -37,6 +37,8 @@ pub struct Fleet {
     pub workers: Workers,
     pub watch: Watch,
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
+    /// Before all other locks.
+    counting: Mutex<()>,
     /// Of guests whose records are not understood: nobody else gets it. Set once, at the start.
     claimed: OnceLock<Vec<Claimed>>,
 }
@@ -59,6 +61,7 @@ impl Fleet {
             workers: Workers::start()?,
             watch: Watch::new()?,
             guests: Mutex::default(),
+            counting: Mutex::default(),
             claimed: OnceLock::new(),
             config,
         }))
@@ -122,8 +125,12 @@ impl Fleet {
     /// # Errors
     /// The name is taken, there is no such image, no place for one more, or the disk fails.
     pub fn create(&self, user: User, new: NewGuest) -> Result<Arc<Guest>, Fault> {
-        self.images.find(&new.image, user)?;
-        let guest = self.reserve(user, new)?;
+        let guest = {
+            // From here on the guest is counted, and its image stays.
+            let _images = self.images_are_counted();
+            self.images.find(&new.image, user)?;
+            self.reserve(user, new)?
+        };
         let make = || -> Result<(), Fault> {
             let directory = self.store.directory(&guest.id);
             let record = guest.lock().record.clone();
@@ -311,12 +318,18 @@ impl Fleet {
     /// # Errors
     /// 404, 403, 409
     pub fn remove_image(&self, user: User, name: &str) -> Result<(), Fault> {
+        let _images = self.images_are_counted();
         let guests = self.image(user, name)?.guests;
         if guests > 0 {
             let message = format!("{guests} guests boot from the kernel of image {name}; remove them first.");
             return Err(Fault { status: 409, message });
         }
         self.images.remove(name, user)
+    }
+
+    /// Nobody removes an image while somebody makes a guest of it, nor the other way round.
+    fn images_are_counted(&self) -> MutexGuard<'_, ()> {
+        self.counting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes what was left half made, and warns of what cannot be read.
