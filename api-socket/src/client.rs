@@ -92,7 +92,7 @@ impl Client {
         }
     }
 
-    /// Limits how long each wait for the VMM may take; `None`, as it is at first, is for ever.
+    /// Limits how long a request may take to the end of its reply; `None`, as it is at first, is for ever.
     ///
     /// # Errors
     /// [`ClientError::Io`], for a timeout of zero.
@@ -215,9 +215,10 @@ impl Client {
             Some(stream) => stream,
             None => self.open()?,
         };
+        let until = self.timeout.map(|timeout| Instant::now() + timeout);
         // A server that refuses may close before it has read everything, and what it said is worth more than that.
         let written = stream.write_all(request);
-        let response = match (read_response(&mut stream), written) {
+        let response = match (read_response(&mut Timed { stream: &stream, until }), written) {
             (Ok(response), _) => response,
             (Err(ReadError::Io(source)), Ok(())) | (Err(_), Err(source)) => return Err(self.io_error(source)),
             (Err(ReadError::Protocol(what)), Ok(())) => return Err(ClientError::Protocol(what)),
@@ -472,6 +473,25 @@ fn parse_head(input: &[u8]) -> Result<Option<Head>, ReadError> {
         _ => return Err(ReadError::Protocol(format!("its Content-Length is not a number up to {MAX_BODY}"))),
     };
     Ok(Some(Head { response, length, content_length }))
+}
+
+/// A stream that is read until then. A limit for each read would be none for a server that says a byte at a time.
+struct Timed<'a> {
+    stream: &'a UnixStream,
+    until: Option<Instant>,
+}
+
+impl Read for Timed<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(until) = self.until {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+        }
+        self.stream.read(buffer)
+    }
 }
 
 fn set_timeout(stream: &UnixStream, timeout: Option<Duration>) -> io::Result<()> {

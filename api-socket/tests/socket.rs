@@ -600,3 +600,22 @@ fn a_client_passes_over_interim_replies() {
     let outcome = told(reply);
     assert!(matches!(outcome, Err(ClientError::Refused(Fault { status: 400, .. }))), "{outcome:?}");
 }
+
+#[test]
+fn a_server_that_goes_on_for_ever_is_not_heard_for_longer_than_the_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        // Each of these is a whole one, and comes in time.
+        while stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").is_ok() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    let mut client = Client::connect(&path).unwrap();
+    client.set_timeout(Some(Duration::from_millis(100))).unwrap();
+    assert!(matches!(client.instance_info(), Err(ClientError::Io { .. })));
+    drop(client);
+    server.join().unwrap();
+}

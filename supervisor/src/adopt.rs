@@ -2,18 +2,22 @@
 //! gone has ended; nothing that belongs to nobody stays.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api_socket::fleet::{DEFAULT_STOP_SECONDS, Outcome, Restart};
 
+use crate::cell::Places;
+use crate::events::now;
 use crate::fleet::Fleet;
 use crate::guest::Guest;
 use crate::process::{self, Held};
 use crate::record::Record;
-use crate::spawn;
 use crate::state::{Event, State};
+use crate::store::{self, Claimed};
+use crate::{spawn, vmm_api};
 
 /// Takes on everything. Before the first client is heard.
 ///
@@ -30,6 +34,8 @@ pub fn all(fleet: &Arc<Fleet>) -> std::io::Result<()> {
     for (path, why) in &found.broken {
         log::error!("{} is no record of a guest and is left alone: {why}", path.display());
     }
+    let running = found.broken.iter().flat_map(|(path, _)| users_of(fleet, path));
+    fleet.set_claimed(found.claimed.iter().cloned().chain(running).collect());
     let boot_id = process::boot_id()?;
     let mut works = Vec::new();
     for record in found.records {
@@ -43,12 +49,41 @@ pub fn all(fleet: &Arc<Fleet>) -> std::io::Result<()> {
         take(fleet, &guest, &record, &boot_id);
     }
     remove_strays(fleet);
-    Ok(())
+    ask_all(fleet)
+}
+
+/// Of a guest that runs and whose record says nothing at all: its VMM's user.
+fn users_of(fleet: &Fleet, record: &Path) -> Vec<Claimed> {
+    let id = record.parent().and_then(|directory| directory.file_name()?.to_str()).unwrap_or_default();
+    let processes = Places::new(&fleet.config, id).processes();
+    let users = processes.iter().filter_map(|pid| fs::metadata(format!("/proc/{pid}")).ok());
+    users.map(|process| Claimed { uid: Some(process.uid()), ..Claimed::default() }).collect()
+}
+
+/// What only a VMM knows: the last daemon may have been killed between asking for something and writing it down. On a thread of
+/// its own, as some may not answer; nobody waits for it.
+fn ask_all(fleet: &Arc<Fleet>) -> std::io::Result<()> {
+    let fleet = fleet.clone();
+    let ask = move || {
+        for guest in fleet.list(0) {
+            match guest.state() {
+                State::Running | State::Paused => fleet.look_whether_paused(&guest),
+                State::Stopping => vmm_api::shut_down(&guest.places, guest.uid),
+                _ => {}
+            }
+        }
+    };
+    std::thread::Builder::new().name("asks all".into()).spawn(ask).map(|_| ())
 }
 
 fn take(fleet: &Arc<Fleet>, guest: &Arc<Guest>, record: &Record, boot_id: &str) {
     match record.state {
         State::Stopped => {}
+        // The disk was full when it was started again.
+        State::Waiting if let Some(held) = find(guest, record, boot_id) => {
+            let _ = fleet.apply(guest, Event::Due);
+            take_on(fleet, guest, State::StartingAgain, held);
+        }
         State::Waiting => {
             // The clock may have been set meanwhile; no wait is longer than it was.
             let left = record.restart_at.map_or(0.0, |at| at - crate::events::now()).clamp(0.0, 60.0);
@@ -63,13 +98,12 @@ fn take(fleet: &Arc<Fleet>, guest: &Arc<Guest>, record: &Record, boot_id: &str) 
     }
 }
 
-/// The guest's process: the one that is written down, or, when the daemon was killed before it wrote one down, the one in the
-/// guest's group. One that is in neither was still the jailer's, and died with the daemon.
+/// The guest's process: the one that is written down, or, when the daemon was killed before it wrote it down or could not, the
+/// one in the guest's group. One that is in neither was still the jailer's, and died with the daemon.
 fn find(guest: &Guest, record: &Record, boot_id: &str) -> Option<Held> {
-    match &record.process {
-        Some(process) => Held::of_record(process).filter(|held| held.process.boot_id == boot_id),
-        None => guest.places.processes().into_iter().find_map(|pid| Held::of_pid(pid).ok()),
-    }
+    let written = record.process.as_ref().and_then(Held::of_record);
+    let written = written.filter(|held| held.process.boot_id == boot_id);
+    written.or_else(|| guest.places.processes().into_iter().find_map(|pid| Held::of_pid(pid).ok()))
 }
 
 fn take_on(fleet: &Arc<Fleet>, guest: &Arc<Guest>, state: State, held: Held) {
@@ -86,7 +120,10 @@ fn take_on(fleet: &Arc<Fleet>, guest: &Arc<Guest>, state: State, held: Held) {
     {
         let mut inner = guest.lock();
         let mut record = inner.record.clone();
-        record.process = Some(held.process.clone());
+        if record.process.replace(held.process.clone()).as_ref() != Some(&held.process) {
+            record.started_at = Some(now());
+        }
+        record.started_memory_mib.get_or_insert(record.memory_mib);
         inner.held = Some(held.clone());
         inner.started = Some(Instant::now());
         if record != inner.record {
@@ -102,7 +139,11 @@ fn take_on(fleet: &Arc<Fleet>, guest: &Arc<Guest>, state: State, held: Held) {
         // How much time it had left is not known: it has all of it once more.
         State::Stopping => {
             let overdue = Instant::now() + Duration::from_secs(DEFAULT_STOP_SECONDS.into());
-            guest.lock().overdue = Some(overdue);
+            let mut inner = guest.lock();
+            inner.overdue = Some(overdue);
+            // Its power button may have been pressed: a second press would end it at once.
+            inner.is_asked = true;
+            drop(inner);
             fleet.watch.time(&guest.id, Some(overdue));
         }
         State::Removing => {
@@ -146,7 +187,7 @@ fn remove_strays(fleet: &Arc<Fleet>) {
         let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| entry.path().is_dir()) {
             let name = entry.file_name();
-            let Some(id) = name.to_str().filter(|name| is_id(name)) else { continue };
+            let Some(id) = name.to_str().filter(|name| store::is_id(name)) else { continue };
             if fleet.by_id(id).is_some() || has_broken_record(fleet, id) {
                 continue;
             }
@@ -163,6 +204,54 @@ fn has_broken_record(fleet: &Fleet, id: &str) -> bool {
     fleet.store.directory(id).exists()
 }
 
-fn is_id(name: &str) -> bool {
-    name.len() == crate::store::ID_LENGTH && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, ID};
+
+    #[test]
+    fn a_process_that_could_not_be_written_down_is_found_in_its_guest_s_group() {
+        let (place, fleet) = testing::fleet();
+        let (mut before, old) = testing::process();
+        before.kill().unwrap();
+        before.wait().unwrap();
+        let (mut child, held) = testing::process();
+        let guest = testing::guest(&fleet, ID, |record| record.process = Some(old.process.clone()));
+        let record = guest.lock().record.clone();
+        let mut guest = Guest::new(&fleet.config, &fleet.store, record.clone());
+        guest.places.group = place.path().join("group");
+        let boot_id = process::boot_id().unwrap();
+        assert!(find(&guest, &record, &boot_id).is_none());
+        fs::create_dir(&guest.places.group).unwrap();
+        fs::write(guest.places.group.join("cgroup.procs"), format!("{}\n", child.id())).unwrap();
+        assert_eq!(find(&guest, &record, &boot_id).unwrap().process, held.process);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn what_an_earlier_run_was_started_with_is_not_this_run_s() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| {
+            (record.memory_mib, record.started_memory_mib) = (1024, Some(512));
+        });
+        fleet.apply(&guest, Event::Start).unwrap();
+        // Here the daemon is killed; its successor finds a process.
+        let (mut child, _) = testing::process();
+        take_on(&fleet, &guest, State::Running, Held::of_pid(child.id()).unwrap());
+        assert_eq!(guest.lock().record.started_memory_mib, Some(1024));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_guest_that_was_asked_to_go_down_is_not_asked_twice_by_its_power_button() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| record.state = State::Stopping);
+        let (mut child, _) = testing::process();
+        take_on(&fleet, &guest, State::Stopping, Held::of_pid(child.id()).unwrap());
+        assert!(guest.lock().is_asked && guest.lock().overdue.is_some());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 /// Where it is looked for without `--config`; without the file all is as by default.
 pub const FILE: &str = "/etc/berth/berthd.toml";
 /// The most guests that can be asked for: that many have users, addresses and descriptors.
-const MAX_GUESTS: u32 = 4096;
+pub const MAX_GUESTS: u32 = 4096;
 /// The longest path of a directory that sockets are in: `sockaddr_un` has 108 bytes.
 const MAX_RUN_DIR: usize = 60;
 
@@ -109,7 +109,11 @@ impl Config {
         Config::parse(&text).map_err(wrong)
     }
 
-    fn parse(text: &str) -> Result<Config, String> {
+    /// Reads the text of a file.
+    ///
+    /// # Errors
+    /// What is wrong with it, for a person.
+    pub fn parse(text: &str) -> Result<Config, String> {
         let config: Config = toml::from_str(text).map_err(|error| error.to_string())?;
         config.check()?;
         Ok(config)

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use api_socket::fleet::{End, Event};
 
+use crate::fleet::User;
+
 /// Events that are kept for who is slow to take them.
-const KEPT: usize = 1024;
+pub const KEPT: usize = 1024;
 
 /// All events of this run of the daemon.
 #[derive(Debug, Default)]
@@ -20,12 +22,13 @@ pub struct Events {
 struct Inner {
     /// Of the next event.
     number: u64,
-    kept: VecDeque<Event>,
+    /// With the users whose guests they are of, who may have been removed since.
+    kept: VecDeque<(User, Event)>,
 }
 
 impl Events {
-    /// Tells one.
-    pub fn tell(&self, what: &str, id: &str, name: &str, end: Option<End>) {
+    /// Tells one, of a guest of this user's.
+    pub fn tell(&self, what: &str, owner: User, id: &str, name: &str, end: Option<End>) {
         let mut inner = self.lock();
         let number = inner.number;
         inner.number += 1;
@@ -33,7 +36,7 @@ impl Events {
             inner.kept.pop_front();
         }
         let (what, id, name) = (what.to_owned(), id.to_owned(), name.to_owned());
-        inner.kept.push_back(Event { number, at: now(), what, id, name, end });
+        inner.kept.push_back((owner, Event { number, at: now(), what, id, name, end }));
         self.comes.notify_all();
     }
 
@@ -43,12 +46,12 @@ impl Events {
     }
 
     /// Those from this number on that are kept, or come within this time. Who is too slow sees a gap in the numbers.
-    pub fn since(&self, number: u64, time: Duration) -> Vec<Event> {
+    pub fn since(&self, number: u64, time: Duration) -> Vec<(User, Event)> {
         let inner = self.lock();
         let waits = |inner: &mut Inner| inner.number <= number;
         let (inner, _) =
             self.comes.wait_timeout_while(inner, time, waits).unwrap_or_else(PoisonError::into_inner);
-        inner.kept.iter().filter(|event| event.number >= number).cloned().collect()
+        inner.kept.iter().filter(|(_, event)| event.number >= number).cloned().collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -71,16 +74,18 @@ mod tests {
         let events = Events::default();
         let start = events.next();
         assert!(events.since(start, Duration::ZERO).is_empty());
-        events.tell("running", "id", "web", None);
-        events.tell("paused", "id", "web", None);
-        let whats =
-            |from| events.since(from, Duration::ZERO).into_iter().map(|event| event.what).collect::<Vec<_>>();
+        events.tell("running", 1000, "id", "web", None);
+        events.tell("paused", 1000, "id", "web", None);
+        let whats = |from| {
+            let since = events.since(from, Duration::ZERO);
+            since.into_iter().map(|(_, event)| event.what).collect::<Vec<_>>()
+        };
         assert_eq!(whats(start), ["running", "paused"]);
         assert_eq!(whats(start + 1), ["paused"]);
         for _ in 0..2 * KEPT {
-            events.tell("running", "id", "web", None);
+            events.tell("running", 1000, "id", "web", None);
         }
         let kept = events.since(start, Duration::ZERO);
-        assert_eq!((kept.len(), kept[0].number), (KEPT, KEPT as u64 + 2));
+        assert_eq!((kept.len(), kept[0].1.number), (KEPT, KEPT as u64 + 2));
     }
 }

@@ -14,11 +14,14 @@ use std::time::Duration;
 /// The longest log, in bytes; then it is moved aside, and the one before that removed.
 pub const MAX_LOG: u64 = 1 << 20;
 /// What a listener may leave untaken, in bytes.
-const MAX_UNTAKEN: usize = 256 << 10;
+pub const MAX_UNTAKEN: usize = 256 << 10;
 /// Listeners of one feed at a time.
-const MAX_LISTENERS: usize = 16;
+pub const MAX_LISTENERS: usize = 16;
 /// What is read of a pipe before others have their turn, in bytes: what a pipe holds.
 const MAX_TURN: usize = 64 << 10;
+
+/// Turns of a pipe that is let go: the largest that a user may make (/proc/sys/fs/pipe-max-size).
+const MAX_LAST_TURNS: usize = (1 << 20) / MAX_TURN;
 
 /// A guest has two: its console, and its VMM's log.
 #[derive(Debug)]
@@ -71,9 +74,9 @@ impl Feed {
         self.lock().pipe = Some(pipe);
     }
 
-    /// Reads what is left, and lets go of the pipe.
+    /// Reads what is left, and lets go of the pipe. Whoever still writes is not heard to the end.
     pub fn disconnect(&self) {
-        while self.drain() {}
+        let _ = (0..MAX_LAST_TURNS).try_for_each(|_| self.drain().then_some(()));
         self.lock().pipe = None;
     }
 
@@ -285,6 +288,15 @@ mod tests {
         let Heard::Bytes(bytes) = listener.hear(Duration::ZERO) else { panic!() };
         assert!(String::from_utf8_lossy(&bytes[..80]).contains(&format!("[{MAX_UNTAKEN} bytes were missed")));
         assert!(bytes.len() < MAX_UNTAKEN + 200);
+    }
+
+    #[test]
+    fn a_pipe_is_let_go_although_somebody_never_stops_writing() {
+        let (_place, feed, mut writer) = feed();
+        let writes = std::thread::spawn(move || while writer.write_all(&[b'x'; MAX_TURN]).is_ok() {});
+        std::thread::sleep(Duration::from_millis(20));
+        feed.disconnect();
+        writes.join().unwrap();
     }
 
     #[test]

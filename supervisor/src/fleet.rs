@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use api_socket::Fault;
@@ -19,7 +19,7 @@ use crate::images::{Images, disk_fault};
 use crate::network::Network;
 use crate::record::Record;
 use crate::state::{self, Action, Event, State};
-use crate::store::{ID_LENGTH, Store};
+use crate::store::{Claimed, ID_LENGTH, Store};
 use crate::watch::Watch;
 use crate::workers::Workers;
 
@@ -37,6 +37,10 @@ pub struct Fleet {
     pub workers: Workers,
     pub watch: Watch,
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
+    /// Before all other locks.
+    counting: Mutex<()>,
+    /// Of guests whose records are not understood: nobody else gets it. Set once, at the start.
+    claimed: OnceLock<Vec<Claimed>>,
 }
 
 impl Fleet {
@@ -57,6 +61,8 @@ impl Fleet {
             workers: Workers::start()?,
             watch: Watch::new()?,
             guests: Mutex::default(),
+            counting: Mutex::default(),
+            claimed: OnceLock::new(),
             config,
         }))
     }
@@ -99,6 +105,16 @@ impl Fleet {
         }
     }
 
+    /// At the start: what nobody else is to get.
+    pub fn set_claimed(&self, claimed: Vec<Claimed>) {
+        // Twice would be a second start.
+        let _ = self.claimed.set(claimed);
+    }
+
+    fn claimed(&self) -> &[Claimed] {
+        self.claimed.get().map(Vec::as_slice).unwrap_or_default()
+    }
+
     /// Adds a guest that was found at the start.
     pub fn insert(&self, guest: Arc<Guest>) {
         self.guests().insert(guest.id.clone(), guest);
@@ -109,8 +125,12 @@ impl Fleet {
     /// # Errors
     /// The name is taken, there is no such image, no place for one more, or the disk fails.
     pub fn create(&self, user: User, new: NewGuest) -> Result<Arc<Guest>, Fault> {
-        self.images.find(&new.image, user)?;
-        let guest = self.reserve(user, new)?;
+        let guest = {
+            // From here on the guest is counted, and its image stays.
+            let _images = self.images_are_counted();
+            self.images.find(&new.image, user)?;
+            self.reserve(user, new)?
+        };
         let make = || -> Result<(), Fault> {
             let directory = self.store.directory(&guest.id);
             let record = guest.lock().record.clone();
@@ -125,7 +145,7 @@ impl Fleet {
             return Err(fault);
         }
         guest.lock().is_made = true;
-        self.events.tell("created", &guest.id, &guest.name, None);
+        self.events.tell("created", guest.owner, &guest.id, &guest.name, None);
         Ok(guest)
     }
 
@@ -142,11 +162,13 @@ impl Fleet {
         }
         let id = free_id(&guests).map_err(|error| full(format!("No id can be made: {error}.")))?;
         let name = new.name.clone().unwrap_or_else(|| format!("guest-{}", id.get(..6).unwrap_or(&id)));
-        if guests.values().any(|guest| guest.name == name || guest.id == name) {
+        let is_claimed = self.claimed().iter().any(|claimed| claimed.name.as_ref() == Some(&name));
+        if is_claimed || guests.values().any(|guest| guest.name == name || guest.id == name) {
             let message = format!("There is a guest {name} already; remove it, or give another name.");
             return Err(Fault { status: 409, message });
         }
-        let uids: BTreeSet<_> = guests.values().map(|guest| guest.uid).collect();
+        let mut uids: BTreeSet<_> = guests.values().map(|guest| guest.uid).collect();
+        uids.extend(self.claimed().iter().filter_map(|claimed| claimed.uid));
         let uid = (config.uid_first..config.uid_first.saturating_add(config.uid_count))
             .find(|uid| !uids.contains(uid));
         let uid = uid.ok_or_else(|| {
@@ -169,7 +191,8 @@ impl Fleet {
     }
 
     fn free_address(&self, guests: &BTreeMap<String, Arc<Guest>>) -> Option<std::net::Ipv4Addr> {
-        let taken: BTreeSet<_> = guests.values().filter_map(|guest| guest.address).collect();
+        let mut taken: BTreeSet<_> = guests.values().filter_map(|guest| guest.address).collect();
+        taken.extend(self.claimed().iter().filter_map(|claimed| claimed.address));
         let all = self.config.network.guests().map(std::net::Ipv4Addr::from_bits);
         { all }.find(|address| *address != self.config.network.address && !taken.contains(address))
     }
@@ -189,11 +212,11 @@ impl Fleet {
         }
         let (then, action) = state::next(before, event, record.policy())
             .map_err(|why| Fault { status: 409, message: format!("Guest {} is {}.", guest.name, why.0) })?;
-        if !inner.is_made {
-            let message = format!("Guest {} is being made; try again when that is done.", guest.name);
-            return Err(Fault { status: 409, message });
-        }
+        inner.check_made(&guest.name)?;
         record.state = then;
+        if action == Action::Start {
+            record.started_memory_mib = None;
+        }
         match (event, action) {
             (Event::Start, Action::Start) => (record.restarts, record.streak) = (0, 0),
             (_, Action::Start) if event == Event::Due => {
@@ -222,9 +245,10 @@ impl Fleet {
                 !matches!(event, Event::Start | Event::Stop | Event::Remove { .. }),
             )?;
         }
+        inner.ends += u64::from(matches!(event, Event::Ended(_)));
         drop(inner);
         if then != before {
-            self.events.tell(then.on_the_wire().as_str(), &guest.id, &guest.name, None);
+            self.events.tell(then.on_the_wire().as_str(), guest.owner, &guest.id, &guest.name, None);
         }
         guest.changed();
         Ok(action)
@@ -252,7 +276,9 @@ impl Fleet {
         if let Err(error) = guest.places.clear(&self.config).and_then(|()| self.store.remove(&guest.id)) {
             // It is still there for `rm --force`, and for the next start of the daemon.
             log::error!("Guest {} cannot be removed: {error}", guest.name);
-            guest.lock().why_ended = Some(error.to_string());
+            let mut inner = guest.lock();
+            (inner.why_ended, inner.is_left) = (Some(error.to_string()), true);
+            drop(inner);
             guest.changed();
             return;
         }
@@ -260,7 +286,7 @@ impl Fleet {
         guest.log.end();
         self.watch.time(&guest.id, None);
         self.guests().remove(&guest.id);
-        self.events.tell("removed", &guest.id, &guest.name, None);
+        self.events.tell("removed", guest.owner, &guest.id, &guest.name, None);
         guest.changed();
     }
 
@@ -292,12 +318,18 @@ impl Fleet {
     /// # Errors
     /// 404, 403, 409
     pub fn remove_image(&self, user: User, name: &str) -> Result<(), Fault> {
+        let _images = self.images_are_counted();
         let guests = self.image(user, name)?.guests;
         if guests > 0 {
             let message = format!("{guests} guests boot from the kernel of image {name}; remove them first.");
             return Err(Fault { status: 409, message });
         }
         self.images.remove(name, user)
+    }
+
+    /// Nobody removes an image while somebody makes a guest of it, nor the other way round.
+    fn images_are_counted(&self) -> MutexGuard<'_, ()> {
+        self.counting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes what was left half made, and warns of what cannot be read.
@@ -330,5 +362,27 @@ fn free_id(guests: &BTreeMap<String, Arc<Guest>>) -> io::Result<String> {
         if !guests.contains_key(&id) {
             return Ok(id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, ID};
+
+    #[test]
+    fn what_may_be_of_a_guest_that_is_not_understood_nobody_else_gets() {
+        let (_place, fleet) = testing::fleet();
+        let directory = fleet.store.directory(ID);
+        fs::create_dir(&directory).unwrap();
+        let (uid, address) = (fleet.config.uid_first, "10.87.0.2");
+        let newer = format!(r#"{{"format":2,"name":"web","uid":{uid},"address":"{address}","state":{{}}}}"#);
+        fs::write(directory.join("guest.json"), newer).unwrap();
+        crate::adopt::all(&fleet).unwrap();
+        assert!(fleet.list(ROOT).is_empty() && directory.join("guest.json").exists());
+        let named = |name: &str| NewGuest { name: Some(name.into()), ..NewGuest::of("debian") };
+        assert_eq!(fleet.reserve(1000, named("web")).unwrap_err().status, 409);
+        let guest = fleet.reserve(1000, named("other")).unwrap();
+        assert_eq!((guest.uid, guest.address.unwrap().to_string()), (uid + 1, "10.87.0.3".into()));
     }
 }

@@ -53,6 +53,24 @@ pub struct Inner {
     pub is_killed: bool,
     /// Why there is no guest, where the VMM cannot know.
     pub why_ended: Option<String>,
+    /// How often it has ended, since this daemon knows it.
+    pub ends: u64,
+    /// It was to be removed, and something was in the way.
+    pub is_left: bool,
+}
+
+impl Inner {
+    /// Only then can something be done with it.
+    ///
+    /// # Errors
+    /// 409: it is being made.
+    pub fn check_made(&self, name: &str) -> Result<(), Fault> {
+        if self.is_made {
+            return Ok(());
+        }
+        let message = format!("Guest {name} is being made; try again when that is done.");
+        Err(Fault { status: 409, message })
+    }
 }
 
 impl Guest {
@@ -79,6 +97,8 @@ impl Guest {
                 is_asked: false,
                 is_killed: false,
                 why_ended: None,
+                ends: 0,
+                is_left: false,
             }),
             changed: Condvar::new(),
         }

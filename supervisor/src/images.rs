@@ -162,15 +162,21 @@ impl Images {
         remove().map_err(|error| disk_fault(&format!("Image {name}"), &error))
     }
 
-    /// Removes what was left of imports and removals that a kill has ended. At the start, when nobody imports.
+    /// Removes what was left of imports, removals and starts that a kill has ended. At the start, when nobody imports.
     ///
     /// # Errors
     /// Those of the directory.
     pub fn remove_unfinished(&self) -> io::Result<()> {
         for entry in fs::read_dir(&self.directory)? {
             let entry = entry?;
-            if entry.file_name().to_string_lossy().starts_with('.') {
-                fs::remove_dir_all(entry.path())?;
+            match (is_begun(&entry), entry.file_type()?.is_dir()) {
+                (true, true) => fs::remove_dir_all(entry.path())?,
+                (false, true) => {
+                    for part in fs::read_dir(entry.path())?.flatten().filter(is_begun) {
+                        fs::remove_file(part.path())?;
+                    }
+                }
+                (_, false) => {}
             }
         }
         Ok(())
@@ -245,7 +251,12 @@ impl Images {
     fn describe(&self, name: &str, kept: Kept) -> io::Result<Image> {
         let mut used_bytes = 0;
         for entry in fs::read_dir(self.directory.join(name))? {
-            used_bytes += entry?.metadata()?.blocks() * 512;
+            match entry?.metadata() {
+                Ok(metadata) => used_bytes += metadata.blocks() * 512,
+                // Something that is being made gets its name just now.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(Image {
             name: name.to_owned(),
@@ -258,6 +269,11 @@ impl Images {
             guests: 0,
         })
     }
+}
+
+/// It has no name of its own yet, or no more.
+fn is_begun(entry: &fs::DirEntry) -> bool {
+    entry.file_name().to_string_lossy().starts_with('.')
 }
 
 /// What the disk says, with the status that is right for it.
@@ -346,6 +362,42 @@ mod tests {
         assert!(fs::read_dir(images.unfinished("a", OWNER)).unwrap().next().is_none());
         images.remove_unfinished().unwrap();
         assert!(fs::read_dir(&images.directory).unwrap().next().is_none());
+    }
+
+    #[test]
+    fn what_a_kill_has_left_in_an_image_is_removed_and_the_image_is_not() {
+        let (_place, images) = images();
+        import(&images, "debian", OWNER).unwrap();
+        let count = || fs::read_dir(images.directory.join("debian")).unwrap().count();
+        let before = count();
+        fs::write(images.directory.join("debian/.boot-a1b2c3"), "half").unwrap();
+        fs::write(images.directory.join(".keep"), "").unwrap();
+        images.remove_unfinished().unwrap();
+        assert_eq!(count(), before);
+        assert!(images.get("debian", OWNER).is_ok() && images.directory.join(".keep").exists());
+    }
+
+    #[test]
+    fn an_image_is_there_while_something_is_made_in_it() {
+        let (_place, images) = images();
+        import(&images, "debian", OWNER).unwrap();
+        let directory = images.directory.join("debian");
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                    for name in 0..64 {
+                        fs::write(directory.join(format!(".boot-{name}")), "").unwrap();
+                    }
+                    for name in 0..64 {
+                        fs::remove_file(directory.join(format!(".boot-{name}"))).unwrap();
+                    }
+                }
+            });
+            let missing = (0..1000).filter(|_| images.list(OWNER).unwrap().is_empty()).count();
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(missing, 0);
+        });
     }
 
     #[test]

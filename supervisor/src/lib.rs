@@ -24,6 +24,8 @@ pub mod state;
 pub mod store;
 pub mod systemd;
 pub mod tap;
+#[cfg(test)]
+mod testing;
 pub mod usage;
 pub mod vmm_api;
 pub mod watch;

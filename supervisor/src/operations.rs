@@ -6,8 +6,8 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api_socket::fleet::{End, GuestUpdate, Outcome, Stop};
-use api_socket::{ClientError, Fault, VmState};
+use api_socket::fleet::{End, GuestUpdate, Limits, Outcome, Stop};
+use api_socket::{ClientError, Fault, InstanceState, VmState};
 use rustix::process::Signal;
 use serde::Deserialize;
 
@@ -26,8 +26,12 @@ const START: Duration = Duration::from_secs(60);
 const START_PAUSE: Duration = Duration::from_millis(5);
 /// How often the agent of a guest that goes down is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
+/// Of a control group that nobody gave another.
+const USUAL_WEIGHT: u32 = 100;
 /// After a process was killed, how long its client waits for all to be cleared away.
 const CLEARING: Duration = Duration::from_secs(60);
+/// What is kept of why a guest ended, in bytes: a sentence or a few. It becomes part of the record, which has a longest too.
+const MAX_REASON: usize = 1024;
 /// The longest text of how a process ended, in bytes.
 const MAX_EXIT_STATUS: u64 = 4096;
 
@@ -119,7 +123,7 @@ impl Fleet {
     }
 
     /// From now on the loop tells what the guest says, and its end.
-    pub fn watch_guest(&self, guest: &Guest, held: &Held) {
+    pub fn watch_guest(self: &Arc<Fleet>, guest: &Arc<Guest>, held: &Arc<Held>) {
         use std::os::fd::AsFd;
         let watch = |kind, feed: &crate::feed::Feed| {
             feed.with_pipe(|pipe| pipe.map_or(Ok(()), |pipe| self.watch.guest(&guest.id, kind, pipe)))
@@ -130,6 +134,11 @@ impl Fleet {
         if let Err(error) = outcome {
             // Nobody would hear of its end: no guest is better than one that is lost.
             self.give_up(guest, &format!("it cannot be watched: {error}"));
+            let (fleet, guest, held) = (self.clone(), guest.clone(), held.clone());
+            self.workers.put(move || {
+                held.ends_within(CLEARING);
+                fleet.process_has_ended(&guest);
+            });
         }
     }
 
@@ -169,12 +178,17 @@ impl Fleet {
         kill(guest);
     }
 
-    /// Somebody wants the guest to go down. Returns when it has.
+    /// Somebody wants the guest to go down. Returns when it has, or whoever wanted it is gone.
     ///
     /// # Errors
     /// 409 if it cannot be now; 504 if the kernel does not let go of it.
-    pub fn stop_and_wait(self: &Arc<Fleet>, guest: &Arc<Guest>, stop: Stop) -> Result<(), Fault> {
-        let was_paused = guest.state() == State::Paused;
+    pub fn stop_and_wait(
+        self: &Arc<Fleet>,
+        guest: &Arc<Guest>,
+        stop: Stop,
+        is_gone: &dyn Fn() -> bool,
+    ) -> Result<(), Fault> {
+        let ends = guest.lock().ends;
         let event = if stop.seconds == 0 { Event::Kill } else { Event::Stop };
         let action = self.apply(guest, event)?;
         let time = Duration::from_secs(stop.seconds.into());
@@ -183,15 +197,21 @@ impl Fleet {
             let overdue = Instant::now() + time;
             guest.lock().overdue = Some(overdue);
             self.watch.time(&guest.id, Some(overdue));
-            self.ask_to_go_down(guest, was_paused);
+            self.ask_to_go_down(guest);
             // An init that has only just begun, or a script in its place, does not hear what comes too early.
-            while Instant::now() < overdue && !guest.wait(ASK_AGAIN, |inner| self.is_down(guest, inner)) {
+            while Instant::now() < overdue && !guest.wait(ASK_AGAIN, |inner| self.is_down(guest, inner, ends))
+            {
+                if is_gone() {
+                    // The loop ends it in time.
+                    return Ok(());
+                }
+                wake(guest);
                 vmm_api::shut_down(&guest.places, guest.uid);
             }
         } else {
             self.see_to(guest, action);
         }
-        self.wait_for_end(guest, time)
+        self.wait_for_end(guest, time, ends)
     }
 
     /// Somebody wants the guest forgotten. Returns when it is.
@@ -201,8 +221,11 @@ impl Fleet {
     pub fn remove_and_wait(self: &Arc<Fleet>, guest: &Arc<Guest>, force: bool) -> Result<(), Fault> {
         guest.lock().why_ended = None;
         let action = self.apply(guest, Event::Remove { force })?;
+        // Nobody else tries again what could not be removed before.
+        let is_left = std::mem::take(&mut guest.lock().is_left);
         match action {
             Action::Forget => self.forget(guest),
+            Action::Kill if is_left => self.forget(guest),
             action => self.see_to(guest, action),
         }
         guest.wait(CLEARING, |inner| inner.why_ended.is_some() || self.by_id(&guest.id).is_none());
@@ -216,12 +239,13 @@ impl Fleet {
         }
     }
 
-    fn is_down(&self, guest: &Guest, inner: &Inner) -> bool {
-        !inner.record.state.has_process() || self.by_id(&guest.id).is_none()
+    /// It has ended since it had ended so often. Somebody may have started it again already.
+    fn is_down(&self, guest: &Guest, inner: &Inner, ends: u64) -> bool {
+        inner.ends != ends || !inner.record.state.has_process() || self.by_id(&guest.id).is_none()
     }
 
-    fn wait_for_end(&self, guest: &Guest, time: Duration) -> Result<(), Fault> {
-        if guest.wait(time + CLEARING, |inner| self.is_down(guest, inner)) {
+    fn wait_for_end(&self, guest: &Guest, time: Duration, ends: u64) -> Result<(), Fault> {
+        if guest.wait(time + CLEARING, |inner| self.is_down(guest, inner, ends)) {
             return Ok(());
         }
         let message =
@@ -231,10 +255,8 @@ impl Fleet {
 
     /// By its power button, which not every guest listens to, and by its agent, which not every guest has. One that has and hears
     /// both goes down once.
-    fn ask_to_go_down(&self, guest: &Guest, was_paused: bool) {
-        if was_paused && let Err(error) = vmm_api::set_state(&guest.places, VmState::Resumed) {
-            log::warn!("Guest {} cannot be resumed to go down: {error}", guest.name);
-        }
+    fn ask_to_go_down(&self, guest: &Guest) {
+        wake(guest);
         {
             let mut inner = guest.lock();
             // A second press would end it at once.
@@ -283,13 +305,31 @@ impl Fleet {
         self.apply(guest, event).map(|_| ())
     }
 
+    /// Writes down whether the guest is paused, if it was paused or resumed while nobody wrote.
+    pub fn look_whether_paused(&self, guest: &Guest) {
+        // Who has the claim writes down the newest.
+        let Ok(_claim) = guest.claim("being looked at") else { return };
+        let event = match vmm_api::state(&guest.places) {
+            Ok(InstanceState::Paused) => Event::Paused,
+            Ok(InstanceState::Running) => Event::Resumed,
+            _ => return,
+        };
+        if let Err(fault) = self.apply(guest, event) {
+            log::error!("{fault}");
+        }
+    }
+
     /// Changes what can be changed now, and writes down the rest.
     ///
     /// # Errors
     /// 409 for what a running guest cannot have; the VMM or the kernel refuses. What was done before stays.
     pub fn update(self: &Arc<Fleet>, guest: &Arc<Guest>, update: GuestUpdate) -> Result<(), Fault> {
         let _claim = guest.claim("being changed")?;
-        let mut then = guest.lock().record.clone();
+        let mut then = {
+            let inner = guest.lock();
+            inner.check_made(&guest.name)?;
+            inner.record.clone()
+        };
         let is_live = matches!(then.state, State::Running | State::Paused);
         if let Some(memory) = update.memory_mib {
             if let Some(first) = then.started_memory_mib.filter(|_| is_live) {
@@ -316,7 +356,14 @@ impl Fleet {
         then.restart = update.restart.unwrap_or(then.restart);
         if let Some(limits) = update.limits {
             let memory = then.started_memory_mib.unwrap_or(then.memory_mib);
-            for (file, value) in spawn::group_settings(memory, &limits).into_iter().filter(|_| is_live) {
+            // What it has now and is to have no more is as the kernel had it.
+            let usual = |before: Option<u32>, now: Option<u32>| now.or(before.map(|_| USUAL_WEIGHT));
+            let weights = Limits {
+                cpu_weight: usual(then.limits.cpu_weight, limits.cpu_weight),
+                io_weight: usual(then.limits.io_weight, limits.io_weight),
+                ..limits
+            };
+            for (file, value) in spawn::group_settings(memory, &weights).into_iter().filter(|_| is_live) {
                 std::fs::write(guest.places.group.join(file), &value).map_err(|error| Fault {
                     status: 500,
                     message: format!("{file} of guest {} cannot become {value:?}: {error}.", guest.name),
@@ -352,7 +399,7 @@ impl Fleet {
 
     /// Nothing is left of the guest's run.
     pub fn has_ended(self: &Arc<Fleet>, guest: &Arc<Guest>, outcome: Outcome, reason: String) {
-        let end = End { at: now(), outcome, reason };
+        let end = End { at: now(), outcome, reason: tame(&reason) };
         {
             let mut inner = guest.lock();
             inner.record.last_end = Some(end.clone());
@@ -362,7 +409,7 @@ impl Fleet {
         if outcome.is_failure() {
             log::warn!("Guest {} has ended: {}: {}", guest.name, outcome.as_str(), end.reason);
         }
-        self.events.tell("ended", &guest.id, &guest.name, Some(end));
+        self.events.tell("ended", guest.owner, &guest.id, &guest.name, Some(end));
         match self.apply(guest, Event::Ended(outcome)) {
             Ok(Action::Start) => self.start(guest),
             Ok(Action::Forget) => self.forget(guest),
@@ -375,6 +422,15 @@ impl Fleet {
 /// How a guest ended whose process was gone when the daemon came.
 pub fn ended_unseen(guest: &Guest) -> (Outcome, String) {
     how_it_ended(guest, None)
+}
+
+/// One that is paused hears nothing. Its VMM knows best: it may be paused by its owner, or only now by somebody here.
+fn wake(guest: &Guest) {
+    if matches!(vmm_api::state(&guest.places), Ok(InstanceState::Paused))
+        && let Err(error) = vmm_api::set_state(&guest.places, VmState::Resumed)
+    {
+        log::warn!("Guest {} cannot be resumed to go down: {error}", guest.name);
+    }
 }
 
 fn kill(guest: &Guest) {
@@ -420,7 +476,7 @@ fn how_it_ended(guest: &Guest, status: Option<Status>) -> (Outcome, String) {
 }
 
 /// Exit codes of the VMM and the jailer (docs/vmm.md, docs/jailer.md).
-fn outcome_of(code: i32, is_starting: bool) -> Outcome {
+pub fn outcome_of(code: i32, is_starting: bool) -> Outcome {
     match code {
         0 => Outcome::PoweredOff,
         3 => Outcome::Rebooted,
@@ -442,13 +498,29 @@ fn read_exit_status(guest: &Guest) -> Option<ExitStatus> {
 fn vmm_fault(guest: &Guest, error: ClientError) -> Fault {
     match error {
         ClientError::Refused(fault) => {
-            Fault { message: format!("Guest {}: {}", guest.name, fault.message), ..fault }
+            Fault { message: format!("Guest {}: {}", guest.name, tame(&fault.message)), ..fault }
         }
         error => Fault {
             status: 504,
-            message: format!("The VMM of guest {} does not answer: {error}.", guest.name),
+            message: format!(
+                "The VMM of guest {} does not answer: {}.",
+                guest.name,
+                tame(&error.to_string())
+            ),
         },
     }
+}
+
+/// The beginning of what a VMM has said, with nothing in it that moves a terminal's cursor.
+fn tame(text: &str) -> String {
+    let mut tame = String::new();
+    for char in text.chars().map(|char| if char.is_control() { ' ' } else { char }) {
+        if tame.len() + char.len_utf8() > MAX_REASON {
+            break;
+        }
+        tame.push(char);
+    }
+    tame
 }
 
 fn sentence(text: &str) -> String {
@@ -458,6 +530,100 @@ fn sentence(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{self, ID};
+
+    #[test]
+    fn whatever_a_vmm_says_of_its_end_the_record_can_be_read_again() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| record.state = State::Running);
+        fleet.has_ended(&guest, Outcome::VmmFailed, "\x1b[2Jé".repeat(100_000));
+        let found = fleet.store.load().unwrap();
+        let [record] = &found.records[..] else { panic!("{found:?}") };
+        let reason = &record.last_end.as_ref().unwrap().reason;
+        assert!(reason.len() <= MAX_REASON && !reason.contains(char::is_control), "{reason:?}");
+        assert_eq!(record.state, State::Stopped);
+    }
+
+    #[test]
+    fn what_could_not_be_removed_is_removed_when_somebody_asks_again() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |_| ());
+        // There is no jailer, which removes cells.
+        assert_eq!(fleet.remove_and_wait(&guest, false).unwrap_err().status, 500);
+        assert_eq!(guest.state(), State::Removing);
+        assert_eq!(fleet.remove_and_wait(&guest, true).unwrap_err().status, 500);
+        testing::provide_jailer(&fleet);
+        fleet.remove_and_wait(&guest, false).unwrap();
+        assert!(fleet.by_id(ID).is_none() && !fleet.store.directory(ID).exists());
+        // Whose it was hears of it too.
+        let told = fleet.events.since(0, Duration::ZERO);
+        assert!(
+            told.iter().any(|(owner, event)| (*owner, event.what.as_str()) == (1000, "removed")),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn who_hangs_up_is_not_waited_for_and_who_stops_a_guest_is_told_although_another_starts_it_at_once() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| record.state = State::Running);
+        let stop = Stop { seconds: 3600 };
+        let begin = Instant::now();
+        fleet.stop_and_wait(&guest, stop, &|| true).unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(60) && guest.state() == State::Stopping);
+        assert!(guest.lock().overdue.is_some(), "it is ended all the same");
+
+        let ends = guest.lock().ends;
+        assert!(!fleet.is_down(&guest, &guest.lock(), ends));
+        fleet.apply(&guest, Event::Ended(Outcome::PoweredOff)).unwrap();
+        fleet.apply(&guest, Event::Start).unwrap();
+        assert!(fleet.is_down(&guest, &guest.lock(), ends));
+    }
+
+    #[test]
+    fn limits_that_are_taken_from_a_running_guest_are_the_kernel_s_own_again() {
+        let (place, fleet) = testing::fleet();
+        testing::guest(&fleet, ID, |record| record.state = State::Running);
+        let record = fleet.by_id(ID).unwrap().lock().record.clone();
+        let mut guest = Guest::new(&fleet.config, &fleet.store, record);
+        guest.places.group = place.path().to_owned();
+        guest.lock().is_made = true;
+        let guest = Arc::new(guest);
+        let file = |name: &str| std::fs::read_to_string(place.path().join(name)).unwrap();
+        let weight = Limits { cpu_weight: Some(7), io_weight: Some(8), ..Limits::default() };
+        for (limits, weights) in [(weight, ("7", "default 8")), (Limits::default(), ("100", "default 100"))] {
+            let update = GuestUpdate { limits: Some(limits), ..GuestUpdate::default() };
+            fleet.update(&guest, update).unwrap();
+            assert_eq!((file("cpu.weight").as_str(), file("io.weight").as_str()), weights);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_being_made_is_not_changed() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |_| ());
+        let update = GuestUpdate { cpus: Some(2), ..GuestUpdate::default() };
+        guest.lock().is_made = false;
+        assert_eq!(fleet.update(&guest, update).unwrap_err().status, 409);
+        guest.lock().is_made = true;
+        fleet.update(&guest, update).unwrap();
+        assert_eq!(fleet.store.load().unwrap().records[0].cpus, 2);
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_watched_is_ended_and_known_to_have() {
+        let (_place, fleet) = testing::fleet();
+        // Of an id that is none the watch makes no token.
+        let guest = testing::guest(&fleet, "none", |record| record.state = State::Running);
+        let (mut child, held) = testing::process();
+        guest.lock().held = Some(held.clone());
+        fleet.watch_guest(&guest, &held);
+        assert!(guest.wait(Duration::from_secs(60), |inner| inner.record.state == State::Stopped));
+        let end = guest.last_end().unwrap();
+        assert!(end.outcome == Outcome::VmmFailed && end.reason.contains("cannot be watched"), "{end:?}");
+        // It was reaped.
+        assert!(child.wait().is_err());
+    }
 
     #[test]
     fn exit_codes_are_what_the_documents_say() {

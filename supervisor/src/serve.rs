@@ -13,6 +13,8 @@ use api_socket::Fault;
 use api_socket::fleet::routes::Log;
 use api_socket::fleet::server::{self, Answer, Stream};
 use api_socket::fleet::{List, Request, Version};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::feed::Heard;
 use crate::fleet::{Fleet, User};
@@ -24,9 +26,9 @@ use crate::{metrics, spawn, usage, vmm_api};
 /// Clients at the same time; one more is told so and closed.
 pub const MAX_CLIENTS: usize = 256;
 /// The same of one user who is not root, so that one cannot keep out the others.
-const MAX_CLIENTS_OF_USER: usize = 64;
+pub const MAX_CLIENTS_OF_USER: usize = 64;
 /// Places that only root may take: somebody must be able to look into it.
-const ROOTS_PLACES: usize = 16;
+pub const ROOTS_PLACES: usize = 16;
 /// The stack of a client's thread, in bytes: what it says is on the heap.
 const STACK: usize = 256 << 10;
 /// How often somebody who tells a stream looks whether it is still heard.
@@ -63,12 +65,16 @@ fn admit(fleet: &Arc<Fleet>, clients: &Arc<Clients>, stream: UnixStream) {
         Err(error) => return log::error!("A client is nobody: {error}"),
     };
     let Some(place) = Place::take(clients, user) else { return refuse(&stream) };
+    let client = match stream.try_clone() {
+        Ok(client) => client,
+        Err(error) => return log::error!("A client cannot be watched: {error}"),
+    };
     let fleet = fleet.clone();
     let serve = move || {
         let _place = place;
         // A client's end is its own affair.
         let _ = server::serve(stream, |request, body| {
-            handle(&fleet, user, request, body).unwrap_or_else(Answer::Fault)
+            handle(&fleet, user, &client, request, body).unwrap_or_else(Answer::Fault)
         });
     };
     if let Err(error) =
@@ -129,6 +135,7 @@ fn refuse(mut stream: &UnixStream) {
 fn handle<'a>(
     fleet: &'a Arc<Fleet>,
     user: User,
+    client: &UnixStream,
     request: Request,
     body: &mut dyn Read,
 ) -> Result<Answer<'a>, Fault> {
@@ -161,7 +168,7 @@ fn handle<'a>(
         }
         Request::StopGuest(guest, stop) => {
             let guest = find(&guest)?;
-            fleet.stop_and_wait(&guest, stop)?;
+            fleet.stop_and_wait(&guest, stop, &|| has_hung_up(client))?;
             described(&guest)
         }
         Request::PauseGuest(guest) => {
@@ -188,7 +195,7 @@ fn handle<'a>(
         Request::Logs { guest, of, follow } => logs(find(&guest)?, of, follow),
         Request::Console(guest) => console(find(&guest)?),
         Request::Vsock { guest, port, wait_seconds } => {
-            vsock(&*find(&guest)?, port, Duration::from_secs(wait_seconds.into()))
+            vsock(&*find(&guest)?, port, Duration::from_secs(wait_seconds.into()), client)
         }
         Request::Events => {
             let from = fleet.events.next();
@@ -208,6 +215,23 @@ fn handle<'a>(
         Request::RemoveImage(image) => {
             fleet.remove_image(user, &image)?;
             Ok(Answer::Empty)
+        }
+    }
+}
+
+/// Who only has nothing more to say is still there.
+fn has_hung_up(client: &UnixStream) -> bool {
+    is_over(client, Some(&Timespec::default()))
+}
+
+/// Both directions of a connection have ended, or do within this time.
+fn is_over(stream: &UnixStream, time: Option<&Timespec>) -> bool {
+    // What is told without being asked for: POLLHUP, POLLERR.
+    let mut fds = [PollFd::new(stream, PollFlags::empty())];
+    loop {
+        match poll(&mut fds, time) {
+            Err(Errno::INTR) => {}
+            outcome => return outcome.is_ok_and(|ready| ready > 0),
         }
     }
 }
@@ -254,11 +278,9 @@ fn tell_events(fleet: &Fleet, user: User, from: u64, stream: &mut Stream) -> io:
         if events.is_empty() && stream.is_gone() {
             return Ok(());
         }
-        for event in events {
+        for (owner, event) in events {
             next = event.number + 1;
-            // Of a guest that is removed only root hears: whose it was is not known any more.
-            let is_told = user == 0 || fleet.by_id(&event.id).is_some_and(|guest| guest.owner == user);
-            if is_told {
+            if user == 0 || user == owner {
                 let mut line = serde_json::to_vec(&event)?;
                 line.push(b'\n');
                 stream.tell(&line)?;
@@ -270,22 +292,20 @@ fn tell_events(fleet: &Fleet, user: User, from: u64, stream: &mut Stream) -> io:
 /// What the guest says goes to the client as it comes, and what the client says to the guest as it takes it.
 fn console(guest: Arc<Guest>) -> Result<Answer<'static>, Fault> {
     must_have_process(&guest)?;
-    let keyboard = spawn::keyboard(&guest.places)
-        .map_err(|error| disk_fault(&format!("The console of guest {}", guest.name), &error))?;
     let (_, listener) = guest
         .console
         .listen()
         .map_err(|error| disk_fault(&format!("The console of guest {}", guest.name), &error))?;
     let talk = move |stream: UnixStream, early: Vec<u8>| {
         let Ok(mut from) = stream.try_clone() else { return };
-        let hears = listener.clone();
+        let (hears, typed_in) = (listener.clone(), guest.clone());
         let types = thread::Builder::new().name("keyboard".into()).stack_size(STACK).spawn(move || {
-            let _ = type_in(&keyboard, &early).and_then(|()| {
+            let _ = type_in(&typed_in, &early).and_then(|()| {
                 let mut buffer = [0; 4096];
                 loop {
                     match from.read(&mut buffer) {
                         Ok(0) => return Ok(()),
-                        Ok(count) => type_in(&keyboard, buffer.get(..count).unwrap_or_default())?,
+                        Ok(count) => type_in(&typed_in, buffer.get(..count).unwrap_or_default())?,
                         Err(error) if error.kind() == ErrorKind::Interrupted => {}
                         Err(error) => return Err(error),
                     }
@@ -293,9 +313,7 @@ fn console(guest: Arc<Guest>) -> Result<Answer<'static>, Fault> {
             });
             hears.wake();
         });
-        if types.is_err() {
-            return;
-        }
+        let Ok(types) = types else { return };
         let _ = stream.set_write_timeout(Some(TYPING));
         loop {
             match listener.hear(LOOK) {
@@ -309,33 +327,39 @@ fn console(guest: Arc<Guest>) -> Result<Answer<'static>, Fault> {
             }
         }
         let _ = stream.shutdown(Shutdown::Both);
+        // Whose place is this one's as long.
+        let _ = types.join();
     };
     Ok(Answer::Upgrade(Box::new(talk)))
 }
 
-/// Into the guest's console, which takes some hundred bytes at a time.
-fn type_in(mut keyboard: &std::fs::File, mut typed: &[u8]) -> io::Result<()> {
+/// Into the guest's console, which takes some hundred bytes at a time. It is opened each time: one that reboots has another.
+fn type_in(guest: &Guest, mut typed: &[u8]) -> io::Result<()> {
     let begin = Instant::now();
     while !typed.is_empty() {
-        match keyboard.write(typed) {
+        match spawn::keyboard(&guest.places).and_then(|mut keyboard| keyboard.write(typed)) {
             Ok(count) => typed = typed.get(count..).unwrap_or_default(),
-            Err(error) if error.kind() == ErrorKind::WouldBlock && begin.elapsed() < TYPING => {
-                thread::sleep(RETRY)
-            }
+            // It is full, or not there yet.
+            Err(_) if begin.elapsed() < TYPING && guest.state().has_process() => thread::sleep(RETRY),
             Err(error) => return Err(error),
         }
     }
     Ok(())
 }
 
-fn vsock(guest: &Guest, port: u32, patience: Duration) -> Result<Answer<'static>, Fault> {
+fn vsock(
+    guest: &Guest,
+    port: u32,
+    patience: Duration,
+    client: &UnixStream,
+) -> Result<Answer<'static>, Fault> {
     let begin = Instant::now();
     let guests = loop {
         must_have_process(guest)?;
         match vmm_api::vsock(&guest.places, guest.uid, port) {
             Ok(stream) => break stream,
             // Nobody listens yet, or the VMM has no socket yet.
-            Err(_) if begin.elapsed() < patience => thread::sleep(RETRY),
+            Err(_) if begin.elapsed() < patience && !has_hung_up(client) => thread::sleep(RETRY),
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
                 let paused = if guest.state() == State::Paused { " It is paused." } else { "" };
                 let message = format!(
@@ -360,21 +384,25 @@ fn vsock(guest: &Guest, port: u32, patience: Duration) -> Result<Answer<'static>
     })))
 }
 
-/// Both ways, until both have ended. Each direction ends on its own.
+/// Both ways, until both have ended. Each direction ends on its own; a client that is gone ends the other too.
 fn join(client: UnixStream, guest: UnixStream, early: &[u8]) -> io::Result<()> {
     (&guest).write_all(early)?;
     let (from_client, to_guest) = (client.try_clone()?, guest.try_clone()?);
-    thread::Builder::new().name("to guest".into()).stack_size(STACK).spawn(move || {
-        if pass(&from_client, &to_guest).is_err() {
-            let _ = to_guest.shutdown(Shutdown::Both);
-            let _ = from_client.shutdown(Shutdown::Both);
+    let says = thread::Builder::new().name("to guest".into()).stack_size(STACK).spawn(move || {
+        match pass(&from_client, &to_guest) {
+            // It may be gone long before the guest has something to say to it, and finds out.
+            Ok(()) => drop(is_over(&from_client, None)),
+            Err(_) => drop(from_client.shutdown(Shutdown::Both)),
         }
+        let _ = to_guest.shutdown(Shutdown::Both);
     })?;
     let outcome = pass(&guest, &client);
     if outcome.is_err() {
         let _ = guest.shutdown(Shutdown::Both);
         let _ = client.shutdown(Shutdown::Both);
     }
+    // As long as the connection has a thread it has a client's place.
+    let _ = says.join();
     outcome
 }
 
@@ -393,6 +421,7 @@ fn pass(mut from: &UnixStream, mut to: &UnixStream) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{self, ID};
 
     #[test]
     fn one_user_cannot_take_all_places_and_root_always_finds_one() {
@@ -426,5 +455,71 @@ mod tests {
         (&ours).read_to_string(&mut heard).unwrap();
         assert_eq!(heard, "answer");
         assert!(joined.join().unwrap().is_ok());
+    }
+
+    #[test]
+    fn a_connection_has_its_place_as_long_as_it_has_a_thread() {
+        let ((ours, client), (theirs, guest)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        let joined = thread::spawn(move || join(client, guest, b""));
+        drop(theirs);
+        // Its end has come here, and the client may still speak.
+        assert_eq!((&ours).read(&mut [0]).unwrap(), 0);
+        thread::sleep(Duration::from_millis(50));
+        assert!(!joined.is_finished());
+        drop(ours);
+        assert!(joined.join().unwrap().is_ok());
+    }
+
+    #[test]
+    fn a_guest_that_keeps_silent_does_not_keep_the_place_of_a_client_that_is_gone() {
+        let ((ours, client), (theirs, guest)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        let joined = thread::spawn(move || join(client, guest, b""));
+        ours.shutdown(Shutdown::Write).unwrap();
+        assert_eq!((&theirs).read(&mut [0]).unwrap(), 0);
+        thread::sleep(Duration::from_millis(50));
+        assert!(!joined.is_finished());
+        drop(ours);
+        assert!(joined.join().unwrap().is_ok());
+        drop(theirs);
+    }
+
+    #[test]
+    fn nobody_waits_for_an_agent_on_behalf_of_a_client_that_is_gone() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| record.state = State::Running);
+        let (ours, client) = UnixStream::pair().unwrap();
+        ours.shutdown(Shutdown::Write).unwrap();
+        assert!(!has_hung_up(&client));
+        let begin = Instant::now();
+        assert!(vsock(&guest, 1, Duration::from_millis(100), &client).is_err());
+        assert!(begin.elapsed() >= Duration::from_millis(100));
+        drop(ours);
+        assert!(vsock(&guest, 1, Duration::from_secs(600), &client).is_err());
+        assert!(begin.elapsed() < Duration::from_secs(60));
+    }
+
+    #[test]
+    fn what_is_typed_reaches_a_guest_that_has_rebooted() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| record.state = State::Running);
+        for _ in 0..2 {
+            let types = guest.clone();
+            let typed = thread::spawn(move || type_in(&types, b"words"));
+            thread::sleep(Duration::from_millis(50));
+            // Here a new process is made.
+            let _ = std::fs::remove_dir_all(&guest.places.run);
+            std::fs::create_dir(&guest.places.run).unwrap();
+            let path = guest.places.run.join("console.in");
+            let mode = rustix::fs::Mode::from_raw_mode(0o600);
+            rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+            let mut console = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+            let mut heard = [0; 5];
+            console.read_exact(&mut heard).unwrap();
+            assert_eq!(&heard, b"words");
+            typed.join().unwrap().unwrap();
+        }
+        guest.lock().record.state = State::Stopped;
+        std::fs::remove_dir_all(&guest.places.run).unwrap();
+        assert!(type_in(&guest, b"words").is_err());
     }
 }

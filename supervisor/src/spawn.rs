@@ -6,15 +6,16 @@
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use api_socket::fleet::{Limits, Part};
 use rustix::fs::{CWD, Mode, OFlags, mknodat};
-use rustix::process::{Signal, set_parent_process_death_signal, setsid};
+use rustix::io::Errno;
+use rustix::process::{Signal, getppid, set_parent_process_death_signal, setsid};
 use serde_json::json;
 
 use crate::cell::{self, Places};
@@ -31,6 +32,9 @@ const OVERHEAD_MIB: u64 = 128;
 const MAX_THREADS: u32 = 64;
 /// The guest's own address for its sockets. Each VMM has sockets of its own, so it can be the same everywhere.
 const CID: u32 = 3;
+/// As pipes are opened whose other end is the VMM's. For writing too: without anybody who could write, which a VMM brings about
+/// by closing its end, a pipe is always ready, and the loop would never rest.
+const READ: OFlags = OFlags::RDWR.union(OFlags::NONBLOCK);
 /// The period in which a share of processors is counted, in microseconds; the kernel's default.
 const CPU_PERIOD: u64 = 100_000;
 
@@ -115,21 +119,35 @@ pub fn spawn(
         .stdout(Stdio::from(pipes.console_out))
         .stderr(Stdio::from(pipes.log_out.try_clone().map_err(|error| error.to_string())?));
     let numbers: Vec<_> = handed.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
-    let prepare = move || prepare_child(&numbers);
+    let parent = std::process::id();
+    let prepare = move || prepare_child(parent, &numbers);
     // SAFETY: what runs between fork and exec may only do what is safe after a signal in a process with many threads:
     // `prepare_child` makes system calls and allocates nothing.
     unsafe { command.pre_exec(prepare) };
     let child = command
         .spawn()
         .map_err(|error| format!("{} cannot be run: {error}.", config.programs.jailer.display()))?;
-    let held = Held::of_pid(child.id()).map_err(|error| format!("The jailer's process: {error}."))?;
+    let held = hold(child, Held::of_pid).map_err(|error| format!("The jailer's process: {error}."))?;
     Ok(Started { held, console: pipes.console, log: pipes.log })
 }
 
+/// A child that can be watched. One that cannot is ended: it would become a VMM that nobody knows of.
+fn hold(mut child: Child, look: impl FnOnce(u32) -> io::Result<Held>) -> io::Result<Held> {
+    look(child.id()).inspect_err(|_| {
+        // It fails only for one that has ended.
+        let _ = child.kill();
+        let _ = child.wait();
+    })
+}
+
 /// In the child, before the jailer.
-fn prepare_child(numbers: &[i32]) -> io::Result<()> {
+fn prepare_child(parent: u32, numbers: &[i32]) -> io::Result<()> {
     // Until the jailer has become the VMM's user it dies with the daemon: the kernel forgets this with the change of user.
     set_parent_process_death_signal(Some(Signal::KILL))?;
+    // A daemon that was killed before this is not heard of.
+    if getppid().is_none_or(|now| now.as_raw_pid() != parent as i32) {
+        return Err(Errno::SRCH.into());
+    }
     // A terminal's Ctrl-C is the daemon's.
     setsid()?;
     for number in numbers {
@@ -182,7 +200,7 @@ impl Pipes {
 /// # Errors
 /// Those of the file system.
 pub fn console(places: &Places) -> io::Result<File> {
-    open_pipe(places, "console.out", OFlags::RDONLY | OFlags::NONBLOCK)
+    open_pipe(places, "console.out", READ)
 }
 
 /// What the VMM has to say, to be read.
@@ -190,7 +208,7 @@ pub fn console(places: &Places) -> io::Result<File> {
 /// # Errors
 /// Those of the file system.
 pub fn log(places: &Places) -> io::Result<File> {
-    open_pipe(places, "log", OFlags::RDONLY | OFlags::NONBLOCK)
+    open_pipe(places, "log", READ)
 }
 
 /// What the guest reads from its console, to be written.
@@ -233,9 +251,10 @@ fn configuration(record: &Record, told: &str, has_network: bool) -> serde_json::
     settings
 }
 
-/// Into the cell that is to be: the jailer takes what is there. Everyone may read it, as the VMM's user must.
+/// Into the cell that is to be: the jailer takes what is there. Everyone may read the file, as the VMM's user must; nobody else
+/// comes as far.
 fn write_configuration(places: &Places, settings: &serde_json::Value) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).create(&places.root)?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&places.root)?;
     let mut file =
         File::options().write(true).create_new(true).mode(0o444).open(places.root.join("vm.json"))?;
     file.write_all(settings.to_string().as_bytes())
@@ -296,6 +315,50 @@ mod tests {
             let requests = api_socket::config_file::read(&path).unwrap();
             assert_eq!(requests.len(), if has_network { 7 } else { 6 });
         }
+    }
+
+    #[test]
+    fn a_vmm_that_closes_its_ends_does_not_keep_the_loop_awake() {
+        let place = tempfile::tempdir().unwrap();
+        let config = Config { run_dir: place.path().into(), ..Config::default() };
+        let places = Places::new(&config, "0123456789ab");
+        let Pipes { console_in, console_out, log_out, console, log, .. } =
+            Pipes::make(&places, rustix::process::getuid().as_raw()).unwrap();
+        drop((console_in, console_out, log_out));
+        for pipe in [console, log] {
+            let mut fds = [rustix::event::PollFd::new(&pipe, rustix::event::PollFlags::IN)];
+            assert_eq!(rustix::event::poll(&mut fds, Some(&Default::default())).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn a_child_that_cannot_be_watched_is_ended_and_one_whose_daemon_is_gone_does_not_begin() {
+        let child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pid = child.id();
+        assert!(hold(child, |_| Err(Errno::MFILE.into())).is_err());
+        assert!(Held::of_pid(pid).is_err());
+
+        let run = |parent| {
+            let mut command = Command::new("true");
+            // SAFETY: as in `spawn`.
+            unsafe { command.pre_exec(move || prepare_child(parent, &[])) };
+            command.status()
+        };
+        assert!(run(std::process::id()).unwrap().success());
+        assert!(run(1).is_err());
+    }
+
+    #[test]
+    fn a_cell_that_is_to_be_is_not_for_others_to_look_into() {
+        let place = tempfile::tempdir().unwrap();
+        let config = Config { state_dir: place.path().into(), ..Config::default() };
+        let places = Places::new(&config, "0123456789ab");
+        write_configuration(&places, &json!({})).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        for directory in places.root.ancestors().take(3) {
+            assert_eq!(mode(directory), 0o700, "{}", directory.display());
+        }
+        assert_eq!(mode(&places.root.join("vm.json")), 0o444);
     }
 
     #[test]

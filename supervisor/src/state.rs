@@ -146,6 +146,8 @@ fn after(state: State, outcome: Outcome, policy: Policy) -> (State, Action) {
         (_, Outcome::Ended, _) => false,
         (_, Outcome::Rebooted, _) => true,
         (_, _, Restart::Always) => true,
+        // The host's failure, not the guest's.
+        (_, Outcome::Lost, Restart::OnFailure) => false,
         (_, outcome, Restart::OnFailure) => outcome.is_failure(),
         (_, _, Restart::No) => false,
     };
@@ -213,7 +215,8 @@ mod tests {
             let again = |restart| after_end(outcome, policy(restart)).0 != State::Stopped;
             let is_reboot = outcome == Outcome::Rebooted;
             assert_eq!(again(Restart::No), is_reboot, "{outcome:?}");
-            assert_eq!(again(Restart::OnFailure), is_reboot || outcome.is_failure(), "{outcome:?}");
+            let is_its_own = outcome.is_failure() && outcome != Outcome::Lost;
+            assert_eq!(again(Restart::OnFailure), is_reboot || is_its_own, "{outcome:?}");
             assert_eq!(again(Restart::Always), outcome != Outcome::Ended, "{outcome:?}");
         }
     }

@@ -5,13 +5,18 @@
 //! person can read them, copy them, and mend them with an editor.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
 
 use crate::record::{FORMAT, Record};
 
 /// The file's name.
 const NAME: &str = "guest.json";
+/// Begins the name of a file that is not yet in its place.
+const BEGUN: &str = ".new-";
 /// The longest record, in bytes; what is longer was not written here.
 const MAX_RECORD: u64 = 64 << 10;
 /// Hexadecimal digits of an id.
@@ -31,6 +36,16 @@ pub struct Found {
     pub unfinished: Vec<PathBuf>,
     /// What cannot be read. It is left as it is, and nobody else gets what may be its.
     pub broken: Vec<(PathBuf, String)>,
+    /// What is known to be of the broken ones.
+    pub claimed: Vec<Claimed>,
+}
+
+/// What a guest has whose record is not understood as a whole: it may run, or be one of a newer release.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Claimed {
+    pub name: Option<String>,
+    pub uid: Option<u32>,
+    pub address: Option<Ipv4Addr>,
 }
 
 impl Store {
@@ -84,14 +99,44 @@ impl Store {
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if !is_id(name) {
+                found.broken.push((path, "its name is no id".into()));
+                continue;
+            }
+            remove_begun(&path);
             match load(&path.join(NAME), name) {
                 Ok(record) => found.records.push(record),
                 Err(Unloaded::Absent) => found.unfinished.push(path),
-                Err(Unloaded::Broken(why)) => found.broken.push((path.join(NAME), why)),
+                Err(Unloaded::Broken(why)) => {
+                    found.claimed.extend(claimed(&path.join(NAME)));
+                    found.broken.push((path.join(NAME), why));
+                }
             }
         }
         Ok(found)
     }
+}
+
+/// An id is part of paths, and of names of interfaces and groups.
+pub fn is_id(name: &str) -> bool {
+    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    name.len() == ID_LENGTH && name.bytes().all(is_digit)
+}
+
+/// Files that were being written when the daemon was killed.
+fn remove_begun(directory: &Path) {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(BEGUN)) {
+        if let Err(error) = fs::remove_file(entry.path()) {
+            log::warn!("{} cannot be removed: {error}", entry.path().display());
+        }
+    }
+}
+
+fn claimed(path: &Path) -> Option<Claimed> {
+    let mut text = String::new();
+    File::open(path).ok()?.take(MAX_RECORD).read_to_string(&mut text).ok()?;
+    serde_json::from_str(&text).ok()
 }
 
 enum Unloaded {
@@ -131,9 +176,7 @@ pub fn parse(text: &str) -> Result<Record, String> {
         return Err(format!("it has the format {format}; this release knows {FORMAT}: install a newer one"));
     }
     let record: Record = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-    // It becomes part of paths, and of names of interfaces and groups.
-    if record.id.len() != ID_LENGTH || !record.id.bytes().all(is_digit) {
+    if !is_id(&record.id) {
         return Err(format!("its id {:?} has not {ID_LENGTH} hexadecimal digits", record.id));
     }
     api_socket::fleet::check_name(&record.name).map_err(|why| format!("its name {why}"))?;
@@ -152,7 +195,7 @@ pub fn parse(text: &str) -> Result<Record, String> {
 /// # Errors
 /// Those of the file system; the old one is there.
 pub fn replace(directory: &Path, name: &str, content: &[u8]) -> io::Result<()> {
-    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory)?;
+    let mut file = tempfile::Builder::new().prefix(BEGUN).tempfile_in(directory)?;
     file.write_all(content)?;
     file.as_file().sync_all()?;
     file.persist(directory.join(name))?;
@@ -216,6 +259,21 @@ mod tests {
         let mut broken: Vec<_> = found.broken.into_iter().map(|(path, _)| path).collect();
         broken.sort();
         assert_eq!(broken, [path("111111111111").join(NAME), path("222222222222").join(NAME)]);
+    }
+
+    #[test]
+    fn what_a_kill_has_left_is_removed_and_what_is_no_guest_s_is_not() {
+        let (_place, store) = store();
+        let record = record("0123456789ab");
+        fs::create_dir(store.directory(&record.id)).unwrap();
+        store.save(&record).unwrap();
+        fs::write(store.directory(&record.id).join(".new-a1b2c3"), "{").unwrap();
+        let other = store.directory("lost+found");
+        fs::create_dir(&other).unwrap();
+        let found = store.load().unwrap();
+        assert_eq!(found.records, [record.clone()]);
+        assert!(found.unfinished.is_empty() && other.is_dir());
+        assert_eq!(fs::read_dir(store.directory(&record.id)).unwrap().count(), 1);
     }
 
     #[test]

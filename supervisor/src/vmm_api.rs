@@ -1,12 +1,12 @@
 //! What is asked of a running VMM over the guest's own API, and of programs in the guest over its sockets. Each wait has its
 //! limit: a VMM that never answers costs its caller some seconds and nobody else anything.
 
-use std::io::{self, BufRead, BufReader, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api_socket::{BalloonUpdate, Client, ClientError, InstanceState, Request, VmState};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
@@ -20,6 +20,8 @@ pub const ANSWER: Duration = Duration::from_secs(10);
 const PING: Duration = Duration::from_secs(1);
 /// How long the guest's agent may take to say that it shuts down.
 const AGENT: Duration = Duration::from_secs(3);
+/// The longest line that says that somebody took a connection, in bytes: `OK` and a number.
+const MAX_LINE: usize = 32;
 /// Where the VMM has the guest's sockets, in its cell.
 pub const VSOCK: &str = "run/v.sock";
 
@@ -28,8 +30,15 @@ pub const VSOCK: &str = "run/v.sock";
 /// # Errors
 /// It does not answer.
 pub fn is_running(places: &Places) -> Result<bool, ClientError> {
-    let info = client(places, PING)?.instance_info()?;
-    Ok(info.state != InstanceState::NotStarted)
+    Ok(state(places)? != InstanceState::NotStarted)
+}
+
+/// What the VMM says of its guest.
+///
+/// # Errors
+/// It does not answer.
+pub fn state(places: &Places) -> Result<InstanceState, ClientError> {
+    Ok(client(places, PING)?.instance_info()?.state)
 }
 
 /// Pauses or resumes the guest.
@@ -74,21 +83,37 @@ pub fn shut_down(places: &Places, uid: u32) {
 pub fn vsock(places: &Places, uid: u32, port: u32) -> io::Result<UnixStream> {
     let socket = guests_socket(&places.root, uid)?;
     // By way of the descriptor, so that what was looked at is what is called.
-    let mut stream = call(&PathBuf::from(format!("/proc/self/fd/{}", socket.as_raw_fd())))?;
-    stream.set_read_timeout(Some(ANSWER))?;
-    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-    // Byte by byte: what follows the line is the guest's.
-    let mut line = Vec::new();
-    match BufReader::with_capacity(1, &stream).read_until(b'\n', &mut line) {
-        Ok(_) if line.starts_with(b"OK ") => {}
-        Ok(_) => return Err(ErrorKind::ConnectionRefused.into()),
-        Err(error) if error.kind() == ErrorKind::ConnectionReset => {
-            return Err(ErrorKind::ConnectionRefused.into());
-        }
-        Err(error) => return Err(error),
-    }
+    let stream = call(&PathBuf::from(format!("/proc/self/fd/{}", socket.as_raw_fd())))?;
+    introduce(&stream, port, Instant::now() + ANSWER)?;
     stream.set_read_timeout(None)?;
     Ok(stream)
+}
+
+/// Says which port is meant and hears whether somebody took it, and nothing of what follows, which is the guest's.
+fn introduce(mut stream: &UnixStream, port: u32, until: Instant) -> io::Result<()> {
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        if line.len() == MAX_LINE {
+            return Err(io::Error::new(ErrorKind::InvalidData, "the VMM does not say what it should"));
+        }
+        stream.set_read_timeout(Some(left))?;
+        let mut byte = [0];
+        match stream.read(&mut byte) {
+            Ok(0) => return Err(ErrorKind::ConnectionRefused.into()),
+            Ok(_) => line.extend(byte),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+                return Err(ErrorKind::ConnectionRefused.into());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if line.starts_with(b"OK ") { Ok(()) } else { Err(ErrorKind::ConnectionRefused.into()) }
 }
 
 /// The VMM's socket in its cell. What is in a cell is the VMM's to change: a link there, or another's socket, would have us
@@ -161,5 +186,33 @@ mod tests {
             }
         };
         assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_vmm_that_goes_on_for_ever_is_not_listened_to() {
+        for (said, pause) in [(&[b'x'; 4096][..], Duration::ZERO), (b"x", Duration::from_millis(15))] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let vmm = std::thread::spawn(move || {
+                while theirs.write_all(said).is_ok() {
+                    std::thread::sleep(pause);
+                }
+            });
+            assert!(introduce(&ours, 1, Instant::now() + Duration::from_millis(100)).is_err());
+            drop(ours);
+            vmm.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn what_the_guest_says_first_is_not_taken_from_it() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"OK 1024\nhello").unwrap();
+        introduce(&ours, 1, Instant::now() + Duration::from_secs(60)).unwrap();
+        let mut buffer = [0; 16];
+        assert_eq!((&ours).read(&mut buffer).unwrap(), 5);
+        drop(theirs);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        assert!(introduce(&ours, 1, Instant::now() + Duration::from_secs(60)).is_err());
     }
 }

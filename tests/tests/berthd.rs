@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use agent::protocol::Exit;
 use api_socket::fleet::{self, Outcome, Restart, State, Stop};
-use api_socket::{Client as GuestClient, ClientError};
+use api_socket::{Client as GuestClient, ClientError, Request, VmState};
 use berth_tests::berthd::{Daemon, IMAGE, hear_until, small};
 use berth_tests::guest::limits;
 use rustix::process::{Pid, Signal, kill_process};
@@ -84,6 +84,40 @@ fn a_guest_does_not_notice_that_its_daemon_is_killed_and_another_takes_it_on() {
     // How it ends is known although the daemon is not its parent.
     let ended = daemon.client().stop("web", Stop::default()).unwrap();
     assert_eq!(ended.last_end.unwrap().outcome, Outcome::PoweredOff);
+}
+
+/// A daemon may be killed between a VMM's answer and the line that writes it down.
+#[test]
+fn a_guest_that_was_paused_while_no_daemon_is_there_is_known_to_be() {
+    let mut daemon = Daemon::start("");
+    daemon.import();
+    let guest = daemon.guest("web");
+    daemon.kill();
+    let mut own = GuestClient::connect(&guest.api_socket.unwrap()).unwrap();
+    own.apply(&Request::PatchVm(VmState::Paused)).unwrap();
+    daemon.run();
+    daemon.wait_for("web", State::Paused);
+    assert_eq!(daemon.client().resume("web").unwrap().state, State::Running);
+    assert_eq!(daemon.exec("web", &["echo", "still"]).text(), "still\n");
+
+    // Nor need the daemon be asked: a guest that its owner has paused goes down when it is stopped.
+    own.apply(&Request::PatchVm(VmState::Paused)).unwrap();
+    let ended = daemon.client().stop("web", Stop::default()).unwrap();
+    assert_eq!(ended.last_end.unwrap().outcome, Outcome::PoweredOff);
+}
+
+#[test]
+fn a_console_stays_when_its_guest_reboots() {
+    let daemon = Daemon::start("");
+    daemon.import();
+    let before = daemon.guest("web");
+    let mut console = daemon.client().console("web").unwrap();
+    console.set_read_timeout(Some(limits::COMMAND)).unwrap();
+    daemon.say("web", "(sleep 1; reboot -f) &");
+    daemon.wait_for_another(&before);
+    daemon.exec("web", &["true"]).text();
+    console.write_all(b"echo one-$((1 + 1))\n").unwrap();
+    hear_until(&mut console, "one-2").unwrap();
 }
 
 #[test]

@@ -18,12 +18,22 @@ pub struct Operation<'a> {
     description: &'a Description,
 }
 
+/// As keys of a path, and as HTTP has them; in the order of the document for people.
+pub const METHODS: [(&str, &str); 5] =
+    [("get", "GET"), ("post", "POST"), ("put", "PUT"), ("patch", "PATCH"), ("delete", "DELETE")];
+
 impl Description {
+    /// Of the guest API.
     pub fn read() -> Description {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/api/guest.yaml");
+        Description::of("guest.yaml")
+    }
+
+    /// The one in this file of resources/api/.
+    pub fn of(file: &str) -> Description {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/api").join(file);
         let text = std::fs::read_to_string(path).unwrap();
         let documents = YamlLoader::load_from_str(&text).unwrap();
-        let [document] = &documents[..] else { panic!("guest.yaml has more than one document") };
+        let [document] = &documents[..] else { panic!("{file} has more than one document") };
         Description { document: to_json(document) }
     }
 
@@ -31,7 +41,7 @@ impl Description {
     pub fn operations(&self) -> Vec<Operation<'_>> {
         let mut operations = Vec::new();
         for (path, node) in self.document["paths"].as_object().unwrap() {
-            for (key, method) in [("get", "GET"), ("put", "PUT"), ("patch", "PATCH"), ("delete", "DELETE")] {
+            for (key, method) in METHODS {
                 if let Some(node) = node.get(key) {
                     operations.push(Operation { path, method, node, description: self });
                 }
@@ -60,6 +70,30 @@ impl Operation<'_> {
         Some(self.description.resolve(schema))
     }
 
+    /// What can be in the path or the query.
+    pub fn parameters(&self) -> Vec<&Value> {
+        let parameters = self.node["parameters"].as_array().into_iter().flatten();
+        let resolved = parameters.map(|parameter| match parameter["$ref"].as_str() {
+            Some(target) => self.description.document.pointer(target.trim_start_matches('#')).unwrap(),
+            None => parameter,
+        });
+        resolved.collect()
+    }
+
+    /// Fields of the query: name, schema, meaning.
+    pub fn queries(&self) -> Vec<(&str, &Value, &str)> {
+        fn text(value: &Value) -> &str {
+            value.as_str().unwrap()
+        }
+        let placed = self.parameters().into_iter().filter(|parameter| parameter["in"] == "query");
+        placed
+            .map(|parameter| {
+                let schema = &parameter["schema"];
+                (text(&parameter["name"]), schema, text(&parameter["description"]))
+            })
+            .collect()
+    }
+
     /// The path with an id in it that the examples of the schemas have too.
     pub fn example_path(&self) -> String {
         self.path.replace("{drive_id}", "rootfs").replace("{iface_id}", "eth0").replace("{id}", "pmem0")
@@ -82,6 +116,6 @@ fn to_json(yaml: &Yaml) -> Value {
         Yaml::Hash(fields) => {
             fields.iter().map(|(key, value)| (key.as_str().unwrap().to_string(), to_json(value))).collect()
         }
-        other => panic!("guest.yaml: {other:?} has no place here"),
+        other => panic!("{other:?} has no place in a description"),
     }
 }

@@ -6,13 +6,14 @@ use serde_json::Value;
 
 use crate::description::{Description, Operation, reference};
 
-pub fn markdown(description: &Description) -> String {
+/// `made_from` is the file, `key` and `heading` are of the column that says when or for whom a request is.
+pub fn markdown(description: &Description, made_from: &str, (key, heading): (&str, &str)) -> String {
     let document = &description.document;
     let mut text = String::new();
     let info = &document["info"];
     writeln!(
         text,
-        "<!-- Made from resources/api/guest.yaml by BLESS=1 cargo test -p api-socket --test openapi -->"
+        "<!-- Made from resources/api/{made_from} by BLESS=1 cargo test -p api-socket --test openapi -->"
     )
     .unwrap();
     writeln!(text, "# {}\n\n{}", word(&info["title"]), word(&info["description"]).trim_end()).unwrap();
@@ -20,9 +21,16 @@ pub fn markdown(description: &Description) -> String {
     for (name, limit) in document["x-limits"].as_object().unwrap() {
         writeln!(text, "| {} | {limit} |", name.replace('_', " ")).unwrap();
     }
-    text.push_str("\n## Requests\n\n| Request | | When | Body | Reply |\n|---|---|---|---|---|\n");
+    if let Some(statuses) = document["x-statuses"].as_object() {
+        text.push_str("\n## Statuses of refusals\n\n| | |\n|---|---|\n");
+        for (status, meaning) in statuses {
+            writeln!(text, "| {status} | {} |", word(meaning)).unwrap();
+        }
+    }
+    writeln!(text, "\n## Requests\n\n| Request | | {heading} | Body | Reply |\n|---|---|---|---|---|")
+        .unwrap();
     for operation in description.operations() {
-        text.push_str(&request_row(&operation));
+        text.push_str(&request_row(&operation, key));
     }
     text.push_str("\n## Bodies and replies\n");
     for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
@@ -31,27 +39,53 @@ pub fn markdown(description: &Description) -> String {
     text
 }
 
-fn request_row(operation: &Operation) -> String {
+fn request_row(operation: &Operation, key: &str) -> String {
     let node = operation.node;
     let mut what = word(&node["summary"]).to_string();
     if let Some(more) = node["description"].as_str() {
         what.push(' ');
         what.push_str(more.trim_end());
     }
-    let body = node.pointer("/requestBody/content/application~1json/schema").map_or(String::new(), type_name);
-    let reply =
-        node.pointer("/responses/200/content/application~1json/schema").map_or(String::new(), type_name);
+    for (name, schema, meaning) in operation.queries() {
+        let default = &schema["default"];
+        write!(what, " `?{name}=`: {meaning}; {}, default `{}`.", type_name(schema), plain(default)).unwrap();
+    }
     format!(
-        "| `{} {}` | {what} | {} | {body} | {reply} |\n",
+        "| `{} {}` | {what} | {} | {} | {} |\n",
         operation.method,
         operation.path,
-        word(&node["x-when"])
+        word(&node[key]),
+        content(&node["requestBody"]),
+        match &node["responses"]["101"] {
+            Value::Null => content(&node["responses"]["200"]),
+            upgrade => format!("101. {}", word(&upgrade["description"])),
+        },
     )
+}
+
+/// The type of a body or reply; JSON is not named.
+fn content(node: &Value) -> String {
+    let Some((kind, content)) = node["content"].as_object().and_then(|content| content.iter().next()) else {
+        return String::new();
+    };
+    match (kind.as_str(), reference(&content["schema"])) {
+        ("application/json", _) => type_name(&content["schema"]),
+        (kind, Some(_)) => format!("`{kind}`, {}", type_name(&content["schema"])),
+        (kind, None) => format!("`{kind}`"),
+    }
+}
+
+/// A text without its quotes.
+fn plain(value: &Value) -> String {
+    value.as_str().map_or(value.to_string(), str::to_owned)
 }
 
 fn schema_section(name: &str, schema: &Value) -> String {
     let mut text = format!("\n### {name}\n\n{}\n\n", word(&schema["description"]));
     let Some(properties) = schema["properties"].as_object() else {
+        if schema.get("enum").is_some() {
+            writeln!(text, "One of {}.", type_name(schema)).unwrap();
+        }
         return text.trim_end().to_string() + "\n";
     };
     text.push_str("| Field | Type | | |\n|---|---|---|---|\n");

@@ -1,9 +1,11 @@
-//! The OpenAPI description in resources/api/guest.yaml against the types and routes, and docs/api.md against it.
+//! The OpenAPI descriptions in resources/api/ against the types and routes, and docs/api.md and docs/fleet-api.md against them.
+//! Here the guest API; fleet.rs has the other.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "this whole file is a test")]
 
 mod description;
 mod docs;
+mod fleet;
 mod variants;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -221,16 +223,19 @@ fn every_described_schema_is_used() {
     }
 }
 
-/// Fails when docs/api.md is not what the description makes; with BLESS=1 in the environment, writes it.
 #[test]
 fn the_document_for_people_is_made_from_the_description() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/api.md");
-    let text = docs::markdown(&Description::read());
+    assert_document("api.md", docs::markdown(&Description::read(), "guest.yaml", ("x-when", "When")));
+}
+
+/// Fails when this file of docs/ is not what the description makes; with BLESS=1 in the environment, writes it.
+fn assert_document(file: &str, text: String) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(file);
     if std::env::var_os("BLESS").is_some_and(|value| value == "1") {
         std::fs::write(&path, &text).unwrap();
     }
     let present = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(present == text, "docs/api.md is stale; run BLESS=1 cargo test -p api-socket --test openapi");
+    assert!(present == text, "docs/{file} is stale; run BLESS=1 cargo test -p api-socket --test openapi");
 }
 
 /// Which fields there are, in which objects; values aside.

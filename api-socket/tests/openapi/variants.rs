@@ -25,6 +25,7 @@ pub fn full(description: &Description, schema: &Value) -> Value {
         Some("string") => json!("text"),
         Some("boolean") => json!(true),
         Some("integer") => schema.get("minimum").cloned().unwrap_or(json!(1)),
+        Some("number") => json!(1.5),
         Some("array") if schema["maxItems"] == 0 => json!([]),
         Some("array") => json!([full(description, &schema["items"])]),
         Some("object") => match schema["properties"].as_object() {
@@ -140,11 +141,12 @@ fn wrong_types(schema: &Value) -> Vec<Value> {
         Some("string") => vec![json!(17), json!(true), json!({}), json!([])],
         Some("boolean") => vec![json!("true"), json!(1), json!({})],
         Some("integer") => vec![json!("17"), json!(1.5), json!(-1), json!(18446744073709551616.0), json!([])],
+        Some("number") => vec![json!("1.5"), json!(true), json!({})],
         Some("array") => vec![json!("text"), json!({}), json!(17)],
         Some("object") => vec![json!("text"), json!(17), json!(true)],
         other => panic!("no values that are not of type {other:?}"),
     };
-    if schema.get("enum").is_some() || schema.get("pattern").is_some() {
+    if ["enum", "pattern"].iter().any(|form| schema.get(form).is_some()) || schema["format"] == "ipv4" {
         wrong.push(json!("no such name"));
     }
     if schema["format"] == "uint32" {
