@@ -4,13 +4,15 @@ TARGET  := $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-gnu
 HOST    := $(TARGET)/debug/berth-host
 # What runs in the host is what ships.
 PROGRAMS := --programs $(TARGET)/release
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+DEB     := $(or $(CARGO_TARGET_DIR),target)/debian/berth_$(VERSION)_amd64.deb
 CACHE   := $(or $(BERTH_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/berth)
 SHELL   := /bin/bash
 # Where rustup puts cargo.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test bench soak host-shell lint deny fmt unit host-tests guests fuzz-smoke tools programs clean-cache
+.PHONY: help setup run check test bench soak host-shell lint deny fmt unit host-tests guests fuzz-smoke tools programs deb package clean-cache
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,8 +37,10 @@ test: setup ## everything: lint, unit tests, the host's tests, tests with guests
 bench: setup programs ## measure boots and devices beside QEMU's microvm; RUNS=20 for a surer median, PART=disk for a part
 	$(HOST) run $(PROGRAMS) --processors $(or $(PROCESSORS),1) -- berth-bench --runs $(or $(RUNS),5) $(PART)
 
-soak: setup programs ## the long proofs: tests with guests at full length, ten minutes of each fuzzer; FILTER as above
-	$(HOST) test --soak $(PROGRAMS) $(FILTER)
+deb: setup package ## the Debian package, in target/debian/ (docs/install.md)
+
+soak: setup package ## the long proofs: tests with guests at full length, ten minutes of each fuzzer; FILTER as above
+	$(HOST) test --soak $(PROGRAMS) --with berth.deb=$(DEB) $(FILTER)
 	tests/fuzz/run.sh $(or $(FUZZ_SECONDS),600)
 
 host-shell: setup programs ## a shell in the host that guests run in
@@ -66,11 +70,11 @@ unit: tools ## tests that need no guest
 	cargo test --package berth-tests --lib --bins --quiet
 
 # The files of tests/tests/ named here_* try the host and what it is made of, from outside; the others run inside it.
-host-tests:
+host-tests: programs
 	cargo test --package berth-tests --test 'here_*' --quiet
 
-guests: programs ## the tests with guests; FILTER=part of a name runs a few
-	$(HOST) test $(PROGRAMS) $(FILTER)
+guests: package ## the tests with guests; FILTER=part of a name runs a few
+	$(HOST) test $(PROGRAMS) --with berth.deb=$(DEB) $(FILTER)
 
 fuzz-smoke:
 	@if [ -x tests/fuzz/run.sh ]; then tests/fuzz/run.sh; fi
@@ -80,6 +84,9 @@ tools:
 
 programs: tools
 	cargo build --release --package agent --package cli --package jailer --package supervisor --package vmm --bins --quiet
+
+package: programs
+	@resources/deb/build.sh $(TARGET)/release $(dir $(DEB))
 
 clean-cache: ## remove kernels, images and saved hosts; they are made anew when needed
 	rm -rf "$(CACHE)"

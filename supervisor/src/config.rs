@@ -22,6 +22,7 @@ pub struct Wrong {
 
 /// All settings. Each has a default, so that no file is needed.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Where clients find the daemon, unless systemd hands it a socket.
@@ -45,6 +46,7 @@ pub struct Config {
 
 /// The network that guests get: a bridge behind address translation.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields, default)]
 pub struct Network {
     pub bridge: String,
@@ -57,6 +59,7 @@ pub struct Network {
 
 /// Where our own programs are.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields, default)]
 pub struct Programs {
     pub vmm: PathBuf,
@@ -192,6 +195,19 @@ mod tests {
     #[test]
     fn a_host_without_a_file_has_the_defaults_and_these_can_be() {
         assert_eq!(Config::parse(""), Ok(Config::default()));
+    }
+
+    #[test]
+    fn the_file_that_is_installed_has_each_setting_at_its_default() {
+        let text = include_str!("../../resources/deb/berthd.toml");
+        assert_eq!(Config::parse(text), Ok(Config::default()));
+        // A comment that looks like a setting is one.
+        let settings: Vec<_> = text
+            .lines()
+            .map(|line| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line))
+            .collect();
+        let told: serde_json::Value = toml::from_str(&settings.join("\n")).unwrap();
+        assert_eq!(told, serde_json::to_value(Config::default()).unwrap());
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod footprint;
 pub mod guest;
 pub mod host;
 pub mod inject;
+pub mod machine;
 #[cfg(test)]
 mod map;
 #[cfg(test)]
