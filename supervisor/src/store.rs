@@ -271,7 +271,7 @@ mod tests {
         let other = store.directory("lost+found");
         fs::create_dir(&other).unwrap();
         let found = store.load().unwrap();
-        assert_eq!(found.records, [record.clone()]);
+        assert_eq!(found.records, std::slice::from_ref(&record));
         assert!(found.unfinished.is_empty() && other.is_dir());
         assert_eq!(fs::read_dir(store.directory(&record.id)).unwrap().count(), 1);
     }
