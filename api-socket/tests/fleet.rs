@@ -191,3 +191,23 @@ fn what_is_no_request_or_too_long_is_answered_and_ends_the_connection() {
     }
     assert!(daemon.heard.lock().unwrap().is_empty());
 }
+
+#[test]
+fn a_client_is_not_confused_by_a_server_that_answers_another_question() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = thread::spawn(move || {
+        for reply in ["HTTP/1.1 101 Switching Protocols\r\n\r\n", "HTTP/1.1 200 OK\r\n\r\n"] {
+            let (mut stream, _) = listener.accept().unwrap();
+            assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
+            stream.write_all(reply.as_bytes()).unwrap();
+        }
+    });
+    let client = Client::new(&path);
+    let log = client.logs("web", Log::Console, false);
+    assert!(matches!(log, Err(ClientError::Protocol(_))), "{log:?}");
+    let console = client.console("web");
+    assert!(matches!(console, Err(ClientError::Protocol(_))), "{console:?}");
+    server.join().unwrap();
+}

@@ -59,15 +59,24 @@ impl Events {
     }
 }
 
-/// Seconds since 1970-01-01 UTC.
+/// Seconds since 1970-01-01 UTC, in whole microseconds: so many digits are the same when they were written and read again.
 pub fn now() -> f64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0.0, |time| time.as_secs_f64())
+    since.map_or(0.0, |time| time.as_micros() as f64 / 1e6)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_is_the_same_when_it_was_written_and_read() {
+        for _ in 0..1000 {
+            let time = now();
+            let read: f64 = serde_json::from_str(&serde_json::to_string(&time).unwrap()).unwrap();
+            assert!(read.to_bits() == time.to_bits(), "{time} {read}");
+        }
+    }
 
     #[test]
     fn events_are_told_in_their_order_and_the_oldest_are_let_go() {

@@ -96,6 +96,7 @@ fn seeds() -> Vec<Seed> {
     }
     seeds.push(("vhost_user", "introduction", introduction()));
     seeds.extend(agent());
+    seeds.extend(fleet());
     seeds
 }
 
@@ -128,6 +129,64 @@ fn agent() -> Vec<Seed> {
         ("agent_files", "file", archive(file, "a/b")),
         ("agent_files", "hostile", archive(file, "../outside/secret")),
         ("agent_files", "broken", archive("/missing", "a")),
+    ]
+}
+
+/// Connections of the daemon's clients, what it answers, and its files.
+fn fleet() -> Vec<Seed> {
+    let request = |method: &str, target: &str, body: &str| {
+        let length = body.len();
+        format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}")
+    };
+    let create = r#"{"name":"web","image":"debian","cpus":2,"memory_mib":512,"command_line":"quiet","network":true,
+        "restart":"on-failure","limits":{"cpu_percent":150,"cpu_weight":1,"io_weight":100},"remove_when_ended":false}"#;
+    let guests = [
+        request("POST", "/guests", create),
+        request("PATCH", "/guests/web", r#"{"cpus":1,"memory_mib":64,"restart":"always","limits":{}}"#),
+        request("POST", "/guests/web/stop", r#"{"seconds":5}"#),
+        request("DELETE", "/guests/web?force=true", ""),
+        request("GET", "/version", ""),
+        request("GET", "/guests/web/logs?of=vmm&follow=true", ""),
+    ];
+    let images = [
+        request("PUT", "/images/debian/parts/disk", "the disk"),
+        request("PUT", "/images/debian", r#"{"command_line":"root=/dev/vda"}"#),
+        request("PUT", "/images/debian/parts/initrd", "not read"),
+    ];
+    let upgrade = "GET /guests/web/vsock/1?wait=60 HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: berth\r\n\r\nearly";
+    let ok = |kind: &str, body: &str| {
+        let length = body.len();
+        format!("HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n{body}")
+    };
+    let chunked = |pieces: &[&str]| {
+        let pieces = pieces.iter().map(|piece| format!("{:x}\r\n{piece}\r\n", piece.len())).collect::<String>();
+        format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{pieces}0\r\n\r\n")
+    };
+    let event = r#"{"number":1,"at":1.5,"what":"running","id":"0123456789ab","name":"web"}"#;
+    let fault = "HTTP/1.1 404 Not Found\r\nContent-Length: 22\r\n\r\n{\"fault_message\":\"no\"}";
+    let record = r#"{"format":1,"id":"0123456789ab","name":"web","owner":1000,"created_at":1.5,"image":"debian","cpus":1,
+        "memory_mib":512,"command_line":"quiet","restart":"always","limits":{"io_weight":1},"remove_when_ended":true,
+        "uid":70000,"address":"10.87.0.2","state":"starting-again","process":{"pid":7,"start_ticks":9,"boot_id":"a"},
+        "started_at":2.5,"started_memory_mib":512,"restarts":1,"streak":1,"restart_at":3.5,
+        "last_end":{"at":2.5,"outcome":"jail-violated","reason":"a call"}}"#;
+    let config = "max_guests = 7\nsocket = \"/run/socket\"\nuid_first = 70000\ncontrol_group = \"a/b\"\n\
+                  [network]\naddress = \"10.0.0.1\"\nprefix = 24\ndns = [\"9.9.9.9\"]\n[programs]\nvmm = \"/vmm\"\n";
+    let image = r#"{"owner":1000,"command_line":"root=/dev/vda","created_at":1.5}"#;
+    let seed = |target, name, first: &str, rest: &str| (target, name, [first, rest].concat().into_bytes());
+    vec![
+        seed("fleet_requests", "guests", "", &guests.concat()),
+        seed("fleet_requests", "images", "", &images.concat()),
+        seed("fleet_requests", "upgrade", "", upgrade),
+        seed("fleet_replies", "version", "\x00", &ok("application/json", r#"{"version":"1","pid":7}"#)),
+        seed("fleet_replies", "guests", "\x01", &ok("application/json", r#"{"items":[]}"#)),
+        seed("fleet_replies", "upgraded", "\x03", "HTTP/1.1 101 Switching Protocols\r\n\r\nsaid"),
+        seed("fleet_replies", "events", "\x04", &chunked(&[event, "\n", event, "\n"])),
+        seed("fleet_replies", "refused", "\x05", fault),
+        seed("fleet_replies", "log", "\x06", &chunked(&["first ", &"x".repeat(300)])),
+        seed("fleet_files", "record", "\x00", record),
+        seed("fleet_files", "config", "\x01", config),
+        seed("fleet_files", "image", "\x02", image),
+        seed("fleet_files", "lists", "\x03", r#"{"items":[]}"#),
     ]
 }
 

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod api;
 pub mod device;
+pub mod fleet;
 pub mod input;
 pub mod kernel;
 pub mod metadata;
