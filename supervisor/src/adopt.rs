@@ -134,7 +134,7 @@ fn take_on(fleet: &Arc<Fleet>, guest: &Arc<Guest>, state: State, held: Held) {
     match state {
         State::Starting | State::StartingAgain => {
             let (fleet, guest) = (fleet.clone(), guest.clone());
-            fleet.clone().workers.put(move || fleet.wait_for_answer(&guest, &held));
+            fleet.clone().starts.put(move || fleet.wait_for_answer(&guest, &held));
         }
         // How much time it had left is not known: it has all of it once more.
         State::Stopping => {
@@ -166,7 +166,7 @@ fn was_lost(fleet: &Arc<Fleet>, guest: &Arc<Guest>, record: &Record, boot_id: &s
         log::info!("Guest {} is started again after the host", guest.name);
     }
     let (fleet, guest) = (fleet.clone(), guest.clone());
-    fleet.clone().workers.put(move || {
+    fleet.clone().ends.put(move || {
         if let Err(error) = guest.places.clear(&fleet.config) {
             log::error!("What guest {} has left cannot be removed: {error}", guest.name);
         }

@@ -74,7 +74,8 @@ impl Default for Config {
             group: "berth".into(),
             state_dir: "/var/lib/berth".into(),
             run_dir: "/run/berth".into(),
-            uid_first: 0x6000_0000,
+            // Above the containers' of systemd, which has nothing here (systemd's UIDS-GIDS.md).
+            uid_first: 0x7000_0000,
             uid_count: MAX_GUESTS,
             max_guests: 1024,
             control_group: "berth".into(),

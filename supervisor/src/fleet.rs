@@ -34,7 +34,9 @@ pub struct Fleet {
     pub images: Images,
     pub network: Network,
     pub events: Events,
-    pub workers: Workers,
+    /// For starts, and for what follows an end: a VMM that does not answer at its start holds up no end.
+    pub starts: Workers,
+    pub ends: Workers,
     pub watch: Watch,
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
     /// Before all other locks.
@@ -58,7 +60,8 @@ impl Fleet {
             images: Images::open(&config.state_dir, config.programs.agent.clone())?,
             network: Network::new(config.network.clone()),
             events: Events::default(),
-            workers: Workers::start()?,
+            starts: Workers::start("start")?,
+            ends: Workers::start("end")?,
             watch: Watch::new()?,
             guests: Mutex::default(),
             counting: Mutex::default(),

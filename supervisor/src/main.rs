@@ -117,7 +117,7 @@ fn run(fleet: &Arc<Fleet>, listener: &UnixListener) -> io::Result<()> {
                 Happened::Ended(id) => {
                     if let Some(guest) = fleet.by_id(&id) {
                         let of = fleet.clone();
-                        fleet.workers.put(move || of.process_has_ended(&guest));
+                        fleet.ends.put(move || of.process_has_ended(&guest));
                     }
                 }
                 Happened::Time(id) => {

@@ -49,14 +49,14 @@ impl Fleet {
             Action::Nothing | Action::Wait(_) => {}
             Action::Start => {
                 let (fleet, guest) = (self.clone(), guest.clone());
-                self.workers.put(move || fleet.start(&guest));
+                self.starts.put(move || fleet.start(&guest));
             }
             // Only a client asks, and stays with it: see `stop_and_wait`.
             Action::AskToGoDown => {}
             Action::Kill => kill(guest),
             Action::Forget => {
                 let (fleet, guest) = (self.clone(), guest.clone());
-                self.workers.put(move || fleet.forget(&guest));
+                self.ends.put(move || fleet.forget(&guest));
             }
         }
     }
@@ -135,7 +135,7 @@ impl Fleet {
             // Nobody would hear of its end: no guest is better than one that is lost.
             self.give_up(guest, &format!("it cannot be watched: {error}"));
             let (fleet, guest, held) = (self.clone(), guest.clone(), held.clone());
-            self.workers.put(move || {
+            self.ends.put(move || {
                 held.ends_within(CLEARING);
                 fleet.process_has_ended(&guest);
             });
@@ -411,7 +411,6 @@ impl Fleet {
         }
         self.events.tell("ended", guest.owner, &guest.id, &guest.name, Some(end));
         match self.apply(guest, Event::Ended(outcome)) {
-            Ok(Action::Start) => self.start(guest),
             Ok(Action::Forget) => self.forget(guest),
             Ok(action) => self.see_to(guest, action),
             Err(fault) => log::error!("{fault}"),

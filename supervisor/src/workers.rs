@@ -21,12 +21,12 @@ impl Workers {
     ///
     /// # Errors
     /// There can be no more threads.
-    pub fn start() -> io::Result<Workers> {
+    pub fn start(name: &str) -> io::Result<Workers> {
         let (sender, receiver) = channel::<Work>();
         let receiver = Arc::new(Mutex::new(receiver));
         for number in 0..THREADS {
             let receiver = receiver.clone();
-            thread::Builder::new().name(format!("worker {number}")).spawn(move || {
+            thread::Builder::new().name(format!("{name} {number}")).spawn(move || {
                 loop {
                     let work = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(work) = work else { return };
