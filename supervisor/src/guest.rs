@@ -15,6 +15,9 @@ use crate::record::Record;
 use crate::state::State;
 use crate::store::Store;
 
+/// How long something that is asked of a VMM waits for what was asked before: most answers take a hundredth of it.
+const MOMENT: Duration = Duration::from_secs(2);
+
 /// One guest. What does not change is beside the lock.
 #[derive(Debug)]
 pub struct Guest {
@@ -109,12 +112,13 @@ impl Guest {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Nobody else asks its VMM for something until this is dropped.
+    /// Nobody else asks its VMM for something until this is dropped. It waits for somebody who does, for a moment.
     ///
     /// # Errors
-    /// 409: somebody does.
+    /// 409: somebody does, and that takes long.
     pub fn claim(&self, what: &'static str) -> Result<Claim<'_>, Fault> {
-        let mut inner = self.lock();
+        let waited = self.changed.wait_timeout_while(self.lock(), MOMENT, |inner| inner.busy.is_some());
+        let mut inner = waited.unwrap_or_else(PoisonError::into_inner).0;
         if let Some(busy) = inner.busy {
             let message = format!("Guest {} is {busy}; try again when that is done.", self.name);
             return Err(Fault { status: 409, message });
@@ -184,5 +188,6 @@ pub struct Claim<'a>(&'a Guest);
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         self.0.lock().busy = None;
+        self.0.changed();
     }
 }
