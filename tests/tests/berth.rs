@@ -65,7 +65,7 @@ fn a_guest_is_run_looked_into_and_removed() {
     assert!(ok(&daemon, "ps").contains("running, up"));
 
     assert_eq!(ok(&daemon, "exec web -- uname -s"), "Linux\n");
-    assert_eq!(ok(&daemon, &format!("exec {} -- hostname", &id[..5])), "web\n");
+    assert!(ok(&daemon, &format!("exec {} -- cat /proc/cmdline", &id[..5])).contains("berth.hostname=web "));
     assert_eq!(code(&daemon, "exec web -- false"), 1);
     assert_eq!(code(&daemon, "exec web -- no-such-program"), 127);
     assert_eq!(code(&daemon, "exec none -- true"), 125);
