@@ -146,7 +146,7 @@ impl Fleet {
     pub fn wait_for_answer(self: &Arc<Fleet>, guest: &Arc<Guest>, held: &Held) {
         let begin = Instant::now();
         loop {
-            if guest.state() == State::Stopping || guest.state() == State::Removing {
+            if matches!(guest.state(), State::Stopping | State::Removing) {
                 // Somebody wanted it ended before there was a process to end.
                 return kill(guest);
             }

@@ -1,11 +1,11 @@
 //! Clients: who they are, and what becomes of their requests. A thread for each, up to a number.
 
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use api_socket::Fault;
 use api_socket::fleet::routes::Log;
 use api_socket::fleet::server::{self, Answer, Stream};
 use api_socket::fleet::{List, Request, Version};
+use api_socket::http::HttpResponse;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -43,8 +44,7 @@ const COPY: usize = 64 << 10;
 /// How many clients there are.
 #[derive(Debug, Default)]
 pub struct Clients {
-    users: std::sync::Mutex<std::collections::BTreeMap<User, usize>>,
-    all: AtomicUsize,
+    users: Mutex<BTreeMap<User, usize>>,
 }
 
 /// Takes all that have come.
@@ -92,9 +92,9 @@ struct Place {
 
 impl Place {
     fn take(clients: &Arc<Clients>, user: User) -> Option<Place> {
-        let mut users = clients.users.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut users = clients.users.lock().unwrap_or_else(PoisonError::into_inner);
         let of_user = users.get(&user).copied().unwrap_or(0);
-        let all = clients.all.load(Ordering::Relaxed);
+        let all: usize = users.values().sum();
         let is_full = match user {
             0 => all >= MAX_CLIENTS,
             _ => all >= MAX_CLIENTS - ROOTS_PLACES || of_user >= MAX_CLIENTS_OF_USER,
@@ -103,32 +103,27 @@ impl Place {
             return None;
         }
         users.insert(user, of_user + 1);
-        clients.all.fetch_add(1, Ordering::Relaxed);
         Some(Place { clients: clients.clone(), user })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut users = self.clients.users.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut users = self.clients.users.lock().unwrap_or_else(PoisonError::into_inner);
         match users.get_mut(&self.user) {
             Some(count) if *count > 1 => *count -= 1,
             _ => {
                 users.remove(&self.user);
             }
         }
-        self.clients.all.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// Without waiting for who is refused.
 fn refuse(mut stream: &UnixStream) {
     let body = r#"{"fault_message":"Too many clients are connected; try again when some have gone."}"#;
-    let text = format!(
-        "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    let _ = stream.set_nonblocking(true).and_then(|()| stream.write_all(text.as_bytes()));
+    let response = HttpResponse { status: 503, body: Some(body.into()), deprecated: false };
+    let _ = stream.set_nonblocking(true).and_then(|()| stream.write_all(&response.bytes(false)));
     let _ = stream.shutdown(Shutdown::Write);
 }
 
@@ -436,7 +431,7 @@ mod tests {
         drop(first);
         assert!(take(0).is_some() && take(1).is_some());
         drop((others, roots));
-        assert_eq!(clients.all.load(Ordering::Relaxed), 0);
+        assert_eq!(clients.users.lock().unwrap().values().sum::<usize>(), 0);
         assert!(clients.users.lock().unwrap().is_empty());
     }
 

@@ -21,7 +21,7 @@ use serde_json::json;
 use crate::cell::{self, Places};
 use crate::config::Config;
 use crate::images::Images;
-use crate::network::{self, Network};
+use crate::network::Network;
 use crate::process::Held;
 use crate::record::Record;
 use crate::vmm_api::VSOCK;
@@ -273,11 +273,6 @@ pub fn group_settings(memory_mib: u32, limits: &Limits) -> Vec<(&'static str, St
     // Without it nobody needs the controller, which some hosts lack.
     settings.extend(limits.io_weight.map(|weight| ("io.weight", format!("default {weight}"))));
     settings
-}
-
-/// The name of the guest's interface on the host.
-pub fn interface(record: &Record) -> Option<String> {
-    record.address.map(|_| network::tap_name(&record.id))
 }
 
 #[cfg(test)]
