@@ -118,6 +118,23 @@ fn a_disk_that_is_taken_away_under_load_is_gone_and_the_guest_and_its_other_disk
 }
 
 #[test]
+fn a_guest_without_disks_is_given_one_from_the_directory_that_was_named_for_it() {
+    let [named, elsewhere] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let arguments = vec![format!("--hot-plug-directory={}", named.path().display())];
+    let mut guest = Guest::booted(Setup { arguments, ..Setup::default() });
+    guest.run("modprobe virtio_blk");
+    let out_of_reach = disk_drive("data", blank_disk(elsewhere.path().join("data"), MIB));
+    refused(&mut guest, &Request::PutDrive(out_of_reach), &["`path_on_host`", "--hot-plug-directory"]);
+    put(&mut guest, "data", blank_disk(named.path().join("data"), 4 * MIB));
+    appears(&mut guest, "vda");
+    guest.run("[ $(cat /sys/block/vda/serial) = data ]; echo here | dd of=/dev/vda conv=fsync 2> /dev/null");
+    delete(&mut guest, "data");
+    disappears(&mut guest, "vda", "data");
+    assert_eq!(&fs::read(named.path().join("data")).unwrap()[..4], b"here");
+    guest.power_off();
+}
+
+#[test]
 fn a_disk_that_comes_while_the_guest_is_paused_is_there_when_it_goes_on() {
     let (mut guest, directory) = guest(Name::Berth);
     guest.pause();

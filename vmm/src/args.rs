@@ -193,6 +193,8 @@ pub struct Args {
     pub boot_timer: bool,
     /// Virtio devices on PCI; otherwise on virtio-mmio and the guest is told that there is no PCI.
     pub pci: bool,
+    /// Where files may lie that a running guest is given, beside those that it had at its start. Only with [`Args::pci`].
+    pub hot_plug_directory: Option<PathBuf>,
     pub start: StartTimes,
     /// Open descriptors by name, at most [`MAX_FDS`]: names and numbers are all different, and no number is that of a
     /// standard stream.
@@ -271,6 +273,13 @@ fn args(identity: Identity, given: &Given) -> Result<Args, ArgsError> {
             "leaves out the filters; do not give --seccomp-filter too",
         ));
     }
+    let pci = identity == Identity::Berth || given.has("enable-pci");
+    if !pci && given.has("hot-plug-directory") {
+        return Err(ArgsError::Conflict(
+            "hot-plug-directory",
+            "is of no use without PCI, where devices can come; give --enable-pci too",
+        ));
+    }
     Ok(Args {
         identity,
         id: id(given)?,
@@ -290,7 +299,8 @@ fn args(identity: Identity, given: &Given) -> Result<Args, ArgsError> {
         seccomp_filter: given.path("seccomp-filter"),
         no_seccomp: given.has("no-seccomp"),
         boot_timer: given.has("boot-timer"),
-        pci: identity == Identity::Berth || given.has("enable-pci"),
+        pci,
+        hot_plug_directory: given.path("hot-plug-directory"),
         start: StartTimes {
             wall_us: given.number("start-time-us")?,
             cpu_us: given.number("start-time-cpu-us")?,
@@ -404,6 +414,11 @@ const FLAGS: &[(&str, &[Flag])] = &[
             switch(
                 "enable-pci",
                 "Give the guest a PCI bus. Always so, unless started under the\nname firecracker.",
+            ),
+            value(
+                "hot-plug-directory",
+                "DIR",
+                "Where files may lie that a running guest is given, beside those that\nit had at its start.",
             ),
             switch(
                 "boot-timer",
@@ -619,6 +634,7 @@ mod tests {
         assert_eq!(other.api.unwrap().socket, Path::new("/run/firecracker.socket"));
         assert!(own.pci && !other.pci);
         assert!(matches!(parse_as("firecracker", "--enable-pci"), Ok(Command::Run(args)) if args.pci));
+        assert!(parse_as("firecracker", "--hot-plug-directory /p").unwrap_err().to_string().contains("PCI"));
         assert_eq!(Identity::Firecracker.app_name(), "Firecracker");
         assert_eq!(Identity::Firecracker.vcpu_thread(3), "fc_vcpu 3");
         assert_eq!(Identity::Firecracker.api_thread(), "fc_api");
@@ -654,6 +670,7 @@ mod tests {
             no_seccomp: false,
             boot_timer: false,
             pci: true,
+            hot_plug_directory: None,
             start: StartTimes::default(),
             fds: Vec::new(),
         };
@@ -665,7 +682,7 @@ mod tests {
         let spaced = "--api-sock /s --id a-1 --config-file /c --log-path /l --level warn --module devices \
              --show-level --show-log-origin --metrics-path /m --no-seccomp --boot-timer --enable-pci \
              --http-api-max-payload-size 7 --start-time-us 1 --start-time-cpu-us 2 --parent-cpu-time-us 3 \
-             --fd disk=3 --metadata /d --mmds-size-limit 9 --exit-status /e";
+             --fd disk=3 --metadata /d --mmds-size-limit 9 --exit-status /e --hot-plug-directory /p";
         let args = run(spaced);
         let expected = Args {
             identity: Identity::Berth,
@@ -687,6 +704,7 @@ mod tests {
             no_seccomp: true,
             boot_timer: true,
             pci: true,
+            hot_plug_directory: Some("/p".into()),
             start: StartTimes { wall_us: Some(1), cpu_us: Some(2), parent_cpu_us: Some(3) },
             fds: vec![("disk".to_string(), 3)],
         };

@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -58,6 +58,8 @@ pub struct Config {
     identity: Identity,
     /// Virtio devices are on PCI, which has room for more.
     pci: bool,
+    /// Where files may lie that a running guest is given, beside those that it had at its start.
+    hot_plug_directory: Option<PathBuf>,
     handed: Handed,
 
     pub machine: Machine,
@@ -134,6 +136,7 @@ impl Config {
         Ok(Config {
             identity,
             pci,
+            hot_plug_directory: None,
             handed,
             machine: Machine::new(&MachineConfig::default())?,
             cpu: CpuConfig::default(),
@@ -153,6 +156,22 @@ impl Config {
             mmds: Mmds::new(mmds_limit)?,
             serial: Serial::default(),
         })
+    }
+
+    /// Says where files may lie that a running guest is given. Before the start.
+    ///
+    /// # Errors
+    /// There is no such directory.
+    pub fn set_hot_plug_directory(&mut self, path: &Path) -> Result<(), Fault> {
+        let found = path.metadata().map_err(|error| cannot_open("hot-plug-directory", path, &error, ""))?;
+        if !found.is_dir() {
+            let path = path.display();
+            return Err(Fault::bad_request(format!(
+                "`hot-plug-directory` is {path}, which is no directory; give the path of one."
+            )));
+        }
+        self.hot_plug_directory = Some(path.to_owned());
+        Ok(())
     }
 
     /// Answers a request about the configuration, with [`Reply::Fault`] when nothing was changed; gives back one that is
@@ -736,7 +755,8 @@ impl Config {
             let advice = match error.kind() {
                 ErrorKind::NotFound => " Is it there, seen from this process's root directory?",
                 ErrorKind::PermissionDenied if self.has_started => {
-                    " Once the guest runs, Landlock lets this process open what was in a drive's directory at the start."
+                    " Once the guest runs, Landlock lets this process open what is in a directory of a drive's or of \
+                     --hot-plug-directory."
                 }
                 ErrorKind::PermissionDenied => {
                     " Let this process's user at it, or set `is_read_only` for a disk."

@@ -63,7 +63,10 @@ impl Vm {
             let settings = api_socket::Metrics { metrics_path: path.clone(), ..Default::default() };
             metrics.open(&settings, &handed)?;
         }
-        let config = Config::new(args.identity, args.pci, args.mmds_limit, handed)?;
+        let mut config = Config::new(args.identity, args.pci, args.mmds_limit, handed)?;
+        if let Some(directory) = &args.hot_plug_directory {
+            config.set_hot_plug_directory(directory)?;
+        }
         metrics.add_mmds(config.mmds_counters());
         Ok(Self {
             identity: args.identity,

@@ -1,6 +1,6 @@
 //! What requests after the start may open again: the files of the drives and what is beside them, which is where
-//! `PATCH /drives` finds a drive's next file; with PCI, where devices come later, also those of persistent memory, and
-//! where taps and the kernel's back-ends for them come from.
+//! `PATCH /drives` finds a drive's next file; with PCI, where devices come later, also those of persistent memory, a
+//! directory that was named for them, and where taps and the kernel's back-ends for them come from.
 //!
 //! The socket of a vhost-user back-end, which a device connects to again, needs no place here: Landlock does not restrict
 //! connecting to a Unix socket that has a path.
@@ -44,6 +44,9 @@ impl Config {
                     reach.add_directory(directory_of(path), is_writable);
                 }
             }
+        }
+        if let Some(directory) = &self.hot_plug_directory {
+            reach.add_directory(directory, true);
         }
         if self.pci {
             for pmem in self.pmems.settings().filter(|pmem| !self.handed.stands_for(&pmem.path_on_host)) {

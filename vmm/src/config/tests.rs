@@ -1249,3 +1249,16 @@ fn a_drive_without_a_format_is_told_without_one() {
     let text = serde_json::to_string(&f.drive("a", false)).unwrap();
     assert!(!text.contains("format") && !text.contains("backing"), "{text}");
 }
+
+#[test]
+fn what_a_running_guest_is_given_may_lie_in_the_directory_that_was_named() {
+    let mut f = fixture();
+    let file = f.file("file");
+    for path in [&file, Path::new("/nowhere")] {
+        let fault = f.config.set_hot_plug_directory(path).unwrap_err();
+        assert!(fault.message.contains(&format!("`hot-plug-directory` is {}", path.display())), "{fault}");
+    }
+    assert!(f.config.reach().names().is_empty());
+    f.config.set_hot_plug_directory(f.dir.path()).unwrap();
+    assert_eq!(f.config.reach().names(), [f.dir.path().display().to_string()]);
+}
