@@ -9,6 +9,12 @@ cat > berthd.toml << CONFIG
 socket = "$BERTH_SCRATCH/berthd.sock"
 state_dir = "$BERTH_SCRATCH/state"
 run_dir = "$BERTH_SCRATCH/run"
+# Beside those of a daemon that is installed.
+control_group = "berth-run"
+uid_first = 1895825408
+[network]
+bridge = "berth-run"
+address = "10.88.0.1"
 [programs]
 vmm = "$BERTH_BUILD/berth-vmm"
 jailer = "$BERTH_BUILD/berth-jailer"
