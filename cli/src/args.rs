@@ -14,7 +14,7 @@ use clap_complete::Shell;
 use api_socket::fleet::client::SOCKET;
 
 use crate::exit;
-use value::{DetachKeys, Memory, Name, Place, Variable};
+use value::{DetachKeys, Disk, Memory, Name, Place, Variable};
 
 /// The environment variable that names another place.
 pub const SOCKET_VARIABLE: &str = "BERTH_SOCKET";
@@ -90,6 +90,12 @@ pub struct Guest {
     /// How much memory it has, such as 512M or 2G
     #[arg(short, long, value_name = "SIZE")]
     pub memory: Option<Memory>,
+    /// How much memory it can be given while it runs (berth set --memory); no more than --memory if not given
+    #[arg(long, value_name = "SIZE")]
+    pub max_memory: Option<Memory>,
+    /// Give it an empty disk, which it finds as /dev/disk/by-id/virtio-NAME; may be repeated
+    #[arg(long, value_name = "NAME=SIZE")]
+    pub disk: Vec<Disk>,
     /// What its kernel is told beside the image's command line
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
@@ -401,19 +407,31 @@ pub struct Resume {
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:
-  berth set --memory 256M web           while it runs, down from what it was started with and up again
+  berth set --memory 256M web           while it runs; up to what run --max-memory allows
   berth set --cpu-limit 50 web          half a processor, at once
   berth set --cpu-limit 0 web           without that limit again
+  berth set --add-disk data=10G web     while it runs: /dev/disk/by-id/virtio-data
+  berth set --remove-disk data web      unmount it first; all that is on it is deleted
   berth set --restart always web")]
 #[group(id = "change", required = true, multiple = true,
-        args = ["cpus", "memory", "restart", "cpu_limit", "cpu_weight", "io_weight"])]
+        args = ["cpus", "memory", "max_memory", "add_disk", "remove_disk", "restart",
+                "cpu_limit", "cpu_weight", "io_weight"])]
 pub struct Set {
     /// How many processors it has, from its next start on
     #[arg(long, value_name = "N")]
     pub cpus: Option<u8>,
-    /// How much memory it has; while it runs, no more than it was started with
+    /// How much memory it has; while it runs, no more than --max-memory
     #[arg(short, long, value_name = "SIZE")]
     pub memory: Option<Memory>,
+    /// How much memory it can be given while it runs, from its next start on
+    #[arg(long, value_name = "SIZE")]
+    pub max_memory: Option<Memory>,
+    /// Give it an empty disk, at once; may be repeated
+    #[arg(long, value_name = "NAME=SIZE")]
+    pub add_disk: Vec<Disk>,
+    /// Take a disk from it, at once, and delete it with all that is on it; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub remove_disk: Vec<String>,
     /// When berthd starts it again after it has ended by itself
     #[arg(long, value_name = "WHEN")]
     pub restart: Option<RestartPolicy>,

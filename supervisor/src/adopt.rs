@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api_socket::fleet::{DEFAULT_STOP_SECONDS, Outcome, Restart};
+use api_socket::fleet::{DEFAULT_STOP_SECONDS, MAX_STOP_SECONDS, Outcome, Restart};
 
 use crate::cell::Places;
 use crate::events::now;
@@ -15,9 +15,9 @@ use crate::fleet::Fleet;
 use crate::guest::Guest;
 use crate::process::{self, Held};
 use crate::record::Record;
+use crate::spawn;
 use crate::state::{Event, State};
 use crate::store::{self, Claimed};
-use crate::{spawn, vmm_api};
 
 /// Takes on everything. Before the first client is heard.
 ///
@@ -68,7 +68,6 @@ fn ask_all(fleet: &Arc<Fleet>) -> std::io::Result<()> {
         for guest in fleet.list(0) {
             match guest.state() {
                 State::Running | State::Paused => fleet.look_whether_paused(&guest),
-                State::Stopping => vmm_api::shut_down(&guest.places, guest.uid),
                 _ => {}
             }
         }
@@ -93,6 +92,8 @@ fn take(fleet: &Arc<Fleet>, guest: &Arc<Guest>, record: &Record, boot_id: &str) 
         }
         state => match find(guest, record, boot_id) {
             Some(held) => take_on(fleet, guest, state, held),
+            // It was not asked for and nobody has heard of it: a reboot is not lost with the jailer, which dies with its daemon.
+            None if state == State::StartingAgain => fleet.start_aside(guest, Fleet::start),
             None => was_lost(fleet, guest, record, boot_id),
         },
     }
@@ -133,18 +134,19 @@ fn take_on(fleet: &Arc<Fleet>, guest: &Arc<Guest>, state: State, held: Held) {
     fleet.watch_guest(guest, &held);
     match state {
         State::Starting | State::StartingAgain => {
-            let (fleet, guest) = (fleet.clone(), guest.clone());
-            fleet.clone().starts.put(move || fleet.wait_for_answer(&guest, &held));
+            fleet.start_aside(guest, move |fleet, guest| fleet.wait_for_answer(guest, &held));
         }
-        // How much time it had left is not known: it has all of it once more.
         State::Stopping => {
-            let overdue = Instant::now() + Duration::from_secs(DEFAULT_STOP_SECONDS.into());
-            let mut inner = guest.lock();
-            inner.overdue = Some(overdue);
-            // Its power button may have been pressed: a second press would end it at once.
-            inner.is_asked = true;
-            drop(inner);
-            fleet.watch.time(&guest.id, Some(overdue));
+            let stop_at = {
+                let mut inner = guest.lock();
+                // Its power button may have been pressed: a second press would end it at once.
+                inner.is_asked = true;
+                inner.record.stop_at
+            };
+            let now = process::since_boot().as_secs_f64();
+            let left = stop_at.map_or(f64::from(DEFAULT_STOP_SECONDS), |at| at - now);
+            let left = Duration::from_secs_f64(left.clamp(0.0, f64::from(MAX_STOP_SECONDS)));
+            fleet.ask_until(guest, Instant::now() + left);
         }
         State::Removing => {
             if let Ok(action) = fleet.apply(guest, Event::Kill) {
@@ -166,15 +168,11 @@ fn was_lost(fleet: &Arc<Fleet>, guest: &Arc<Guest>, record: &Record, boot_id: &s
         log::info!("Guest {} is started again after the host", guest.name);
     }
     let (fleet, guest) = (fleet.clone(), guest.clone());
-    fleet.clone().ends.put(move || {
-        if let Err(error) = guest.places.clear(&fleet.config) {
-            log::error!("What guest {} has left cannot be removed: {error}", guest.name);
-        }
-        fleet.has_ended(&guest, outcome, reason);
-    });
+    fleet.clone().ends.put(move || fleet.clear_after(&guest, outcome, reason));
 }
 
-/// Cells, groups and sockets of no guest: of one that was removed while the daemon was killed.
+/// Cells, groups and sockets of no guest: of one that was removed while the daemon was killed. What runs in a group of ours without
+/// a cell of ours is another daemon's, which has been given the same names for groups; a cell is made first and goes last.
 fn remove_strays(fleet: &Arc<Fleet>) {
     let config = &fleet.config;
     let program = config.programs.vmm.file_name().unwrap_or_default();
@@ -191,8 +189,18 @@ fn remove_strays(fleet: &Arc<Fleet>) {
             if fleet.by_id(id).is_some() || has_broken_record(fleet, id) {
                 continue;
             }
+            let places = Places::new(config, id);
+            if !places.root.exists() && !places.processes().is_empty() {
+                let (group, cells) = (entry.path(), crate::cell::cells(config));
+                log::warn!(
+                    "{} has processes and no cell below {}: another's",
+                    group.display(),
+                    cells.display()
+                );
+                continue;
+            }
             log::warn!("{} belongs to no guest and is removed", entry.path().display());
-            if let Err(error) = crate::cell::Places::new(config, id).clear(config) {
+            if let Err(error) = places.clear(config) {
                 log::warn!("{} cannot be removed: {error}", entry.path().display());
             }
         }

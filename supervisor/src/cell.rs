@@ -4,14 +4,17 @@ use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use crate::config::Config;
+use crate::process;
 
 /// Where version 2 of control groups is mounted.
 const GROUPS: &str = "/sys/fs/cgroup";
+/// The directory in a cell where disks are put for a guest that runs.
+pub const DISKS: &str = "disks";
 /// How long processes that were killed may still be in their group.
 const KILL_TRIES: u32 = 200;
 const KILL_PAUSE: Duration = Duration::from_millis(10);
@@ -22,6 +25,8 @@ pub struct Places {
     pub id: String,
     /// Its sockets and pipes, which others may look into, and not list.
     pub run: PathBuf,
+    /// What outlives a run: its record, its disks, its logs.
+    pub state: PathBuf,
     /// What the VMM sees as `/`.
     pub root: PathBuf,
     pub group: PathBuf,
@@ -34,6 +39,7 @@ impl Places {
         Places {
             id: id.to_owned(),
             run: config.run_dir.join("guests").join(id),
+            state: config.state_dir.join("guests").join(id),
             root: cells(config).join(program).join(id).join("root"),
             group: Path::new(GROUPS).join(&config.control_group).join(id),
         }
@@ -44,9 +50,9 @@ impl Places {
         self.run.join("api.sock")
     }
 
-    /// Where the VMM writes how it ended.
+    /// Where the VMM writes how it ended: not in memory, which it might fill.
     pub fn exit_status(&self) -> PathBuf {
-        self.run.join("exit")
+        self.state.join("exit")
     }
 
     /// The processes in the group.
@@ -62,10 +68,13 @@ impl Places {
     pub fn clear(&self, config: &Config) -> io::Result<()> {
         self.kill()?;
         remove_cell(config, &self.id)?;
-        match fs::remove_dir_all(&self.run) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        for outcome in [fs::remove_dir_all(&self.run), fs::remove_file(self.exit_status())] {
+            match outcome {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     /// A guest is one process, but a jailer that was killed may have left another.
@@ -92,15 +101,15 @@ pub fn cells(config: &Config) -> PathBuf {
 
 /// By the jailer, which knows what it has made and follows no link that a guest has made in there.
 fn remove_cell(config: &Config, id: &str) -> io::Result<()> {
-    let output = Command::new(&config.programs.jailer)
+    let mut command = Command::new(&config.programs.jailer);
+    command
         .arg("--remove")
         .args(["--id", id, "--exec-file"])
         .arg(&config.programs.vmm)
         .arg("--chroot-base-dir")
         .arg(cells(config))
-        .args(["--cgroup-version", "2", "--parent-cgroup", &config.control_group])
-        .stdin(Stdio::null())
-        .output()?;
+        .args(["--cgroup-version", "2", "--parent-cgroup", &config.control_group]);
+    let output = process::output(command, &[])?;
     if output.status.success() {
         return Ok(());
     }

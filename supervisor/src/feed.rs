@@ -115,13 +115,16 @@ impl Feed {
         }
         let listener = Arc::new(Listener::default());
         listener.lock().is_over = inner.is_over;
+        // Opened with the lock, so that what comes is in one or with the other; read without, as the disk may take its time.
+        let kept = open_kept(&self.path)?;
         inner.listeners.push(listener.clone());
-        Ok((kept(&self.path)?, listener))
+        drop(inner);
+        Ok((read_kept(kept)?, listener))
     }
 
     /// The last line that is no blank, at most 1 KiB of it.
     pub fn last_line(&self) -> String {
-        let kept = kept(&self.path).unwrap_or_default();
+        let kept = open_kept(&self.path).and_then(read_kept).unwrap_or_default();
         let start = kept.len().saturating_sub(1024);
         let text = String::from_utf8_lossy(kept.get(start..).unwrap_or_default());
         text.lines().rev().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default().to_owned()
@@ -217,17 +220,29 @@ fn open(path: &Path) -> io::Result<(File, u64)> {
     Ok((file, length))
 }
 
-fn kept(path: &Path) -> io::Result<Vec<u8>> {
+/// The log before this one, and this one, and how much of each is to be read. A log that somebody else made longer is not read to
+/// its end.
+fn open_kept(path: &Path) -> io::Result<Vec<(File, u64)>> {
     let mut kept = Vec::new();
     for path in [before(path), path.to_owned()] {
         match File::open(path) {
-            // A log that somebody else made longer is not read to its end.
-            Ok(file) => file.take(MAX_LOG).read_to_end(&mut kept).map(|_| ())?,
+            Ok(file) => {
+                let length = file.metadata()?.len().min(MAX_LOG);
+                kept.push((file, length));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
     }
     Ok(kept)
+}
+
+fn read_kept(kept: Vec<(File, u64)>) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for (file, length) in kept {
+        file.take(length).read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]

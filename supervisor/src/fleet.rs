@@ -3,15 +3,17 @@
 //! Locks: with a guest's in hand the list's may be taken, never the other way round.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use api_socket::Fault;
-use api_socket::fleet::{Image, NewGuest};
+use api_socket::fleet::{Image, NewGuest, ROOT_DISK};
 
-use crate::cell;
 use crate::config::Config;
 use crate::events::{Events, now};
 use crate::guest::Guest;
@@ -21,11 +23,20 @@ use crate::record::Record;
 use crate::state::{self, Action, Event, State};
 use crate::store::{Claimed, ID_LENGTH, Store};
 use crate::watch::Watch;
-use crate::workers::Workers;
+use crate::workers::{Gate, Workers};
+use crate::{cell, change, spawn};
 
 /// Who asks: a user by number, as the kernel tells it.
 pub type User = u32;
 const ROOT: User = 0;
+/// Processes that are made at the same time: each takes some tens of milliseconds of the disk's and the kernel's time.
+const STARTS: usize = 8;
+/// How long a daemon waits for another to let go of its directory: one that was killed may have a child that is not yet another
+/// program.
+const LOCK: Duration = Duration::from_secs(5);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+/// How often what the disk has refused is written again.
+const WRITE_AGAIN: Duration = Duration::from_secs(5);
 
 /// Everything there is.
 pub struct Fleet {
@@ -34,8 +45,9 @@ pub struct Fleet {
     pub images: Images,
     pub network: Network,
     pub events: Events,
-    /// For starts, and for what follows an end: a VMM that does not answer at its start holds up no end.
-    pub starts: Workers,
+    /// How many processes are made at the same time.
+    pub starts: Gate,
+    /// For what follows an end, and for times that have come.
     pub ends: Workers,
     pub watch: Watch,
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
@@ -43,6 +55,11 @@ pub struct Fleet {
     counting: Mutex<()>,
     /// Of guests whose records are not understood: nobody else gets it. Set once, at the start.
     claimed: OnceLock<Vec<Claimed>>,
+    /// There is a thread that writes down what the disk has refused.
+    is_writing: AtomicBool,
+    me: Weak<Fleet>,
+    /// As long as it is open and locked, no other daemon keeps guests here.
+    _lock: File,
 }
 
 impl Fleet {
@@ -52,20 +69,27 @@ impl Fleet {
     /// What the host lacks.
     pub fn new(config: Config) -> io::Result<Arc<Fleet>> {
         cell::make_private_directory(&config.state_dir, 0o711)?;
+        let lock = lock(&config.state_dir)?;
         for directory in [config.run_dir.join("guests"), cell::cells(&config)] {
             cell::make_private_directory(&directory, 0o711)?;
         }
-        Ok(Arc::new(Fleet {
-            store: Store::open(&config.state_dir)?,
-            images: Images::open(&config.state_dir, config.programs.agent.clone())?,
+        let store = Store::open(&config.state_dir)?;
+        let images = Images::open(&config.state_dir, config.programs.agent.clone())?;
+        let (ends, watch) = (Workers::start("end")?, Watch::new()?);
+        Ok(Arc::new_cyclic(|me| Fleet {
+            store,
+            images,
             network: Network::new(config.network.clone()),
             events: Events::default(),
-            starts: Workers::start("start")?,
-            ends: Workers::start("end")?,
-            watch: Watch::new()?,
+            starts: Gate::new(STARTS),
+            ends,
+            watch,
             guests: Mutex::default(),
             counting: Mutex::default(),
             claimed: OnceLock::new(),
+            is_writing: AtomicBool::new(false),
+            me: me.clone(),
+            _lock: lock,
             config,
         }))
     }
@@ -128,21 +152,36 @@ impl Fleet {
     /// # Errors
     /// The name is taken, there is no such image, no place for one more, or the disk fails.
     pub fn create(&self, user: User, new: NewGuest) -> Result<Arc<Guest>, Fault> {
+        let memory = new.memory_mib;
+        if let Some(most) = new.max_memory_mib.filter(|most| *most < memory) {
+            return Err(Fault::bad_request(format!(
+                "`max_memory_mib` is {most} and `memory_mib` {memory}; it cannot be less."
+            )));
+        }
         let guest = {
             // From here on the guest is counted, and its image stays.
             let _images = self.images_are_counted();
-            self.images.find(&new.image, user)?;
+            let kept = self.images.find(&new.image, user)?;
+            self.images.check_whole(&new.image, &kept)?;
             self.reserve(user, new)?
         };
         let make = || -> Result<(), Fault> {
-            let directory = self.store.directory(&guest.id);
-            let record = guest.lock().record.clone();
+            let directory = self.store.begin(&guest.id);
+            let mut record = guest.lock().record.clone();
             let failed = |error: io::Error| disk_fault(&format!("Guest {}", guest.name), &error);
             cell::make_private_directory(&directory, 0o700).map_err(failed)?;
-            self.images.copy_disk(&record.image, &directory.join("disk.img"))?;
-            self.store.save(&record).map_err(failed)
+            self.images.copy_disk(&record.image, &directory.join(spawn::disk_file(ROOT_DISK)))?;
+            for disk in &record.disks {
+                change::make_disk(&directory, disk).map_err(failed)?;
+            }
+            let root = directory.join(spawn::disk_file(ROOT_DISK)).metadata().map_err(failed)?;
+            record.root_bytes = Some(root.len());
+            self.store.finish(&record).map_err(failed)?;
+            guest.lock().record = record;
+            Ok(())
         };
         if let Err(fault) = make() {
+            let _ = fs::remove_dir_all(self.store.begin(&guest.id));
             let _ = self.store.remove(&guest.id);
             self.guests().remove(&guest.id);
             return Err(fault);
@@ -242,11 +281,8 @@ impl Fleet {
             self.watch.time(&guest.id, inner.due);
         }
         if record != inner.record {
-            self.save(
-                &mut inner,
-                record,
-                !matches!(event, Event::Start | Event::Stop | Event::Remove { .. }),
-            )?;
+            // Nothing is made that is not written down. What makes things go away needs no room: a full disk must not keep it.
+            self.save(&mut inner, record, event != Event::Start)?;
         }
         inner.ends += u64::from(matches!(event, Event::Ended(_)));
         drop(inner);
@@ -257,8 +293,8 @@ impl Fleet {
         Ok(action)
     }
 
-    /// Writes a record down and takes it on. What is so already is taken on also if the disk refuses it: the next change, or
-    /// the next start of the daemon, puts the file right.
+    /// Writes a record down and takes it on. What is so already is taken on also if the disk refuses it, and written down when
+    /// the disk takes it again.
     ///
     /// # Errors
     /// 507
@@ -267,11 +303,45 @@ impl Fleet {
             Err(error) if !is_so => {
                 return Err(disk_fault(&format!("The record of guest {}", record.name), &error));
             }
-            Err(error) => log::error!("The record of guest {} cannot be written: {error}", record.name),
-            Ok(()) => {}
+            Err(error) => {
+                log::error!("The record of guest {} cannot be written: {error}", record.name);
+                inner.is_unwritten = true;
+                self.write_again();
+            }
+            Ok(()) => inner.is_unwritten = false,
         }
         inner.record = record;
         Ok(())
+    }
+
+    /// On a thread that lives until all is written down.
+    fn write_again(&self) {
+        let Some(fleet) = self.me.upgrade().filter(|fleet| !fleet.is_writing.swap(true, Ordering::SeqCst))
+        else {
+            return;
+        };
+        let write = move || {
+            loop {
+                thread::sleep(WRITE_AGAIN);
+                let left = fleet.list(ROOT).into_iter().filter(|guest| {
+                    let mut inner = guest.lock();
+                    inner.is_unwritten = inner.is_unwritten && fleet.store.save(&inner.record).is_err();
+                    inner.is_unwritten
+                });
+                if left.count() == 0 {
+                    fleet.is_writing.store(false, Ordering::SeqCst);
+                    // One that was refused between the two looks.
+                    let is_left = fleet.list(ROOT).iter().any(|guest| guest.lock().is_unwritten);
+                    return if is_left {
+                        fleet.write_again()
+                    };
+                }
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("writes again".into()).spawn(write) {
+            log::error!("Nobody writes down what the disk has refused: {error}");
+            self.is_writing.store(false, Ordering::SeqCst);
+        }
     }
 
     /// Nothing is left of a guest, and nobody finds it any more.
@@ -347,6 +417,24 @@ impl Fleet {
     }
 }
 
+/// Before anything else is done there: two that keep the same guests would end each other's.
+fn lock(state_dir: &Path) -> io::Result<File> {
+    let path = state_dir.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+    let begin = Instant::now();
+    loop {
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if begin.elapsed() < LOCK => thread::sleep(LOCK_PAUSE),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let message = format!("another berthd keeps its guests in {}", state_dir.display());
+                return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 /// A guest is its maker's, and root's.
 fn may(user: User, guest: &Guest) -> bool {
     user == ROOT || user == guest.owner
@@ -385,6 +473,8 @@ mod tests {
         assert!(fleet.list(ROOT).is_empty() && directory.join("guest.json").exists());
         let named = |name: &str| NewGuest { name: Some(name.into()), ..NewGuest::of("debian") };
         assert_eq!(fleet.reserve(1000, named("web")).unwrap_err().status, 409);
+        let less = NewGuest { max_memory_mib: Some(511), ..named("less") };
+        assert!(fleet.create(1000, less).unwrap_err().message.contains("`max_memory_mib` is 511"));
         let guest = fleet.reserve(1000, named("other")).unwrap();
         assert_eq!((guest.uid, guest.address.unwrap().to_string()), (uid + 1, "10.87.0.3".into()));
     }

@@ -60,6 +60,10 @@ pub struct Inner {
     pub ends: u64,
     /// It was to be removed, and something was in the way.
     pub is_left: bool,
+    /// The disk has refused its record as it is.
+    pub is_unwritten: bool,
+    /// There is a thread that asks it to go down until it has, or its time is over.
+    pub is_being_asked: bool,
 }
 
 impl Inner {
@@ -102,6 +106,8 @@ impl Guest {
                 why_ended: None,
                 ends: 0,
                 is_left: false,
+                is_unwritten: false,
+                is_being_asked: false,
             }),
             changed: Condvar::new(),
         }
@@ -152,6 +158,8 @@ impl Guest {
             state: record.state.on_the_wire(),
             cpus: record.cpus,
             memory_mib: record.memory_mib,
+            max_memory_mib: record.max_memory_mib,
+            disks: record.disks.clone(),
             command_line: record.command_line.clone(),
             network: record.address.is_some(),
             restart: record.restart,

@@ -3,6 +3,7 @@
 //! `<state_dir>/images/<name>/` has the files `kernel`, `initrd`, `disk` and `image.json`, and is complete or absent: parts are
 //! received in a directory whose name begins with a dot. A guest boots from the kernel here and from its own copy of the disk.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{self, ErrorKind, Read};
@@ -35,6 +36,9 @@ pub struct Kept {
     pub owner: u32,
     pub command_line: String,
     pub created_at: f64,
+    /// Of its parts, in bytes; what is shorter has lost its end.
+    #[serde(default)]
+    pub lengths: BTreeMap<String, u64>,
 }
 
 impl Images {
@@ -85,7 +89,13 @@ impl Images {
             }
         }
         let command_line = new.command_line.unwrap_or_else(|| COMMAND_LINE.into());
-        let kept = Kept { owner, command_line, created_at: events::now() };
+        let mut lengths = BTreeMap::new();
+        for part in Part::ALL {
+            if let Ok(found) = fs::metadata(place.join(part.as_str())) {
+                lengths.insert(part.as_str().to_owned(), found.len());
+            }
+        }
+        let kept = Kept { owner, command_line, created_at: events::now(), lengths };
         let finish = || -> io::Result<()> {
             store::replace(&place, NAME, &serde_json::to_vec_pretty(&kept)?)?;
             fs::rename(&place, self.directory.join(name))?;
@@ -138,6 +148,24 @@ impl Images {
             }
             Err(error) => Err(none(format!(" that can be read: {error}"))),
         }
+    }
+
+    /// Whether all of an image is there.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn check_whole(&self, name: &str, kept: &Kept) -> Result<(), Fault> {
+        for (part, length) in &kept.lengths {
+            let now = fs::metadata(self.directory.join(name).join(part)).map_or(0, |found| found.len());
+            if now < *length {
+                let message = format!(
+                    "The {part} of image {name} has {now} bytes and had {length}: its end is missing. Remove the image and \
+                     import it again."
+                );
+                return Err(Fault { status: 500, message });
+            }
+        }
+        Ok(())
     }
 
     /// Removes one. Whether a guest needs it has been seen to.

@@ -5,6 +5,7 @@
 
 pub mod adopt;
 pub mod cell;
+pub mod change;
 pub mod config;
 pub mod copy;
 pub mod events;

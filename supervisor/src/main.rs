@@ -100,10 +100,15 @@ fn live(file: Option<PathBuf>) -> Result<(), Failed> {
 /// The loop. Nothing in it waits for a guest, a child or a client.
 fn run(fleet: &Arc<Fleet>, listener: &UnixListener) -> io::Result<()> {
     let clients = Arc::new(Clients::default());
+    let mut more_clients = false;
     loop {
-        for happened in fleet.watch.wait()? {
+        let happened = fleet.watch.wait(more_clients)?;
+        if more_clients || happened.contains(&Happened::Client) {
+            more_clients = serve::accept(fleet, &clients, listener);
+        }
+        for happened in happened {
             match happened {
-                Happened::Client => serve::accept(fleet, &clients, listener),
+                Happened::Client => {}
                 Happened::ConsoleSaid(id) => {
                     if let Some(guest) = fleet.by_id(&id) {
                         guest.console.drain();
@@ -122,7 +127,8 @@ fn run(fleet: &Arc<Fleet>, listener: &UnixListener) -> io::Result<()> {
                 }
                 Happened::Time(id) => {
                     if let Some(guest) = fleet.by_id(&id) {
-                        fleet.time_has_come(&guest);
+                        let of = fleet.clone();
+                        fleet.ends.put(move || of.time_has_come(&guest));
                     }
                 }
             }

@@ -3,15 +3,18 @@
 //! What configures the host is what an administrator would type: `ip` and `nft`. Addresses are handed out where guests are made.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::net::Ipv4Addr;
-use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::process::Command;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread;
 
-use crate::config;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+use crate::{config, process};
 
 /// Of the table of nftables, which is ours alone.
-const TABLE: &str = "berth";
+const TABLE: &str = "berth_";
 /// Who is asked for names if the host's own answer only to the host.
 const PUBLIC_DNS: Ipv4Addr = Ipv4Addr::new(9, 9, 9, 9);
 /// The most servers that a guest is told of; the C library asks no more.
@@ -23,12 +26,13 @@ pub struct Network {
     config: config::Network,
     /// The bridge was looked at since the daemon's start.
     is_ready: Mutex<bool>,
+    nowhere: OnceLock<File>,
 }
 
 impl Network {
     /// Nothing is made yet.
     pub fn new(config: config::Network) -> Network {
-        Network { config, is_ready: Mutex::new(false) }
+        Network { config, is_ready: Mutex::new(false), nowhere: OnceLock::new() }
     }
 
     /// A tap on the bridge for the guest of this id. It is gone when nobody holds it any more.
@@ -43,6 +47,25 @@ impl Network {
         let bridge = &self.config.bridge;
         ip(&format!("link set dev {name} master {bridge} up"))?;
         Ok(tap)
+    }
+
+    /// A network namespace in which there is nothing. It lives as long as this daemon, and longer with whoever is in it.
+    ///
+    /// # Errors
+    /// The kernel makes none.
+    pub fn nowhere(&self) -> io::Result<&File> {
+        if let Some(nowhere) = self.nowhere.get() {
+            return Ok(nowhere);
+        }
+        // A thread is put into a namespace for good, so it is one that ends.
+        let made = thread::spawn(|| {
+            // SAFETY: of what a thread can leave its process's share of, only the table of descriptors makes others' unsound;
+            // the flag names the network alone.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
+            File::open("/proc/thread-self/ns/net")
+        });
+        let made = made.join().unwrap_or_else(|_| Err(io::Error::other("its thread has failed")))?;
+        Ok(self.nowhere.get_or_init(|| made))
     }
 
     /// What the guest's agent is told on the kernel's command line.
@@ -74,6 +97,11 @@ impl Network {
         if !std::path::Path::new("/sys/class/net").join(bridge).exists() {
             ip(&format!("link add name {bridge} type bridge"))?;
         }
+        // There is no IPv6 for guests, and the host must not take one for its router.
+        let ipv6 = format!("/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6");
+        if std::path::Path::new(&ipv6).exists() {
+            std::fs::write(&ipv6, "1").map_err(|error| format!("{ipv6}: {error}"))?;
+        }
         ip(&format!("address replace {address}/{prefix} dev {bridge}"))?;
         ip(&format!("link set dev {bridge} up"))?;
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
@@ -93,9 +121,9 @@ pub fn tap_name(id: &str) -> String {
 fn rules(config: &config::Network) -> String {
     let config::Network { bridge, address, prefix, .. } = config;
     format!(
-        "table ip {TABLE}
-         delete table ip {TABLE}
-         table ip {TABLE} {{
+        "table ip {TABLE}{bridge}
+         delete table ip {TABLE}{bridge}
+         table ip {TABLE}{bridge} {{
            chain out {{
              type nat hook postrouting priority srcnat; policy accept;
              ip saddr {address}/{prefix} oifname != \"{bridge}\" masquerade
@@ -126,19 +154,10 @@ fn ip(command: &str) -> Result<(), String> {
 
 /// Runs a command of the host's and gives it this to read.
 fn feed(program: &str, arguments: &[&str], input: &str) -> Result<(), String> {
-    let run = || -> io::Result<std::process::Output> {
-        let mut child = Command::new(program)
-            .args(arguments)
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // Who does not read it says why on standard error.
-            let _ = stdin.write_all(input.as_bytes());
-        }
-        child.wait_with_output()
+    let run = || {
+        let mut command = Command::new(program);
+        command.args(arguments).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        process::output(command, input.as_bytes())
     };
     let what = || format!("`{program} {}`", arguments.join(" "));
     match run() {
@@ -179,5 +198,7 @@ mod tests {
         assert_eq!(error, "`sh -c cat >&2; exit 1`: the reason");
         assert!(feed("no-such-program", &[], "").unwrap_err().contains("install"));
         assert_eq!(feed("cat", &[], "input"), Ok(()));
+        let long = "x".repeat(1 << 20);
+        assert!(feed("sh", &["-c", "cat >&2; exit 1"], &long).unwrap_err().len() < 16 << 10);
     }
 }

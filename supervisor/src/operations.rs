@@ -1,12 +1,13 @@
-//! What is done to guests: starting, asking to go down, ending, pausing, changing; and what is to be done when one has ended.
+//! What is done to guests: starting, asking to go down, ending, pausing; and what is to be done when one has ended.
 //!
 //! Each runs on its caller's thread: a client's, or a worker's. None runs on the loop's, which waits for nobody.
 
 use std::io::Read;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use api_socket::fleet::{End, GuestUpdate, Limits, Outcome, Stop};
+use api_socket::fleet::{End, Outcome, Stop};
 use api_socket::{ClientError, Fault, InstanceState, VmState};
 use rustix::process::Signal;
 use serde::Deserialize;
@@ -14,7 +15,7 @@ use serde::Deserialize;
 use crate::events::now;
 use crate::fleet::Fleet;
 use crate::guest::{Guest, Inner};
-use crate::process::{Held, Status};
+use crate::process::{self, Held, Status};
 use crate::record::Record;
 use crate::state::{Action, Event, State};
 use crate::watch::Kind;
@@ -26,8 +27,6 @@ const START: Duration = Duration::from_secs(60);
 const START_PAUSE: Duration = Duration::from_millis(5);
 /// How often the agent of a guest that goes down is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
-/// Of a control group that nobody gave another.
-const USUAL_WEIGHT: u32 = 100;
 /// After a process was killed, how long its client waits for all to be cleared away.
 const CLEARING: Duration = Duration::from_secs(60);
 /// What is kept of why a guest ended, in bytes: a sentence or a few. It becomes part of the record, which has a longest too.
@@ -48,8 +47,7 @@ impl Fleet {
         match action {
             Action::Nothing | Action::Wait(_) => {}
             Action::Start => {
-                let (fleet, guest) = (self.clone(), guest.clone());
-                self.starts.put(move || fleet.start(&guest));
+                self.start_aside(guest, Fleet::start);
             }
             // Only a client asks, and stays with it: see `stop_and_wait`.
             Action::AskToGoDown => {}
@@ -83,17 +81,40 @@ impl Fleet {
         }
     }
 
-    /// Makes a process and waits until it answers. The state says already that it starts.
+    /// On a thread of its own: one whose VMM does not answer holds up no other.
+    pub fn start_aside(
+        self: &Arc<Fleet>,
+        guest: &Arc<Guest>,
+        start: impl FnOnce(&Arc<Fleet>, &Arc<Guest>) + Send + 'static,
+    ) {
+        let (fleet, of) = (self.clone(), guest.clone());
+        let spawned =
+            thread::Builder::new().name(format!("starts {}", guest.id)).spawn(move || start(&fleet, &of));
+        if let Err(error) = spawned {
+            self.has_ended(guest, Outcome::NotStarted, format!("there is no thread for its start: {error}"));
+        }
+    }
+
+    /// Makes a process and waits until it answers. The state says already that it starts. The caller's thread lives as long: a
+    /// jailer dies with the thread that made it.
     pub fn start(self: &Arc<Fleet>, guest: &Arc<Guest>) {
+        let inside = self.starts.enter();
         let record = {
             let mut inner = guest.lock();
             (inner.is_asked, inner.is_killed) = (false, false);
-            (inner.why_ended, inner.due, inner.overdue) = (None, None, None);
+            (inner.why_ended, inner.due, inner.overdue, inner.started) = (None, None, None, None);
             inner.record.clone()
         };
+        if matches!(record.state, State::Stopping | State::Removing) {
+            // It waited so long that somebody does not want it any more.
+            let why = "it was ended before there was a process".to_owned();
+            return self.has_ended(guest, Outcome::Ended, why);
+        }
         self.watch.time(&guest.id, None);
-        let disk = self.store.directory(&guest.id).join("disk.img");
-        match spawn::spawn(&self.config, &self.images, &self.network, &guest.places, &record, &disk) {
+        let disks = self.store.directory(&guest.id);
+        let spawned = spawn::spawn(&self.config, &self.images, &self.network, &guest.places, &record, &disks);
+        drop(inside);
+        match spawned {
             Ok(started) => self.take(guest, started, &record),
             Err(why) => {
                 log::warn!("Guest {}: {why}", guest.name);
@@ -163,12 +184,10 @@ impl Fleet {
                 return;
             }
         }
+        // Who wants it to go down from now on asks it, or ends it, by himself.
         match self.apply(guest, Event::Started) {
             Ok(action) => self.see_to(guest, action),
             Err(fault) => log::error!("{fault}"),
-        }
-        if matches!(guest.state(), State::Stopping | State::Removing) {
-            kill(guest);
         }
     }
 
@@ -193,20 +212,19 @@ impl Fleet {
         let action = self.apply(guest, event)?;
         let time = Duration::from_secs(stop.seconds.into());
         if action == Action::AskToGoDown {
-            // At once, so that it is kept whatever becomes of the client.
-            let overdue = Instant::now() + time;
-            guest.lock().overdue = Some(overdue);
-            self.watch.time(&guest.id, Some(overdue));
-            self.ask_to_go_down(guest);
-            // An init that has only just begun, or a script in its place, does not hear what comes too early.
-            while Instant::now() < overdue && !guest.wait(ASK_AGAIN, |inner| self.is_down(guest, inner, ends))
+            // At once, so that it is kept whatever becomes of the client, and of this daemon.
             {
+                let mut inner = guest.lock();
+                let stop_at = Some((process::since_boot() + time).as_secs_f64());
+                let record = Record { stop_at, ..inner.record.clone() };
+                let _ = self.save(&mut inner, record, true);
+            }
+            self.ask_until(guest, Instant::now() + time);
+            let begin = Instant::now();
+            while begin.elapsed() < time && !guest.wait(ASK_AGAIN, |inner| self.is_down(guest, inner, ends)) {
                 if is_gone() {
-                    // The loop ends it in time.
                     return Ok(());
                 }
-                wake(guest);
-                vmm_api::shut_down(&guest.places, guest.uid);
             }
         } else {
             self.see_to(guest, action);
@@ -251,6 +269,35 @@ impl Fleet {
         let message =
             format!("Guest {} was killed and its process does not end: the kernel holds it.", guest.name);
         Err(Fault { status: 504, message })
+    }
+
+    /// From now on somebody asks the guest to go down until it has, or its time is over and it is ended.
+    pub fn ask_until(self: &Arc<Fleet>, guest: &Arc<Guest>, overdue: Instant) {
+        let (ends, is_being_asked) = {
+            let mut inner = guest.lock();
+            inner.overdue = Some(overdue);
+            (inner.ends, std::mem::replace(&mut inner.is_being_asked, true))
+        };
+        self.watch.time(&guest.id, Some(overdue));
+        if is_being_asked {
+            return;
+        }
+        let (fleet, of) = (self.clone(), guest.clone());
+        let ask = move || {
+            fleet.ask_to_go_down(&of);
+            // An init that has only just begun, or a script in its place, does not hear what comes too early.
+            let is_over = |inner: &Inner| inner.overdue.is_none() || fleet.is_down(&of, inner, ends);
+            while !of.wait(ASK_AGAIN, is_over) {
+                wake(&of);
+                vmm_api::shut_down(&of.places, of.uid);
+            }
+            of.lock().is_being_asked = false;
+        };
+        if let Err(error) = thread::Builder::new().name(format!("asks {}", guest.id)).spawn(ask) {
+            log::error!("Guest {} is not asked again to go down: {error}", guest.name);
+            guest.lock().is_being_asked = false;
+            self.ask_to_go_down(guest);
+        }
     }
 
     /// By its power button, which not every guest listens to, and by its agent, which not every guest has. One that has and hears
@@ -319,70 +366,6 @@ impl Fleet {
         }
     }
 
-    /// Changes what can be changed now, and writes down the rest.
-    ///
-    /// # Errors
-    /// 409 for what a running guest cannot have; the VMM or the kernel refuses. What was done before stays.
-    pub fn update(self: &Arc<Fleet>, guest: &Arc<Guest>, update: GuestUpdate) -> Result<(), Fault> {
-        let _claim = guest.claim("being changed")?;
-        let mut then = {
-            let inner = guest.lock();
-            inner.check_made(&guest.name)?;
-            inner.record.clone()
-        };
-        let is_live = matches!(then.state, State::Running | State::Paused);
-        if let Some(memory) = update.memory_mib {
-            if let Some(first) = then.started_memory_mib.filter(|_| is_live) {
-                let Some(amount) = first.checked_sub(memory) else {
-                    let message = format!(
-                        "`memory_mib` is {memory}; guest {} runs with {first} and cannot have more before its next start: \
-                         stop it first.",
-                        guest.name
-                    );
-                    return Err(Fault { status: 409, message });
-                };
-                vmm_api::set_balloon(&guest.places, amount).map_err(|error| vmm_fault(guest, error))?;
-            }
-            then.memory_mib = memory;
-        }
-        if let Some(cpus) = update.cpus {
-            if is_live && cpus != then.cpus {
-                let message =
-                    format!("`cpus` is {cpus}; guest {} runs with {}: stop it first.", guest.name, then.cpus);
-                return Err(Fault { status: 409, message });
-            }
-            then.cpus = cpus;
-        }
-        then.restart = update.restart.unwrap_or(then.restart);
-        if let Some(limits) = update.limits {
-            let memory = then.started_memory_mib.unwrap_or(then.memory_mib);
-            // What it has now and is to have no more is as the kernel had it.
-            let usual = |before: Option<u32>, now: Option<u32>| now.or(before.map(|_| USUAL_WEIGHT));
-            let weights = Limits {
-                cpu_weight: usual(then.limits.cpu_weight, limits.cpu_weight),
-                io_weight: usual(then.limits.io_weight, limits.io_weight),
-                ..limits
-            };
-            for (file, value) in spawn::group_settings(memory, &weights).into_iter().filter(|_| is_live) {
-                std::fs::write(guest.places.group.join(file), &value).map_err(|error| Fault {
-                    status: 500,
-                    message: format!("{file} of guest {} cannot become {value:?}: {error}.", guest.name),
-                })?;
-            }
-            then.limits = limits;
-        }
-        let mut inner = guest.lock();
-        // What has happened meanwhile stays.
-        let record = Record {
-            memory_mib: then.memory_mib,
-            cpus: then.cpus,
-            restart: then.restart,
-            limits: then.limits,
-            ..inner.record.clone()
-        };
-        self.save(&mut inner, record, false)
-    }
-
     /// The process of a guest is gone: what it left is looked at and removed. On a worker's thread.
     pub fn process_has_ended(self: &Arc<Fleet>, guest: &Arc<Guest>) {
         // Two reports of one end: the second finds nothing.
@@ -391,6 +374,17 @@ impl Fleet {
         guest.console.disconnect();
         guest.log.disconnect();
         let (outcome, reason) = how_it_ended(guest, status);
+        self.clear_after(guest, outcome, reason);
+    }
+
+    /// A process is gone. How it ended is written down first: what tells of it is removed with the rest.
+    pub fn clear_after(self: &Arc<Fleet>, guest: &Arc<Guest>, outcome: Outcome, reason: String) {
+        let end = End { at: now(), outcome, reason: tame(&reason) };
+        {
+            let mut inner = guest.lock();
+            let record = Record { last_end: Some(end), ..inner.record.clone() };
+            let _ = self.save(&mut inner, record, true);
+        }
         if let Err(error) = guest.places.clear(&self.config) {
             log::error!("What guest {} has left cannot be removed: {error}", guest.name);
         }
@@ -403,6 +397,7 @@ impl Fleet {
         {
             let mut inner = guest.lock();
             inner.record.last_end = Some(end.clone());
+            inner.record.stop_at = None;
             inner.overdue = None;
         }
         self.watch.time(&guest.id, None);
@@ -420,7 +415,12 @@ impl Fleet {
 
 /// How a guest ended whose process was gone when the daemon came.
 pub fn ended_unseen(guest: &Guest) -> (Outcome, String) {
-    how_it_ended(guest, None)
+    let record = guest.lock().record.clone();
+    // The last daemon may have written it down, and was killed while it cleared the rest away.
+    match record.last_end.filter(|end| record.started_at.is_some_and(|started| end.at > started)) {
+        Some(end) => (end.outcome, end.reason),
+        None => how_it_ended(guest, None),
+    }
 }
 
 /// One that is paused hears nothing. Its VMM knows best: it may be paused by its owner, or only now by somebody here.
@@ -464,6 +464,10 @@ fn how_it_ended(guest: &Guest, status: Option<Status>) -> (Outcome, String) {
         (None, None) if usage::ran_out_of_memory(&guest.places) => {
             (Outcome::VmmFailed, "the kernel ended it: its control group has no memory left".into())
         }
+        // A daemon before this one may have ended it.
+        (None, None) if status.is_none() && matches!(state, State::Stopping | State::Removing) => {
+            (Outcome::Ended, "it was ended on request".into())
+        }
         (None, None) => {
             let how = match status {
                 Some(Status::Signal(signal)) => format!("a signal {signal} from outside ended it"),
@@ -494,7 +498,8 @@ fn read_exit_status(guest: &Guest) -> Option<ExitStatus> {
     serde_json::from_str(text.lines().next()?).ok()
 }
 
-fn vmm_fault(guest: &Guest, error: ClientError) -> Fault {
+/// What a client is told when a guest's VMM did not do what was asked of it.
+pub fn vmm_fault(guest: &Guest, error: ClientError) -> Fault {
     match error {
         ClientError::Refused(fault) => {
             Fault { message: format!("Guest {}: {}", guest.name, tame(&fault.message)), ..fault }
@@ -528,6 +533,8 @@ fn sentence(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use api_socket::fleet::Restart;
+
     use super::*;
     use crate::testing::{self, ID};
 
@@ -563,6 +570,61 @@ mod tests {
     }
 
     #[test]
+    fn a_start_that_fails_is_no_long_run_whatever_was_before() {
+        let (_place, fleet) = testing::fleet();
+        testing::provide_jailer(&fleet);
+        let guest = testing::guest(&fleet, ID, |record| {
+            (record.state, record.restart) = (State::Running, Restart::OnFailure);
+        });
+        guest.lock().started = Instant::now().checked_sub(crate::state::LONG_RUN);
+        fleet.apply(&guest, Event::Ended(Outcome::GuestCrashed)).unwrap();
+        for streak in 1..4 {
+            assert_eq!(fleet.apply(&guest, Event::Due).unwrap(), Action::Start);
+            // There is no such image.
+            fleet.start(&guest);
+            let inner = guest.lock();
+            assert_eq!((inner.record.state, inner.record.streak), (State::Waiting, streak));
+        }
+    }
+
+    #[test]
+    fn what_makes_things_go_away_needs_no_room_and_is_written_down_when_there_is_some() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| record.state = State::Running);
+        let (directory, aside) = (fleet.store.directory(ID), fleet.store.directory("aside"));
+        std::fs::rename(&directory, &aside).unwrap();
+        assert_eq!(fleet.apply(&guest, Event::Stop).unwrap(), Action::AskToGoDown);
+        fleet.apply(&guest, Event::Ended(Outcome::PoweredOff)).unwrap();
+        assert_eq!(fleet.apply(&guest, Event::Start).unwrap_err().status, 500);
+        assert_eq!(guest.state(), State::Stopped);
+        std::fs::rename(&aside, &directory).unwrap();
+        let begin = Instant::now();
+        while fleet.store.load().unwrap().records[0].state != State::Stopped {
+            assert!(begin.elapsed() < Duration::from_secs(60));
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(fleet.apply(&guest, Event::Remove { force: false }).unwrap(), Action::Forget);
+    }
+
+    #[test]
+    fn how_a_guest_ended_is_known_although_the_daemon_was_killed_while_it_cleared_up() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| {
+            (record.state, record.started_at) = (State::Running, Some(10.0));
+        });
+        assert_eq!(ended_unseen(&guest).0, Outcome::VmmFailed);
+        let end = |at| Some(End { at, outcome: Outcome::PoweredOff, reason: "it did".into() });
+        guest.lock().record.last_end = end(9.0);
+        assert_eq!(ended_unseen(&guest).0, Outcome::VmmFailed, "that was the run before");
+        guest.lock().record.last_end = end(11.0);
+        assert_eq!(ended_unseen(&guest), (Outcome::PoweredOff, "it did".into()));
+        // One that was to be ended has been, by whichever daemon.
+        guest.lock().record.last_end = None;
+        guest.lock().record.state = State::Stopping;
+        assert_eq!(ended_unseen(&guest).0, Outcome::Ended);
+    }
+
+    #[test]
     fn who_hangs_up_is_not_waited_for_and_who_stops_a_guest_is_told_although_another_starts_it_at_once() {
         let (_place, fleet) = testing::fleet();
         let guest = testing::guest(&fleet, ID, |record| record.state = State::Running);
@@ -577,36 +639,6 @@ mod tests {
         fleet.apply(&guest, Event::Ended(Outcome::PoweredOff)).unwrap();
         fleet.apply(&guest, Event::Start).unwrap();
         assert!(fleet.is_down(&guest, &guest.lock(), ends));
-    }
-
-    #[test]
-    fn limits_that_are_taken_from_a_running_guest_are_the_kernel_s_own_again() {
-        let (place, fleet) = testing::fleet();
-        testing::guest(&fleet, ID, |record| record.state = State::Running);
-        let record = fleet.by_id(ID).unwrap().lock().record.clone();
-        let mut guest = Guest::new(&fleet.config, &fleet.store, record);
-        guest.places.group = place.path().to_owned();
-        guest.lock().is_made = true;
-        let guest = Arc::new(guest);
-        let file = |name: &str| std::fs::read_to_string(place.path().join(name)).unwrap();
-        let weight = Limits { cpu_weight: Some(7), io_weight: Some(8), ..Limits::default() };
-        for (limits, weights) in [(weight, ("7", "default 8")), (Limits::default(), ("100", "default 100"))] {
-            let update = GuestUpdate { limits: Some(limits), ..GuestUpdate::default() };
-            fleet.update(&guest, update).unwrap();
-            assert_eq!((file("cpu.weight").as_str(), file("io.weight").as_str()), weights);
-        }
-    }
-
-    #[test]
-    fn a_guest_that_is_being_made_is_not_changed() {
-        let (_place, fleet) = testing::fleet();
-        let guest = testing::guest(&fleet, ID, |_| ());
-        let update = GuestUpdate { cpus: Some(2), ..GuestUpdate::default() };
-        guest.lock().is_made = false;
-        assert_eq!(fleet.update(&guest, update).unwrap_err().status, 409);
-        guest.lock().is_made = true;
-        fleet.update(&guest, update).unwrap();
-        assert_eq!(fleet.store.load().unwrap().records[0].cpus, 2);
     }
 
     #[test]

@@ -1,13 +1,22 @@
 //! Processes that may be our children or not: who one is, whether it still is, and how it ended.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
 
 use crate::record::Process;
+
+/// How long a command of the host's may take: `ip`, `nft`, the jailer that removes a cell.
+const COMMAND: Duration = Duration::from_secs(20);
+/// What is kept of what it said, in bytes.
+const MAX_SAID: u64 = 8 << 10;
 
 /// A process that is there, held so that its number cannot become another's.
 #[derive(Debug)]
@@ -59,11 +68,43 @@ impl Held {
     }
 
     /// Whether it has ended, waiting for that as long.
-    pub fn ends_within(&self, time: std::time::Duration) -> bool {
+    pub fn ends_within(&self, time: Duration) -> bool {
         let mut fds = [rustix::event::PollFd::new(&self.pidfd, rustix::event::PollFlags::IN)];
         let limit = rustix::event::Timespec::try_from(time).ok();
         matches!(rustix::event::poll(&mut fds, limit.as_ref()), Ok(ready) if ready > 0)
     }
+}
+
+/// Since the host's start, also while it slept.
+pub fn since_boot() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs().try_into().unwrap_or_default())
+}
+
+/// Runs a command of the host's and gives it this to read: how it ended, and what it said on standard error. One that does not end
+/// is ended.
+///
+/// # Errors
+/// It cannot be run, or took too long.
+pub fn output(mut command: Command, input: &[u8]) -> io::Result<Output> {
+    // Files, so that nobody waits for who does not read, or does not write; in memory, as a disk may be full.
+    let file = || memfd_create("berthd", MemfdFlags::CLOEXEC).map(File::from);
+    let (mut stdin, mut stderr) = (file()?, file()?);
+    stdin.write_all(input)?;
+    stdin.rewind()?;
+    let mut child = command.stdin(stdin).stdout(Stdio::null()).stderr(stderr.try_clone()?).spawn()?;
+    let ended = Held::of_pid(child.id()).map(|held| held.ends_within(COMMAND));
+    if !ended? {
+        let _ = child.kill();
+        let _ = child.wait();
+        let message = format!("it did not end in {} s", COMMAND.as_secs());
+        return Err(io::Error::new(io::ErrorKind::TimedOut, message));
+    }
+    let status = child.wait()?;
+    let mut said = Vec::new();
+    stderr.rewind()?;
+    stderr.take(MAX_SAID).read_to_end(&mut said)?;
+    Ok(Output { status, stdout: Vec::new(), stderr: said })
 }
 
 fn open(pid: u32) -> io::Result<OwnedFd> {

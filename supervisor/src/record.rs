@@ -2,13 +2,17 @@
 
 use std::net::Ipv4Addr;
 
-use api_socket::fleet::{End, Limits, NewGuest, Restart};
+use api_socket::fleet::{Disk, End, Limits, NewGuest, ROOT_DISK, Restart};
 use serde::{Deserialize, Serialize};
 
 use crate::state::{Policy, State};
 
 /// Of the file's form; what is newer than this program is not touched.
 pub const FORMAT: u32 = 1;
+
+/// Memory that comes while a guest runs does so in blocks of this size, in MiB, within slots of that (docs/memory.md).
+pub const BLOCK_MIB: u32 = 2;
+pub const SLOT_MIB: u32 = 128;
 
 /// Everything that must outlive the daemon.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -21,6 +25,15 @@ pub struct Record {
     pub image: String,
     pub cpus: u8,
     pub memory_mib: u32,
+    /// What it may have while it runs; it never has less than `memory_mib`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_mib: Option<u32>,
+    /// Of the disk that its image gave it, as it was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root_bytes: Option<u64>,
+    /// Beside the one of its image.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command_line: Option<String>,
     #[serde(default)]
@@ -52,6 +65,10 @@ pub struct Record {
     pub streak: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart_at: Option<f64>,
+    /// When it is ended if it has not gone down, while it is being stopped: in seconds since the host's start, a clock that nobody
+    /// sets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_at: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_end: Option<End>,
 }
@@ -86,6 +103,9 @@ impl Record {
             image: new.image,
             cpus: new.cpus,
             memory_mib: new.memory_mib,
+            max_memory_mib: new.max_memory_mib,
+            root_bytes: None,
+            disks: new.disks,
             command_line: new.command_line,
             restart: new.restart,
             limits: new.limits,
@@ -99,6 +119,7 @@ impl Record {
             restarts: 0,
             streak: 0,
             restart_at: None,
+            stop_at: None,
             last_end: None,
         }
     }
@@ -106,6 +127,27 @@ impl Record {
     /// What [`crate::state::next`] is to know.
     pub fn policy(&self) -> Policy {
         Policy { restart: self.restart, remove_when_ended: self.remove_when_ended, streak: self.streak }
+    }
+
+    /// How much memory can be plugged in while it runs, in MiB and whole slots: of one that runs, or at its next start.
+    pub fn room_mib(&self) -> u32 {
+        let first = self.started_memory_mib.unwrap_or(self.memory_mib);
+        self.max_memory_mib.unwrap_or(first).saturating_sub(first).next_multiple_of(SLOT_MIB)
+    }
+
+    /// Its disks, the root's first.
+    pub fn disk_names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(ROOT_DISK).chain(self.disks.iter().map(|disk| disk.name.as_str()))
+    }
+
+    /// What a disk had when it was made, where that is known.
+    pub fn disk_bytes(&self, name: &str) -> Option<u64> {
+        match name {
+            ROOT_DISK => self.root_bytes,
+            name => {
+                self.disks.iter().find(|disk| disk.name == name).map(|disk| u64::from(disk.size_mib) << 20)
+            }
+        }
     }
 
     /// Made of its id: a locally administered address that no other guest of this host has.

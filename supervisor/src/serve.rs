@@ -30,6 +30,8 @@ pub const MAX_CLIENTS: usize = 256;
 pub const MAX_CLIENTS_OF_USER: usize = 64;
 /// Places that only root may take: somebody must be able to look into it.
 pub const ROOTS_PLACES: usize = 16;
+/// Clients that are taken before others have their turn: who connects faster than that keeps nobody from anything.
+const MAX_TURN: usize = 64;
 /// The stack of a client's thread, in bytes: what it says is on the heap.
 const STACK: usize = 256 << 10;
 /// How often somebody who tells a stream looks whether it is still heard.
@@ -47,16 +49,20 @@ pub struct Clients {
     users: Mutex<BTreeMap<User, usize>>,
 }
 
-/// Takes all that have come.
-pub fn accept(fleet: &Arc<Fleet>, clients: &Arc<Clients>, listener: &UnixListener) {
-    loop {
+/// Takes those that have come, up to a turn. Whether there may be more.
+pub fn accept(fleet: &Arc<Fleet>, clients: &Arc<Clients>, listener: &UnixListener) -> bool {
+    for _ in 0..MAX_TURN {
         match listener.accept() {
             Ok((stream, _)) => admit(fleet, clients, stream),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-            Err(error) => return log::error!("No client can be accepted: {error}"),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
+            Err(error) => {
+                log::error!("No client can be accepted: {error}");
+                return false;
+            }
         }
     }
+    true
 }
 
 fn admit(fleet: &Arc<Fleet>, clients: &Arc<Clients>, stream: UnixStream) {

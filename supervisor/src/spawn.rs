@@ -3,6 +3,7 @@
 //! The order is that of what can be refused: images first, then what is made. Everything is made below the guest's places, so
 //! that a start that fails, or a daemon that is killed in the middle, leaves nothing that [`Places::clear`] does not remove.
 
+use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -12,7 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use api_socket::fleet::{Limits, Part};
+use api_socket::fleet::{Limits, Part, ROOT_DISK};
 use rustix::fs::{CWD, Mode, OFlags, mknodat};
 use rustix::io::Errno;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal, setsid};
@@ -23,11 +24,13 @@ use crate::config::Config;
 use crate::images::Images;
 use crate::network::Network;
 use crate::process::Held;
-use crate::record::Record;
+use crate::record::{BLOCK_MIB, Record, SLOT_MIB};
 use crate::vmm_api::VSOCK;
 
 /// What a VMM may use beside the guest's memory, in MiB: itself, tables of pages, and what the host caches of its disk.
 const OVERHEAD_MIB: u64 = 128;
+/// What a VMM may make a file grow to, at least, in bytes: that of how it ended is one. Else it is the largest of its disks.
+const LEAST_FILE: u64 = 1 << 20;
 /// Threads of a VMM: one for each processor, and a few.
 const MAX_THREADS: u32 = 64;
 /// The guest's own address for its sockets. Each VMM has sockets of its own, so it can be the same everywhere.
@@ -57,14 +60,27 @@ pub fn spawn(
     network: &Network,
     places: &Places,
     record: &Record,
-    disk: &Path,
+    disks: &Path,
 ) -> Result<Started, String> {
     let image = images.find(&record.image, 0).map_err(|fault| fault.message)?;
+    images.check_whole(&record.image, &image).map_err(|fault| fault.message)?;
     let initrd = images
         .boot_archive(&record.image)
         .map_err(|error| format!("The guest's initramfs cannot be made: {error}."))?;
-    if !disk.is_file() {
-        return Err(format!("The guest's disk {} is gone.", disk.display()));
+    let disks: Vec<_> = record.disk_names().map(|name| (name, disks.join(disk_file(name)))).collect();
+    let mut largest = 0;
+    for (name, path) in &disks {
+        let length = path.metadata().ok().filter(|found| found.is_file()).map(|found| found.len());
+        match (length, record.disk_bytes(name)) {
+            (None, _) => return Err(format!("The guest's disk {} is gone.", path.display())),
+            (Some(now), Some(made)) if now < made => {
+                return Err(format!(
+                    "The guest's disk {} has {now} bytes and had {made}: its end is missing. Bring back what it was.",
+                    path.display()
+                ));
+            }
+            (Some(now), _) => largest = largest.max(now),
+        }
     }
     // What an earlier end could not remove.
     places
@@ -93,17 +109,21 @@ pub fn spawn(
     for (file, value) in group_settings(record.memory_mib, &record.limits) {
         command.arg("--cgroup").arg(format!("{file}={value}"));
     }
-    let files = [
-        ("kernel", images.path(&record.image, Part::Kernel), ":ro"),
-        ("initrd", initrd, ":ro"),
-        ("disk", disk.to_owned(), ""),
+    let mut files = vec![
+        ("kernel".to_owned(), images.path(&record.image, Part::Kernel), ":ro"),
+        ("initrd".to_owned(), initrd, ":ro"),
     ];
+    files.extend(disks.into_iter().map(|(name, path)| (format!("disk-{name}"), path, "")));
     for (name, path, mode) in files {
-        let mut value = std::ffi::OsString::from(format!("{name}="));
+        let mut value = OsString::from(format!("{name}="));
         value.push(path);
         value.push(mode);
         command.arg("--file").arg(value);
     }
+    // Not the host's: what a VMM that was taken over can reach there is nothing.
+    let nowhere = network.nowhere().map_err(|error| format!("An empty network cannot be made: {error}."))?;
+    command.arg("--netns").arg(format!("/proc/{}/fd/{}", std::process::id(), nowhere.as_raw_fd()));
+    command.arg("--resource-limit").arg(format!("fsize={}", largest.max(LEAST_FILE)));
     let tap = tap.map(OwnedFd::from);
     let mut handed: Vec<(&str, &OwnedFd)> =
         vec![("api", &pipes.api), ("log", &pipes.log_out), ("exit", &pipes.exit)];
@@ -113,7 +133,7 @@ pub fn spawn(
     }
     command
         .args(["--", "--api-sock", "fd:api", "--log-path", "fd:log", "--exit-status", "fd:exit"])
-        .args(["--config-file", "/vm.json"])
+        .args(["--config-file", "/vm.json", "--hot-plug-directory", &format!("/{}", cell::DISKS)])
         .env_clear()
         .stdin(Stdio::from(pipes.console_in))
         .stdout(Stdio::from(pipes.console_out))
@@ -228,7 +248,13 @@ fn command_line(image: &str, record: &Record, network: &Network) -> String {
     let own = record.command_line.as_deref().unwrap_or_default();
     let network = record.address.map(|address| network.told(address)).unwrap_or_default();
     let agent = format!("{} berth.hostname={}", agent::initramfs::KERNEL_ARGUMENT, record.name);
-    let parts = [image, own, &agent, &network];
+    // So that memory which comes is used, and can be given back (docs/memory.md).
+    let plugged = if record.room_mib() > 0 { "memhp_default_state=online_movable" } else { "" };
+    // What stands behind two hyphens is init's (kernel-parameters).
+    let (image, init) = image
+        .split_once(" -- ")
+        .map_or((image, String::new()), |(image, init)| (image, format!("-- {init}")));
+    let parts = [image, own, plugged, &agent, &network, &init];
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
@@ -236,14 +262,17 @@ fn configuration(record: &Record, told: &str, has_network: bool) -> serde_json::
     let mut settings = json!({
         "boot-source": { "kernel_image_path": "fd:kernel", "initrd_path": "fd:initrd", "boot_args": told },
         "machine-config": { "vcpu_count": record.cpus, "mem_size_mib": record.memory_mib },
-        "drives": [{
-            "drive_id": "root", "is_root_device": false, "path_on_host": "fd:disk", "cache_type": "Writeback",
-        }],
+        "drives": record.disk_names().map(|name| drive(name, &format!("fd:disk-{name}"))).collect::<Vec<_>>(),
         "vsock": { "guest_cid": CID, "uds_path": format!("/{VSOCK}") },
         "entropy": {},
         // What the guest frees goes back to the host, and what `set` takes can be taken.
         "balloon": { "amount_mib": 0, "deflate_on_oom": true, "free_page_reporting": true },
     });
+    if record.room_mib() > 0 {
+        settings["memory-hotplug"] = json!({
+            "total_size_mib": record.room_mib(), "slot_size_mib": SLOT_MIB, "block_size_mib": BLOCK_MIB,
+        });
+    }
     if has_network {
         settings["network-interfaces"] =
             json!([{ "iface_id": "net", "host_dev_name": "fd:net", "guest_mac": record.mac() }]);
@@ -251,24 +280,50 @@ fn configuration(record: &Record, told: &str, has_network: bool) -> serde_json::
     settings
 }
 
+/// A disk as the guest API has it. The guest sees the name as its serial number.
+fn drive(name: &str, path: &str) -> serde_json::Value {
+    json!({ "drive_id": name, "is_root_device": false, "path_on_host": path, "cache_type": "Writeback" })
+}
+
+/// The file of a disk, in the guest's directory.
+pub fn disk_file(name: &str) -> String {
+    match name {
+        ROOT_DISK => "disk.img".into(),
+        name => format!("disk-{name}.img"),
+    }
+}
+
 /// Into the cell that is to be: the jailer takes what is there. Everyone may read the file, as the VMM's user must; nobody else
 /// comes as far.
 fn write_configuration(places: &Places, settings: &serde_json::Value) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&places.root)?;
+    // Root's: what the VMM finds in there was put there by us.
+    cell::make_private_directory(&places.root.join(cell::DISKS), 0o755)?;
     let mut file =
         File::options().write(true).create_new(true).mode(0o444).open(places.root.join("vm.json"))?;
     file.write_all(settings.to_string().as_bytes())
 }
 
-/// Files of a control group and what is written into them.
-pub fn group_settings(memory_mib: u32, limits: &Limits) -> Vec<(&'static str, String)> {
-    let memory = (u64::from(memory_mib) + OVERHEAD_MIB) << 20;
+/// What a guest with so much memory and its VMM may use, in bytes.
+pub fn group_memory(memory_mib: u32) -> u64 {
+    (u64::from(memory_mib) + OVERHEAD_MIB) << 20
+}
+
+/// Files of a control group and what is written into them: its start's.
+fn group_settings(memory_mib: u32, limits: &Limits) -> Vec<(&'static str, String)> {
+    let memory = group_memory(memory_mib).to_string();
+    let mut settings = vec![("memory.max", memory), ("pids.max", MAX_THREADS.to_string())];
+    settings.extend(group_limits(limits));
+    settings
+}
+
+/// The same, of what can be changed.
+pub fn group_limits(limits: &Limits) -> Vec<(&'static str, String)> {
     let cpu = match limits.cpu_percent {
         Some(percent) => format!("{} {CPU_PERIOD}", u64::from(percent) * CPU_PERIOD / 100),
         None => format!("max {CPU_PERIOD}"),
     };
-    let mut settings =
-        vec![("memory.max", memory.to_string()), ("pids.max", MAX_THREADS.to_string()), ("cpu.max", cpu)];
+    let mut settings = vec![("cpu.max", cpu)];
     settings.extend(limits.cpu_weight.map(|weight| ("cpu.weight", weight.to_string())));
     // Without it nobody needs the controller, which some hosts lack.
     settings.extend(limits.io_weight.map(|weight| ("io.weight", format!("default {weight}"))));
@@ -277,7 +332,7 @@ pub fn group_settings(memory_mib: u32, limits: &Limits) -> Vec<(&'static str, St
 
 #[cfg(test)]
 mod tests {
-    use api_socket::fleet::NewGuest;
+    use api_socket::fleet::{Disk, NewGuest};
 
     use super::*;
     use crate::config;
@@ -297,26 +352,43 @@ mod tests {
             "console=ttyS0 quiet rdinit=/berth/init berth.hostname=web \
              berth.address=10.87.0.2/16 berth.gateway=10.87.0.1 berth.dns=10.0.0.2"
         );
+        let mut grows = record(false);
+        grows.max_memory_mib = Some(1024);
+        assert_eq!(
+            command_line("", &grows, &network),
+            "quiet memhp_default_state=online_movable rdinit=/berth/init berth.hostname=web"
+        );
+        assert_eq!(
+            command_line("quiet -- single", &record(false), &Network::new(config::Network::default())),
+            "quiet quiet rdinit=/berth/init berth.hostname=web -- single"
+        );
         assert_eq!(command_line("", &record(false), &network), "quiet rdinit=/berth/init berth.hostname=web");
     }
 
     #[test]
     fn what_the_vmm_is_told_is_what_its_api_takes() {
-        for has_network in [false, true] {
-            let settings = configuration(&record(has_network), "quiet", has_network);
+        for (has_network, most) in [(false, None), (true, Some(1025))] {
+            let mut record = record(has_network);
+            record.max_memory_mib = most;
+            record.disks = vec![Disk { name: "data".into(), size_mib: 1 }];
+            let settings = configuration(&record, "quiet", has_network);
             let place = tempfile::tempdir().unwrap();
             let path = place.path().join("vm.json");
             fs::write(&path, settings.to_string()).unwrap();
             let requests = api_socket::config_file::read(&path).unwrap();
-            assert_eq!(requests.len(), if has_network { 7 } else { 6 });
+            assert_eq!(requests.len(), if has_network { 9 } else { 7 });
+            let room = settings["memory-hotplug"]["total_size_mib"].as_u64();
+            assert_eq!(room, most.map(|_| 640));
         }
     }
 
     #[test]
     fn a_vmm_that_closes_its_ends_does_not_keep_the_loop_awake() {
         let place = tempfile::tempdir().unwrap();
-        let config = Config { run_dir: place.path().into(), ..Config::default() };
+        let path = |name: &str| place.path().join(name);
+        let config = Config { run_dir: path("run"), state_dir: path("state"), ..Config::default() };
         let places = Places::new(&config, "0123456789ab");
+        fs::create_dir_all(&places.state).unwrap();
         let Pipes { console_in, console_out, log_out, console, log, .. } =
             Pipes::make(&places, rustix::process::getuid().as_raw()).unwrap();
         drop((console_in, console_out, log_out));

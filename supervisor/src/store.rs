@@ -17,6 +17,8 @@ use crate::record::{FORMAT, Record};
 const NAME: &str = "guest.json";
 /// Begins the name of a file that is not yet in its place.
 const BEGUN: &str = ".new-";
+/// Begins the name of the directory of a guest that is being removed.
+const GONE: &str = ".gone-";
 /// The longest record, in bytes; what is longer was not written here.
 const MAX_RECORD: u64 = 64 << 10;
 /// Hexadecimal digits of an id.
@@ -32,7 +34,7 @@ pub struct Store {
 #[derive(Debug, Default)]
 pub struct Found {
     pub records: Vec<Record>,
-    /// Directories without a record: a guest that was being made or removed when the daemon was killed.
+    /// Guests that were being made or removed when the daemon was killed.
     pub unfinished: Vec<PathBuf>,
     /// What cannot be read. It is left as it is, and nobody else gets what may be its.
     pub broken: Vec<(PathBuf, String)>,
@@ -74,14 +76,29 @@ impl Store {
         replace(&directory, NAME, text.as_bytes())
     }
 
-    /// Removes all files of a guest, the record first: what is left of a removal that is interrupted has no record.
+    /// Where a guest is made, before [`finish`](Store::finish).
+    pub fn begin(&self, id: &str) -> PathBuf {
+        self.directory.join(format!("{BEGUN}{id}"))
+    }
+
+    /// A guest whose files are made is there from now on, also after a loss of power.
+    ///
+    /// # Errors
+    /// Those of the file system; it is not there.
+    pub fn finish(&self, record: &Record) -> io::Result<()> {
+        let place = self.begin(&record.id);
+        replace(&place, NAME, serde_json::to_string_pretty(record)?.as_bytes())?;
+        fs::rename(place, self.directory(&record.id))?;
+        sync(&self.directory)
+    }
+
+    /// Removes all files of a guest. It is moved aside first: what is left of a removal that is interrupted is no guest's.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn remove(&self, id: &str) -> io::Result<()> {
-        let directory = self.directory(id);
-        for path in [directory.join(NAME), directory.clone()] {
-            let outcome = if path == directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        let aside = self.directory.join(format!("{GONE}{id}"));
+        for outcome in [fs::rename(self.directory(id), &aside), fs::remove_dir_all(&aside)] {
             match outcome {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
@@ -99,6 +116,10 @@ impl Store {
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if name.starts_with(BEGUN) || name.starts_with(GONE) {
+                found.unfinished.push(path);
+                continue;
+            }
             if !is_id(name) {
                 found.broken.push((path, "its name is no id".into()));
                 continue;
@@ -106,14 +127,42 @@ impl Store {
             remove_begun(&path);
             match load(&path.join(NAME), name) {
                 Ok(record) => found.records.push(record),
-                Err(Unloaded::Absent) => found.unfinished.push(path),
-                Err(Unloaded::Broken(why)) => {
+                Err(why) => {
                     found.claimed.extend(claimed(&path.join(NAME)));
                     found.broken.push((path.join(NAME), why));
                 }
             }
         }
+        found.set_aside_doubles(self);
         Ok(found)
+    }
+}
+
+impl Found {
+    /// Of two guests with the same name, user or address the older one has it: a record was copied, or mended by hand.
+    fn set_aside_doubles(&mut self, store: &Store) {
+        self.records.sort_by(|a, b| a.created_at.total_cmp(&b.created_at).then_with(|| a.id.cmp(&b.id)));
+        let mut kept: Vec<Record> = Vec::new();
+        for record in self.records.drain(..) {
+            let what = |other: &Record| match record {
+                Record { ref name, .. } if *name == other.name => Some(format!("name {name}")),
+                Record { uid, .. } if uid == other.uid => Some(format!("user {uid}")),
+                Record { address: Some(address), .. } if other.address == Some(address) => {
+                    Some(format!("address {address}"))
+                }
+                _ => None,
+            };
+            match kept.iter().find_map(|other| Some((what(other)?, other.id.clone()))) {
+                None => kept.push(record),
+                Some((what, other)) => {
+                    let why = format!("its {what} is that of {other}, which is older; give it another");
+                    self.broken.push((store.directory(&record.id).join(NAME), why));
+                    let Record { name, uid, address, .. } = record;
+                    self.claimed.push(Claimed { name: Some(name), uid: Some(uid), address });
+                }
+            }
+        }
+        self.records = kept;
     }
 }
 
@@ -139,25 +188,16 @@ fn claimed(path: &Path) -> Option<Claimed> {
     serde_json::from_str(&text).ok()
 }
 
-enum Unloaded {
-    Absent,
-    Broken(String),
-}
-
-fn load(path: &Path, id: &str) -> Result<Record, Unloaded> {
-    let broken = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => Unloaded::Absent,
-        _ => Unloaded::Broken(error.to_string()),
-    };
+fn load(path: &Path, id: &str) -> Result<Record, String> {
+    let broken = |error: io::Error| error.to_string();
     let file = File::open(path).map_err(broken)?;
     let length = file.metadata().map_err(broken)?.len();
     if length > MAX_RECORD {
-        return Err(Unloaded::Broken(format!("it has {length} bytes; a record has at most {MAX_RECORD}")));
+        return Err(format!("it has {length} bytes; a record has at most {MAX_RECORD}"));
     }
-    let text = io::read_to_string(file).map_err(broken)?;
-    let record = parse(&text).map_err(Unloaded::Broken)?;
+    let record = parse(&io::read_to_string(file).map_err(broken)?)?;
     if record.id != id {
-        return Err(Unloaded::Broken(format!("it is that of {:?}", record.id)));
+        return Err(format!("it is that of {:?}", record.id));
     }
     Ok(record)
 }
@@ -181,6 +221,9 @@ pub fn parse(text: &str) -> Result<Record, String> {
     }
     api_socket::fleet::check_name(&record.name).map_err(|why| format!("its name {why}"))?;
     api_socket::fleet::check_name(&record.image).map_err(|why| format!("its image {why}"))?;
+    for disk in &record.disks {
+        api_socket::fleet::check_disk_name(&disk.name).map_err(|why| format!("its disk {why}"))?;
+    }
     if record.uid == 0 {
         return Err("its VMM would be root's".into());
     }
@@ -227,7 +270,10 @@ mod tests {
     #[test]
     fn what_is_saved_is_found_and_what_is_removed_is_not() {
         let (_place, store) = store();
-        let (one, two) = (record("0123456789ab"), record("ba9876543210"));
+        let (one, two) = (
+            record("0123456789ab"),
+            Record { name: "other".into(), uid: 70_001, address: None, ..record("ba9876543210") },
+        );
         for record in [&one, &two] {
             fs::create_dir(store.directory(&record.id)).unwrap();
             store.save(record).unwrap();
@@ -254,11 +300,55 @@ mod tests {
         fs::write(path("222222222222").join(NAME), serde_json::to_string(&record("333333333333")).unwrap())
             .unwrap();
         let found = store.load().unwrap();
-        assert_eq!(found.unfinished, [path("000000000000")]);
+        // One that was finished has lost its record: its disk may be somebody's.
+        assert!(found.unfinished.is_empty());
         assert!(found.records.is_empty());
         let mut broken: Vec<_> = found.broken.into_iter().map(|(path, _)| path).collect();
         broken.sort();
-        assert_eq!(broken, [path("111111111111").join(NAME), path("222222222222").join(NAME)]);
+        let ids = ["000000000000", "111111111111", "222222222222"];
+        assert_eq!(broken, ids.map(|id| path(id).join(NAME)));
+    }
+
+    #[test]
+    fn a_guest_that_is_being_made_or_removed_is_unfinished() {
+        let (_place, store) = store();
+        let record = record("0123456789ab");
+        fs::create_dir(store.begin(&record.id)).unwrap();
+        assert_eq!(store.load().unwrap().unfinished, [store.begin(&record.id)]);
+        store.finish(&record).unwrap();
+        assert_eq!(store.load().unwrap().records, std::slice::from_ref(&record));
+        fs::rename(store.directory(&record.id), store.directory(".gone-0123456789ab")).unwrap();
+        let found = store.load().unwrap();
+        assert!(found.records.is_empty() && found.unfinished == [store.directory(".gone-0123456789ab")]);
+        // Somebody asks again for what was interrupted.
+        store.remove(&record.id).unwrap();
+        assert!(store.load().unwrap().unfinished.is_empty());
+    }
+
+    #[test]
+    fn of_two_guests_with_the_same_user_name_or_address_the_older_one_has_it() {
+        let (_place, store) = store();
+        let guest = |id: &str, change: &dyn Fn(&mut Record)| {
+            let mut record = record(id);
+            (record.name, record.uid, record.created_at) =
+                (format!("g{id}"), record.uid + id.len() as u32, 2.0);
+            record.uid = u32::from_str_radix(id, 16).unwrap() + 1;
+            record.address = Some(Ipv4Addr::from_bits(record.uid));
+            change(&mut record);
+            fs::create_dir(store.directory(id)).unwrap();
+            store.save(&record).unwrap();
+            record
+        };
+        let old = guest("000000000009", &|record| record.created_at = 1.0);
+        guest("000000000001", &|record| record.name = old.name.clone());
+        guest("000000000002", &|record| record.uid = old.uid);
+        guest("000000000003", &|record| record.address = old.address);
+        let found = store.load().unwrap();
+        assert_eq!(found.records, std::slice::from_ref(&old));
+        let why: Vec<_> =
+            found.broken.iter().map(|(_, why)| why.split(" is that of").next().unwrap()).collect();
+        assert_eq!(why, ["its name g000000000009", "its user 10", "its address 0.0.0.10"]);
+        assert_eq!(found.claimed.len(), 3);
     }
 
     #[test]

@@ -8,7 +8,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use api_socket::{BalloonUpdate, Client, ClientError, InstanceState, Request, VmState};
+use api_socket::{
+    BalloonUpdate, CacheType, Client, ClientError, Drive, InstanceState, MemoryHotplugSizeUpdate, Request,
+    VmState,
+};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
@@ -57,6 +60,46 @@ pub fn set_balloon(places: &Places, amount_mib: u32) -> Result<(), ClientError> 
     client(places, ANSWER)?.apply(&Request::PatchBalloon(BalloonUpdate { amount_mib }))
 }
 
+/// Has so many MiB plugged into the guest, as far as it goes along.
+///
+/// # Errors
+/// It does not answer, or refuses.
+pub fn set_plugged(places: &Places, mib: u32) -> Result<(), ClientError> {
+    let update = MemoryHotplugSizeUpdate { requested_size_mib: mib.into() };
+    client(places, ANSWER)?.apply(&Request::PatchMemoryHotplug(update))
+}
+
+/// Gives the guest a disk, whose file is in its cell.
+///
+/// # Errors
+/// It does not answer, or refuses.
+pub fn add_disk(places: &Places, name: &str, path: PathBuf) -> Result<(), ClientError> {
+    let drive = Drive {
+        drive_id: name.to_owned(),
+        path_on_host: Some(path),
+        cache_type: CacheType::Writeback,
+        ..Drive::default()
+    };
+    client(places, ANSWER)?.apply(&Request::PutDrive(drive))
+}
+
+/// Asks the guest to let go of a disk.
+///
+/// # Errors
+/// It does not answer, or refuses.
+pub fn remove_disk(places: &Places, name: &str) -> Result<(), ClientError> {
+    client(places, ANSWER)?.apply(&Request::DeleteDrive(name.to_owned()))
+}
+
+/// Whether the guest has a disk of this name.
+///
+/// # Errors
+/// It does not answer.
+pub fn has_disk(places: &Places, name: &str) -> Result<bool, ClientError> {
+    let config = client(places, ANSWER)?.vm_config()?;
+    Ok(config.drives.iter().any(|drive| drive.drive_id == name))
+}
+
 fn client(places: &Places, timeout: Duration) -> Result<Client, ClientError> {
     let path = places.api();
     let stream = call(&path).map_err(|source| ClientError::Io { path: path.clone(), source })?;
@@ -85,7 +128,9 @@ pub fn vsock(places: &Places, uid: u32, port: u32) -> io::Result<UnixStream> {
     // By way of the descriptor, so that what was looked at is what is called.
     let stream = call(&PathBuf::from(format!("/proc/self/fd/{}", socket.as_raw_fd())))?;
     introduce(&stream, port, Instant::now() + ANSWER)?;
+    // From here on it is the client's: who does not read makes the other side wait.
     stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
     Ok(stream)
 }
 

@@ -38,19 +38,25 @@ pub struct Daemon {
 impl Daemon {
     /// A daemon that answers and has no guests. `more` goes into its configuration.
     pub fn start(more: &str) -> Daemon {
-        let directory = tempfile::tempdir().expect("a directory");
-        let mut daemon = Daemon { child: None, directory, name: format!("bt{}", std::process::id()) };
-        fs::write(daemon.path("berthd.toml"), daemon.configuration(more)).expect("a configuration");
+        let mut daemon = Daemon::configured(more, "");
         daemon.run();
         daemon
     }
 
-    fn configuration(&self, more: &str) -> String {
+    /// The same before it is started; `network` goes into its configuration's part for that.
+    pub fn configured(more: &str, network: &str) -> Daemon {
+        let directory = tempfile::tempdir().expect("a directory");
+        let daemon = Daemon { child: None, directory, name: format!("bt{}", std::process::id()) };
+        fs::write(daemon.path("berthd.toml"), daemon.configuration(more, network)).expect("a configuration");
+        daemon
+    }
+
+    fn configuration(&self, more: &str, network: &str) -> String {
         let path = |name: &str| self.path(name).display().to_string();
         let program = |name: &str| program(name).display().to_string();
         format!(
             "socket = {:?}\nstate_dir = {:?}\nrun_dir = {:?}\ngroup = \"users\"\nuid_first = {UID_FIRST}\n\
-             control_group = {:?}\n{more}\n[network]\nbridge = {:?}\n\
+             control_group = {:?}\n{more}\n[network]\nbridge = {:?}\n{network}\n\
              [programs]\nvmm = {:?}\njailer = {:?}\nagent = {:?}\n",
             path("socket"),
             path("state"),
@@ -103,6 +109,11 @@ impl Daemon {
         let mut child = self.child.take().expect("a daemon");
         child.kill().expect("a kill");
         child.wait().expect("an end");
+    }
+
+    /// Descriptors that it has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
     }
 
     pub fn pid(&self) -> u32 {
@@ -202,7 +213,7 @@ impl Daemon {
         }
     }
 
-    /// What the host has of this daemon's guests: cells, groups, directories of sockets, interfaces, VMMs. Sorted.
+    /// What the host has of this daemon's guests: cells, groups, directories of sockets, interfaces, mounts, VMMs. Sorted.
     pub fn traces(&self) -> Vec<String> {
         let mut traces = Vec::new();
         let mut list = |directory: &Path| {
@@ -214,6 +225,9 @@ impl Daemon {
         list(&self.path("state/cells/berth-vmm"));
         list(&self.group());
         list(Path::new(&format!("/sys/class/net/{}/brif", self.name)));
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let here = self.directory.path().display().to_string();
+        traces.extend(mounts.lines().filter(|line| line.contains(&here)).map(|line| format!("mount {line}")));
         for pid in processes() {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             let uid = status

@@ -10,9 +10,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use agent::protocol::Exit;
-use api_socket::fleet::{self, Outcome, Restart, State, Stop};
+use api_socket::fleet::{self, Disk, GuestUpdate, NewGuest, Outcome, Restart, State, Stop};
 use api_socket::{Client as GuestClient, ClientError, Request, VmState};
-use berth_tests::berthd::{Daemon, IMAGE, hear_until, small};
+use berth_tests::berthd::{Daemon, IMAGE, MEMORY_MIB, hear_until, small};
 use berth_tests::guest::limits;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -84,6 +84,88 @@ fn a_guest_does_not_notice_that_its_daemon_is_killed_and_another_takes_it_on() {
     // How it ends is known although the daemon is not its parent.
     let ended = daemon.client().stop("web", Stop::default()).unwrap();
     assert_eq!(ended.last_end.unwrap().outcome, Outcome::PoweredOff);
+}
+
+#[test]
+fn a_guest_that_runs_is_given_memory_and_disks_and_gives_them_back() {
+    let daemon = Daemon::start("");
+    daemon.import();
+    let nothing = daemon.traces();
+    let disk = |name: &str, size_mib| Disk { name: name.into(), size_mib };
+    let new =
+        NewGuest { max_memory_mib: Some(MEMORY_MIB + 256), disks: vec![disk("first", 2)], ..small("web") };
+    let guest = daemon.client().create(new).unwrap();
+    daemon.client().start("web").unwrap();
+    run(
+        &daemon,
+        "for module in virtio_blk virtio_mem virtio_balloon; do modprobe $module || lsmod | grep -q $module; done",
+    );
+    assert_eq!(run(&daemon, "cat /sys/block/vda/serial; echo; cat /sys/block/vdb/serial"), "root\nfirst");
+    run(&daemon, "echo kept | dd of=/dev/vdb conv=fsync 2> /dev/null");
+
+    let update = |update: GuestUpdate| daemon.client().update("web", update);
+    let file = daemon.path("state/guests").join(&guest.id).join("disk-data.img");
+    for size in [4, 8] {
+        let add_disks = vec![disk("data", size)];
+        let told = update(GuestUpdate { add_disks, ..GuestUpdate::default() }).unwrap();
+        assert_eq!(told.disks, [disk("first", 2), disk("data", size)]);
+        assert_eq!(
+            run(
+                &daemon,
+                "until [ -b /dev/vdc ]; do sleep 0.1; done; cat /sys/block/vdc/size /sys/block/vdc/serial"
+            ),
+            format!("{}\ndata", size << 11)
+        );
+        run(&daemon, "echo written | dd of=/dev/vdc conv=fsync 2> /dev/null");
+        // To its end, although no file of the guest's was so large before.
+        run(&daemon, &format!("echo end | dd of=/dev/vdc bs=1M seek={} conv=fsync 2> /dev/null", size - 1));
+        assert!(fs::read(&file).unwrap().starts_with(b"written"));
+        let told =
+            update(GuestUpdate { remove_disks: vec!["data".into()], ..GuestUpdate::default() }).unwrap();
+        assert_eq!(told.disks, [disk("first", 2)]);
+        assert!(!file.exists());
+        run(&daemon, "while [ -e /dev/vdc ]; do sleep 0.1; done");
+    }
+
+    let set_memory = |memory| update(GuestUpdate { memory_mib: Some(memory), ..GuestUpdate::default() });
+    let total = "$(sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)";
+    let before: u32 = run(&daemon, &format!("echo {total}")).trim().parse().unwrap();
+    assert_eq!(set_memory(MEMORY_MIB + 256).unwrap().memory_mib, MEMORY_MIB + 256);
+    run(&daemon, &format!("until [ {total} -ge {} ]; do sleep 0.1; done", before + (250 << 10)));
+    // All of it can be used: the control group allows it too.
+    run(
+        &daemon,
+        "mkdir -p /mnt; mount -t tmpfs -o size=200m none /mnt; head -c 180m /dev/zero > /mnt/much; umount /mnt",
+    );
+    set_memory(MEMORY_MIB).unwrap();
+    run(&daemon, &format!("until [ {total} -le {} ]; do sleep 0.1; done", before + (8 << 10)));
+    // What is in the balloon is still the guest's in name.
+    let free = "$(sed -n 's/MemFree: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)";
+    let before: u32 = run(&daemon, &format!("echo {free}")).trim().parse().unwrap();
+    set_memory(MEMORY_MIB - 16).unwrap();
+    run(&daemon, &format!("until [ {free} -le {} ]; do sleep 0.1; done", before - (12 << 10)));
+    let refused = set_memory(MEMORY_MIB + 257).unwrap_err().to_string();
+    assert!(refused.contains("`memory_mib` is 353, and 352 is the most"), "{refused}");
+
+    daemon.client().stop("web", Stop::default()).unwrap();
+    let wider = GuestUpdate {
+        memory_mib: Some(MEMORY_MIB),
+        max_memory_mib: Some(MEMORY_MIB + 128),
+        add_disks: vec![disk("later", 1)],
+        ..GuestUpdate::default()
+    };
+    update(wider).unwrap();
+    daemon.client().start("web").unwrap();
+    run(&daemon, "until [ -b /dev/vdc ]; do sleep 0.1; done");
+    assert_eq!(run(&daemon, "head -n 1 /dev/vdb; cat /sys/block/vdc/serial"), "kept\nlater");
+    daemon.client().remove("web", true).unwrap();
+    assert_eq!(daemon.traces(), nothing);
+}
+
+/// Has the shell of guest web do this, and fails where it fails.
+#[track_caller]
+fn run(daemon: &Daemon, script: &str) -> String {
+    daemon.exec("web", &["sh", "-ec", script]).text()
 }
 
 /// A daemon may be killed between a VMM's answer and the line that writes it down.
@@ -221,7 +303,8 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_left() {
     let (status, message) = refused(client.start("one"));
     assert!(status == 500 && message.contains("disk") && message.contains("is gone"), "{message}");
     // A kernel that is none: the VMM says so.
-    fs::write(daemon.path("state/images/small/kernel"), "no kernel").unwrap();
+    let kernel = daemon.path("state/images/small/kernel");
+    fs::write(&kernel, vec![b'x'; kernel.metadata().unwrap().len() as usize]).unwrap();
     let (status, message) = refused(client.start("two"));
     assert!(status == 500 && message.contains("kernel"), "{message}");
     let ended = client.guest("two").unwrap().last_end.unwrap();

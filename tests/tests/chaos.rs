@@ -28,7 +28,7 @@ fn no_guest_is_lost_or_doubled_however_often_the_daemon_is_killed() {
     let (guests, kills) = (times(4, 30), times(8, 100));
     let mut daemon = Daemon::start("");
     daemon.import();
-    let nothing = daemon.traces();
+    let (nothing, descriptors) = (daemon.traces(), daemon.descriptors());
     for number in 0..guests {
         daemon.client().create(small(&name(number))).unwrap();
     }
@@ -70,10 +70,23 @@ fn no_guest_is_lost_or_doubled_however_often_the_daemon_is_killed() {
         let told = daemon.exec(&guest.name, &["cat", "/proc/cmdline"]).text();
         assert!(told.contains(&format!("berth.hostname={} ", guest.name)), "{guest:?}: {told}");
     }
-    for guest in settled {
+    for guest in daemon.client().guests().unwrap() {
         daemon.client().remove(&guest.id, true).unwrap();
     }
     assert_eq!(daemon.traces(), nothing);
+    let files: Vec<_> = std::fs::read_dir(daemon.path("state/guests")).unwrap().collect();
+    assert!(files.is_empty(), "{files:?}");
+    // Clients' last descriptors go with their threads.
+    let begin = std::time::Instant::now();
+    while daemon.descriptors() > descriptors {
+        assert!(
+            begin.elapsed() < limits::COMMAND,
+            "{} descriptors became {}",
+            descriptors,
+            daemon.descriptors()
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 fn name(number: u32) -> String {
@@ -86,10 +99,19 @@ fn operate(client: &Client, guests: u32, operator: u32, is_over: &AtomicBool) ->
     let (mut done, mut refused) = (0, 0);
     while !is_over.load(Ordering::Relaxed) {
         let guest = name(dice.throw(guests.into()) as u32);
-        let outcome = match dice.throw(6) {
+        let own = format!("own-{operator}");
+        let outcome = match dice.throw(9) {
             0..=2 => client.start(&guest).map(drop),
             3 => client.pause(&guest).map(drop),
             4 => client.resume(&guest).map(drop),
+            5 => reboot(client, &guest),
+            // One that comes and goes.
+            6 => client.create(small(&own)).map(drop).or_else(|error| is_there(client, &own, error)),
+            7 => match client.remove(&own, true) {
+                // It is not there, or was made so far that nobody can do anything with it.
+                Err(ClientError::Refused(fault)) if fault.status == 404 => Ok(()),
+                outcome => outcome,
+            },
             _ => client.stop(&guest, Stop { seconds: dice.throw(3) as u32 }).map(drop),
         };
         match outcome {
@@ -108,12 +130,33 @@ fn operate(client: &Client, guests: u32, operator: u32, is_over: &AtomicBool) ->
     (done, refused)
 }
 
+/// By the guest's own wish, which its daemon is not asked.
+fn reboot(client: &Client, guest: &str) -> Result<(), ClientError> {
+    let mut stream = client.vsock(guest, agent::protocol::PORT, 0)?;
+    let argv = ["reboot", "-f"].map(String::from).into();
+    let _ = stream.set_read_timeout(Some(limits::COMMAND));
+    // It may be gone before it says anything.
+    let _ = agent::client::exec(&mut stream, agent::protocol::Exec { argv, ..Default::default() });
+    let _ = std::io::copy(&mut stream, &mut std::io::sink());
+    Ok(())
+}
+
+/// What was refused because it was done before is done.
+fn is_there(client: &Client, guest: &str, error: ClientError) -> Result<(), ClientError> {
+    match error {
+        ClientError::Refused(fault) if fault.status == 409 => client.guest(guest).map(drop),
+        error => Err(error),
+    }
+}
+
 /// A guest that is in the middle of something comes to an end of it by itself.
 fn settle(daemon: &Daemon, name: &str) -> Guest {
     let begin = std::time::Instant::now();
     loop {
         let guest = daemon.client().guest(name).unwrap();
-        if matches!(guest.state, State::Stopped | State::Running | State::Paused) {
+        // One that reboots has a process that has ended, for a moment.
+        let is_there = guest.pid.is_none_or(|pid| vmms(daemon).contains_key(&pid));
+        if is_there && matches!(guest.state, State::Stopped | State::Running | State::Paused) {
             return guest;
         }
         assert!(begin.elapsed() < limits::COMMAND, "it stays in the middle: {guest:?}");

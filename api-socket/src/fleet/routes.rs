@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::types::{
-    GuestUpdate, Limits, MAX_COMMAND_LINE, MAX_CPUS, MAX_STOP_SECONDS, MEMORY_MIB, NewGuest, NewImage, Stop,
-    check_name,
+    DISK_MIB, Disk, GuestUpdate, Limits, MAX_COMMAND_LINE, MAX_CPUS, MAX_DISKS, MAX_STOP_SECONDS, MEMORY_MIB,
+    NewGuest, NewImage, Stop, check_disk_name, check_name,
 };
 use crate::json;
 use crate::types::Fault;
@@ -283,6 +283,10 @@ fn checked_guest(guest: NewGuest) -> Result<NewGuest, Fault> {
     check_name(&guest.image).map_err(|why| Fault::bad_request(format!("`image`: {why}.")))?;
     in_range("cpus", u32::from(guest.cpus), 1..=u32::from(MAX_CPUS))?;
     in_range("memory_mib", guest.memory_mib, MEMORY_MIB)?;
+    if let Some(most) = guest.max_memory_mib {
+        in_range("max_memory_mib", most, MEMORY_MIB)?;
+    }
+    check_disks("disks", &guest.disks)?;
     check_command_line(guest.command_line.as_deref())?;
     check_limits(&guest.limits)?;
     Ok(guest)
@@ -295,8 +299,31 @@ fn checked_update(update: GuestUpdate) -> Result<GuestUpdate, Fault> {
     if let Some(memory) = update.memory_mib {
         in_range("memory_mib", memory, MEMORY_MIB)?;
     }
+    if let Some(most) = update.max_memory_mib {
+        in_range("max_memory_mib", most, MEMORY_MIB)?;
+    }
+    check_disks("add_disks", &update.add_disks)?;
+    if update.remove_disks.len() > MAX_DISKS {
+        let many = update.remove_disks.len();
+        return refuse(format!("`remove_disks` names {many} disks; a guest has at most {MAX_DISKS}."));
+    }
     update.limits.iter().try_for_each(check_limits)?;
     Ok(update)
+}
+
+fn check_disks(field: &str, disks: &[Disk]) -> Result<(), Fault> {
+    if disks.len() > MAX_DISKS {
+        return refuse(format!("`{field}` has {} disks; at most {MAX_DISKS} can be given.", disks.len()));
+    }
+    for (at, disk) in disks.iter().enumerate() {
+        let name = &disk.name;
+        check_disk_name(name).map_err(|why| Fault::bad_request(format!("`{field}[{at}].name`: {why}.")))?;
+        in_range(&format!("{field}[{at}].size_mib"), disk.size_mib, DISK_MIB)?;
+        if disks.iter().take(at).any(|other| other.name == *name) {
+            return refuse(format!("`{field}` has {name:?} twice; give each disk a name of its own."));
+        }
+    }
+    Ok(())
 }
 
 fn check_limits(limits: &Limits) -> Result<(), Fault> {
@@ -372,10 +399,20 @@ mod tests {
                 restart: Restart::OnFailure,
                 limits: Limits { cpu_percent: Some(150), ..Limits::default() },
                 command_line: Some("quiet".into()),
+                max_memory_mib: Some(1024),
+                disks: vec![Disk { name: "data".into(), size_mib: 10 }],
                 ..NewGuest::of("debian")
             }),
             Request::GetGuest(guest()),
-            Request::UpdateGuest(guest(), GuestUpdate { memory_mib: Some(64), ..GuestUpdate::default() }),
+            Request::UpdateGuest(
+                guest(),
+                GuestUpdate {
+                    memory_mib: Some(64),
+                    add_disks: vec![Disk { name: "data".into(), size_mib: 10 }],
+                    remove_disks: vec!["old".into()],
+                    ..GuestUpdate::default()
+                },
+            ),
             Request::RemoveGuest { guest: guest(), force: true },
             Request::StartGuest(guest()),
             Request::StopGuest(guest(), Stop { seconds: 5 }),
@@ -421,6 +458,36 @@ mod tests {
             ("POST", "/guests", r#"{"image":"a","memory":8}"#, "unknown field `memory`"),
             ("POST", "/guests", r#"{"image":"a","command_line":"a\nb"}"#, "a line break"),
             ("POST", "/guests", r#"{"image":"a","limits":{"io_weight":0}}"#, "`limits.io_weight` is 0"),
+            (
+                "POST",
+                "/guests",
+                r#"{"image":"a","max_memory_mib":8}"#,
+                "`max_memory_mib` is 8; give a number from 16",
+            ),
+            (
+                "POST",
+                "/guests",
+                r#"{"image":"a","disks":[{"name":"root","size_mib":1}]}"#,
+                "`disks[0].name`: \"root\" is the disk that the image gave",
+            ),
+            (
+                "PATCH",
+                "/guests/a",
+                r#"{"add_disks":[{"name":"a","size_mib":0}]}"#,
+                "`add_disks[0].size_mib` is 0",
+            ),
+            (
+                "PATCH",
+                "/guests/a",
+                r#"{"add_disks":[{"name":"a","size_mib":1},{"name":"a","size_mib":1}]}"#,
+                "`add_disks` has \"a\" twice",
+            ),
+            (
+                "PATCH",
+                "/guests/a",
+                r#"{"add_disks":[{"name":"a23456789012345678901","size_mib":1}]}"#,
+                "21 bytes",
+            ),
             ("POST", "/guests/a/stop", r#"{"seconds":100000}"#, "`seconds` is 100000"),
             ("GET", "/guests/a/logs?of=other", "", "`of` is \"other\"; give console or vmm."),
             ("GET", "/guests/a/vsock/x", "", "the port is \"x\""),

@@ -20,6 +20,14 @@ pub const DEFAULT_STOP_SECONDS: u32 = 30;
 pub const MAX_STOP_SECONDS: u32 = 24 * 60 * 60;
 /// The longest name of a guest or an image, in bytes: that of a host name.
 pub const MAX_NAME: usize = 63;
+/// The most disks of a guest beside the one that its image gave it.
+pub const MAX_DISKS: usize = 8;
+/// The longest name of such a disk, in bytes: the guest finds it by this serial number (VIRTIO 1.3, 5.2.6).
+pub const MAX_DISK_NAME: usize = 20;
+/// The least and the most that such a disk has, in MiB.
+pub const DISK_MIB: std::ops::RangeInclusive<u32> = 1..=1 << 24;
+/// The name of the disk that the image gave.
+pub const ROOT_DISK: &str = "root";
 /// The longest addition to a kernel's command line, in bytes.
 pub const MAX_COMMAND_LINE: usize = 1024;
 
@@ -44,6 +52,12 @@ pub struct NewGuest {
     pub cpus: u8,
     #[serde(default = "default_memory")]
     pub memory_mib: u32,
+    /// What it may have while it runs; absent is no more than `memory_mib`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_mib: Option<u32>,
+    /// Empty disks beside the image's, at most [`MAX_DISKS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
     /// What the kernel is told beside the image's command line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command_line: Option<String>,
@@ -66,6 +80,8 @@ impl NewGuest {
             image: image.to_owned(),
             cpus: DEFAULT_CPUS,
             memory_mib: DEFAULT_MEMORY_MIB,
+            max_memory_mib: None,
+            disks: Vec::new(),
             command_line: None,
             network: true,
             restart: Restart::default(),
@@ -85,6 +101,16 @@ fn default_memory() -> u32 {
 
 fn yes() -> bool {
     true
+}
+
+/// A disk of a guest beside the one that its image gave it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// No other disk's of this guest, at most [`MAX_DISK_NAME`]: the serial number that the guest sees.
+    pub name: String,
+    /// As the guest sees it. On the host's disk it takes what was written.
+    pub size_mib: u32,
 }
 
 /// When a guest that has ended by itself is started again. One that reboots always is, and one that was stopped never.
@@ -115,15 +141,25 @@ pub struct Limits {
 }
 
 /// Body of `PATCH /guests/{guest}`: what is absent stays as it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GuestUpdate {
     /// From the next start on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u8>,
-    /// While it runs, by its balloon and only below what it was started with; else from the next start on.
+    /// While it runs: below what it was started with by its balloon, above it up to `max_memory_mib` by memory that is
+    /// plugged in. Else from the next start on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mib: Option<u32>,
+    /// From the next start on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_mib: Option<u32>,
+    /// With all that is on them, and before others are added. A guest that runs is asked to let go of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remove_disks: Vec<String>,
+    /// Empty ones, at once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub add_disks: Vec<Disk>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart: Option<Restart>,
     /// At once, also while it runs.
@@ -253,6 +289,10 @@ pub struct Guest {
     pub cpus: u8,
     pub memory_mib: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_mib: Option<u32>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command_line: Option<String>,
     pub network: bool,
     pub restart: Restart,
@@ -342,6 +382,21 @@ pub struct Image {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct List<T> {
     pub items: Vec<T>,
+}
+
+/// Why a name cannot be that of a disk.
+///
+/// # Errors
+/// A clause that begins with the value.
+pub fn check_disk_name(name: &str) -> Result<(), String> {
+    check_name(name)?;
+    if name == ROOT_DISK {
+        return Err(format!("{name:?} is the disk that the image gave"));
+    }
+    if name.len() > MAX_DISK_NAME {
+        return Err(format!("{name:?} has {} bytes, and a disk's name at most {MAX_DISK_NAME}", name.len()));
+    }
+    Ok(())
 }
 
 /// Why a name cannot be one.

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use api_socket::fleet::check_name;
+use api_socket::fleet::{check_disk_name, check_name};
 
 /// The most keys of a detach sequence.
 const MAX_KEYS: usize = 8;
@@ -49,15 +49,41 @@ impl FromStr for Memory {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Memory, String> {
-        let Size(bytes) = text.parse()?;
-        match bytes {
+        match whole_mib(text)? {
             0 => Err("a guest needs memory: 512M, say".into()),
-            1..MIB => Err(format!("{text:?} is {bytes} bytes; say {text}M for MiB")),
-            _ if bytes % MIB != 0 => Err(format!("{text:?} is not whole MiB")),
-            _ => match u32::try_from(bytes / MIB) {
-                Ok(mib) => Ok(Memory { mib }),
-                Err(_) => Err(format!("{text:?} is more than there can be")),
-            },
+            mib => Ok(Memory { mib }),
+        }
+    }
+}
+
+/// A size in whole MiB.
+fn whole_mib(text: &str) -> Result<u32, String> {
+    let Size(bytes) = text.parse()?;
+    match bytes {
+        1..MIB => Err(format!("{text:?} is {bytes} bytes; say {text}M for MiB")),
+        _ if bytes % MIB != 0 => Err(format!("{text:?} is not whole MiB")),
+        _ => u32::try_from(bytes / MIB).map_err(|_| format!("{text:?} is more than there can be")),
+    }
+}
+
+/// An empty disk: `NAME=SIZE`. The size is whole MiB, and not none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    pub name: String,
+    pub mib: u32,
+}
+
+impl FromStr for Disk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Disk, String> {
+        let (name, size) = text
+            .split_once('=')
+            .ok_or_else(|| format!("{text:?} has no size behind its name: {text}=10G, say"))?;
+        check_disk_name(name)?;
+        match whole_mib(size)? {
+            0 => Err(format!("a disk has a size: {name}=10G, say")),
+            mib => Ok(Disk { name: name.to_owned(), mib }),
         }
     }
 }
@@ -234,6 +260,18 @@ mod tests {
         assert!("512".parse::<Memory>().unwrap_err().contains("say 512M"));
         assert!("0".parse::<Memory>().unwrap_err().contains("needs memory"));
         assert!("1025K".parse::<Memory>().unwrap_err().contains("not whole MiB"));
+    }
+
+    #[test]
+    fn a_disk_has_a_name_that_no_other_can_have_and_a_size() {
+        assert_eq!("data=10G".parse(), Ok(Disk { name: "data".into(), mib: 10 << 10 }));
+        let refused = |text: &str| text.parse::<Disk>().unwrap_err();
+        assert!(refused("data").contains("data=10G"));
+        assert!(refused("data=0").contains("data=10G"));
+        assert!(refused("data=512").contains("say 512M"));
+        assert!(refused("root=1G").contains("the image gave"));
+        assert!(refused("a/b=1G").contains("not a name"));
+        assert!(refused("=1G").contains("not a name"));
     }
 
     #[test]

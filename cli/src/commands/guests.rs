@@ -2,6 +2,7 @@
 
 use api_socket::fleet::{self, Client, GuestUpdate, NewGuest, Restart as Policy};
 
+use crate::args::value::Disk;
 use crate::args::{
     Create, Grace, Guest, Limits, Pause, Restart, RestartPolicy, Resume, Rm, Set, Start, Stop,
 };
@@ -17,6 +18,8 @@ pub fn new_guest(guest: &Guest, image: &str) -> NewGuest {
         name: guest.name.as_ref().map(ToString::to_string),
         cpus: guest.cpus.unwrap_or(defaults.cpus),
         memory_mib: guest.memory.map_or(defaults.memory_mib, |memory| memory.mib),
+        max_memory_mib: guest.max_memory.map(|memory| memory.mib),
+        disks: disks(&guest.disk),
         command_line: guest.cmdline.clone(),
         network: !guest.no_network,
         restart: guest.restart.map_or(defaults.restart, policy),
@@ -87,6 +90,9 @@ pub fn set(daemon: &Client, args: &Set) -> Result<Exit> {
     let update = GuestUpdate {
         cpus: args.cpus,
         memory_mib: args.memory.map(|memory| memory.mib),
+        max_memory_mib: args.max_memory.map(|memory| memory.mib),
+        remove_disks: args.remove_disk.clone(),
+        add_disks: disks(&args.add_disk),
         restart: args.restart.map(policy),
         limits,
     };
@@ -95,6 +101,10 @@ pub fn set(daemon: &Client, args: &Set) -> Result<Exit> {
 
 fn grace(grace: &Grace) -> fleet::Stop {
     grace.time.map_or_else(fleet::Stop::default, |seconds| fleet::Stop { seconds })
+}
+
+fn disks(disks: &[Disk]) -> Vec<fleet::Disk> {
+    disks.iter().map(|disk| fleet::Disk { name: disk.name.clone(), size_mib: disk.mib }).collect()
 }
 
 fn policy(policy: RestartPolicy) -> Policy {
@@ -143,13 +153,15 @@ mod tests {
 
     #[test]
     fn what_is_said_is_asked_for() {
-        let line = "berth create --name web --cpus 2 --memory 1G --cmdline quiet --no-network --restart on-failure \
+        let line = "berth create --name web --cpus 2 --memory 1G --max-memory 2G --disk data=10G --cmdline quiet --no-network --restart on-failure \
                     --cpu-limit 150 --cpu-weight 10 --io-weight 20 debian";
         let expected = NewGuest {
             name: Some("web".into()),
             image: "debian".into(),
             cpus: 2,
             memory_mib: 1024,
+            max_memory_mib: Some(2048),
+            disks: vec![fleet::Disk { name: "data".into(), size_mib: 10 << 10 }],
             command_line: Some("quiet".into()),
             network: false,
             restart: Policy::OnFailure,

@@ -191,6 +191,8 @@ mod tests {
             state: State::Running,
             cpus: 2,
             memory_mib: 1536,
+            max_memory_mib: None,
+            disks: Vec::new(),
             command_line: None,
             network: true,
             restart: Restart::No,

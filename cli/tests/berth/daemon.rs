@@ -105,6 +105,8 @@ fn made(number: usize, new: &NewGuest) -> Guest {
         state: State::Stopped,
         cpus: new.cpus,
         memory_mib: new.memory_mib,
+        max_memory_mib: new.max_memory_mib,
+        disks: new.disks.clone(),
         command_line: None,
         network: new.network,
         restart: new.restart,

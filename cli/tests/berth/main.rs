@@ -116,7 +116,13 @@ fn what_is_done_to_several_guests_is_done_to_all_that_it_can_be_done_to() {
 #[test]
 fn a_guest_is_changed_paused_resumed_and_removed() {
     let daemon = web();
-    for line in ["set --memory 256M --cpu-limit 50 web", "pause web", "resume web", "rm --force web"] {
+    for line in [
+        "set --memory 256M --cpu-limit 50 web",
+        "set --add-disk data=1G --remove-disk old web",
+        "pause web",
+        "resume web",
+        "rm --force web",
+    ] {
         let words: Vec<_> = line.split(' ').collect();
         let (code, _, error) = says(daemon.berth(&words));
         assert_eq!(code, 0, "{line}: {error}");
@@ -125,6 +131,7 @@ fn a_guest_is_changed_paused_resumed_and_removed() {
         daemon.asked(),
         [
             "update web {\"memory_mib\":256,\"limits\":{\"cpu_percent\":50}}",
+            "update web {\"remove_disks\":[\"old\"],\"add_disks\":[{\"name\":\"data\",\"size_mib\":1024}]}",
             "pause web",
             "resume web",
             "remove web true"

@@ -1,0 +1,480 @@
+//! A change of a guest: what was wished is checked as a whole, then done step by step, each of which is written down.
+//!
+//! While the guest runs: its limits, its memory by balloon and by what is plugged in, its disks. The rest waits for its next
+//! start.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use api_socket::Fault;
+use api_socket::fleet::{Disk, GuestUpdate, Limits, MAX_DISKS};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, linkat, openat2, unlinkat};
+use rustix::io::Errno;
+
+use crate::cell::{self, Places};
+use crate::fleet::Fleet;
+use crate::guest::Guest;
+use crate::images::disk_fault;
+use crate::operations::vmm_fault;
+use crate::record::{BLOCK_MIB, Record};
+use crate::spawn::{self, disk_file};
+use crate::state::State;
+use crate::vmm_api;
+
+/// Of a control group that nobody gave another.
+const USUAL_WEIGHT: u32 = 100;
+/// How long a guest may take to let go of a disk.
+const LET_GO: Duration = Duration::from_secs(10);
+/// Between two looks whether it has.
+const LET_GO_PAUSE: Duration = Duration::from_millis(20);
+
+impl Fleet {
+    /// Changes what can be changed now, and writes down the rest.
+    ///
+    /// # Errors
+    /// 409 for what this guest cannot have, and nothing is changed. The VMM, the kernel or the disk refuses: what was done before
+    /// that stays.
+    pub fn update(self: &Arc<Fleet>, guest: &Arc<Guest>, update: GuestUpdate) -> Result<(), Fault> {
+        let _claim = guest.claim("being changed")?;
+        let before = {
+            let inner = guest.lock();
+            inner.check_made(&guest.name)?;
+            inner.record.clone()
+        };
+        let is_live = check(&before, &update).map_err(|why| Fault {
+            status: 409,
+            message: format!("Guest {}: {why}. Nothing is changed.", guest.name),
+        })?;
+
+        if let Some(limits) = update.limits {
+            if is_live {
+                set_limits(guest, &before.limits, limits)?;
+            }
+            self.note(guest, |record| record.limits = limits)?;
+        }
+        if let Some(memory) = update.memory_mib {
+            if is_live {
+                set_memory(guest, &before, memory)?;
+            }
+            self.note(guest, |record| record.memory_mib = memory)?;
+        }
+        self.note(guest, |record| {
+            record.cpus = update.cpus.unwrap_or(record.cpus);
+            record.max_memory_mib = update.max_memory_mib.or(record.max_memory_mib);
+            record.restart = update.restart.unwrap_or(record.restart);
+        })?;
+        for name in &update.remove_disks {
+            self.remove_disk(guest, name, is_live)?;
+        }
+        for disk in &update.add_disks {
+            self.add_disk(guest, disk, is_live)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a change down. What has happened to the guest meanwhile stays.
+    fn note(&self, guest: &Guest, change: impl FnOnce(&mut Record)) -> Result<(), Fault> {
+        let mut inner = guest.lock();
+        let mut record = inner.record.clone();
+        change(&mut record);
+        if record == inner.record {
+            return Ok(());
+        }
+        self.save(&mut inner, record, false)
+    }
+
+    /// Written down before the guest has it: a daemon that is killed between the two has a disk that comes with the next start.
+    fn add_disk(&self, guest: &Guest, disk: &Disk, is_live: bool) -> Result<(), Fault> {
+        let directory = self.store.directory(&guest.id);
+        let file = directory.join(disk_file(&disk.name));
+        make_disk(&directory, disk).map_err(|error| no_disk(guest, &disk.name, &error))?;
+        let added = self.note(guest, |record| record.disks.push(disk.clone())).and_then(|()| {
+            if !is_live {
+                return Ok(());
+            }
+            raise_file_limit(guest, u64::from(disk.size_mib) << 20);
+            let path = into_cell(&guest.places, guest.uid, &file, &disk.name)
+                .map_err(|error| no_disk(guest, &disk.name, &error))?;
+            vmm_api::add_disk(&guest.places, &disk.name, path).map_err(|error| vmm_fault(guest, error))
+        });
+        if added.is_err() {
+            let _ = self.note(guest, |record| record.disks.retain(|other| other.name != disk.name));
+            let _ = out_of_cell(&guest.places, &disk.name);
+            let _ = fs::remove_file(&file);
+        }
+        added
+    }
+
+    /// The guest has it no more when this is written down, and the file goes last.
+    fn remove_disk(&self, guest: &Guest, name: &str, is_live: bool) -> Result<(), Fault> {
+        if is_live {
+            let_go(guest, name)?;
+            if let Err(error) = out_of_cell(&guest.places, name) {
+                log::warn!("Disk {name} of guest {} stays in its cell: {error}", guest.name);
+            }
+        }
+        self.note(guest, |record| record.disks.retain(|disk| disk.name != name))?;
+        let file = self.store.directory(&guest.id).join(disk_file(name));
+        match fs::remove_file(&file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(disk_fault(&format!("Disk {name} of guest {} is gone, and its file", guest.name), &error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether the guest runs and is changed as it does; or why it cannot have what was wished.
+fn check(record: &Record, update: &GuestUpdate) -> Result<bool, String> {
+    let is_live = match record.state {
+        State::Running | State::Paused => true,
+        State::Stopped | State::Waiting => false,
+        state => {
+            let state = state.on_the_wire().as_str();
+            return Err(format!("It is {state}: try again when that is done"));
+        }
+    };
+    let memory = update.memory_mib.unwrap_or(record.memory_mib);
+    let most = update.max_memory_mib.or(record.max_memory_mib);
+    if let Some(cpus) = update.cpus.filter(|cpus| is_live && *cpus != record.cpus) {
+        return Err(format!("`cpus` is {cpus}, and it runs with {}: stop it first", record.cpus));
+    }
+    if is_live && most != record.max_memory_mib {
+        let most = most.unwrap_or_default();
+        return Err(format!(
+            "`max_memory_mib` is {most}, which only its next start can give it: stop it first"
+        ));
+    }
+    let first = record.started_memory_mib.filter(|_| is_live);
+    let most_now = match first {
+        Some(first) => most.unwrap_or(first).max(first),
+        None => most.unwrap_or(memory),
+    };
+    if memory > most_now && (update.memory_mib.is_some() || update.max_memory_mib.is_some()) {
+        let stop = if is_live { "stop it first, and " } else { "" };
+        return Err(format!(
+            "`memory_mib` is {memory}, and {most_now} is the most that it can have: {stop}give it a larger `max_memory_mib`"
+        ));
+    }
+
+    let mut names: Vec<_> = record.disks.iter().map(|disk| disk.name.as_str()).collect();
+    for name in &update.remove_disks {
+        let at = names.iter().position(|other| other == name);
+        let at = at.ok_or_else(|| {
+            format!("`remove_disks` has {name:?}, and its disks are {names:?} beside that of its image")
+        })?;
+        names.remove(at);
+    }
+    if is_live && record.state == State::Paused && !update.remove_disks.is_empty() {
+        return Err("It is paused and cannot let go of a disk: resume it first".into());
+    }
+    for Disk { name, .. } in &update.add_disks {
+        if names.contains(&name.as_str()) {
+            return Err(format!("`add_disks` has {name:?}, which it has already: give another name"));
+        }
+        names.push(name);
+    }
+    if names.len() > MAX_DISKS {
+        return Err(format!(
+            "It would have {} disks beside that of its image: {MAX_DISKS} are the most",
+            names.len()
+        ));
+    }
+    Ok(is_live)
+}
+
+fn set_limits(guest: &Guest, before: &Limits, limits: Limits) -> Result<(), Fault> {
+    // What it has now and is to have no more is as the kernel had it.
+    let usual = |before: Option<u32>, now: Option<u32>| now.or(before.map(|_| USUAL_WEIGHT));
+    let weights = Limits {
+        cpu_weight: usual(before.cpu_weight, limits.cpu_weight),
+        io_weight: usual(before.io_weight, limits.io_weight),
+        ..limits
+    };
+    for (file, value) in spawn::group_limits(&weights) {
+        set_in_group(guest, file, &value)?;
+    }
+    Ok(())
+}
+
+fn set_in_group(guest: &Guest, file: &str, value: &str) -> Result<(), Fault> {
+    fs::write(guest.places.group.join(file), value).map_err(|error| Fault {
+        status: 500,
+        message: format!("{file} of guest {} cannot become {value:?}: {error}.", guest.name),
+    })
+}
+
+/// Below what the guest was started with by its balloon, above it by what is plugged in.
+fn set_memory(guest: &Guest, record: &Record, memory: u32) -> Result<(), Fault> {
+    let first = record.started_memory_mib.unwrap_or(record.memory_mib);
+    let refused = |error| vmm_fault(guest, error);
+    // It only goes up: a guest gives back in its own time, and would be ended for what it still has.
+    let limit = fs::read_to_string(guest.places.group.join("memory.max")).ok();
+    let limit: Option<u64> = limit.and_then(|text| text.trim().parse().ok());
+    let wanted = spawn::group_memory(memory);
+    if limit.is_some_and(|limit| limit < wanted) {
+        set_in_group(guest, "memory.max", &wanted.to_string())?;
+    }
+    vmm_api::set_balloon(&guest.places, first.saturating_sub(memory)).map_err(refused)?;
+    if record.room_mib() > 0 {
+        let plugged = memory.saturating_sub(first).next_multiple_of(BLOCK_MIB);
+        vmm_api::set_plugged(&guest.places, plugged).map_err(refused)?;
+    }
+    Ok(())
+}
+
+/// Makes the file of an empty disk, in place of one that was left.
+///
+/// # Errors
+/// Those of the file system; there is no file then.
+pub fn make_disk(directory: &Path, disk: &Disk) -> io::Result<()> {
+    let path = directory.join(disk_file(&disk.name));
+    let make = || {
+        let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        file.set_len(u64::from(disk.size_mib) << 20)
+    };
+    make().inspect_err(|_| drop(fs::remove_file(&path)))
+}
+
+/// So that all of the disk can be written, if it is the largest that the guest has.
+fn raise_file_limit(guest: &Guest, bytes: u64) {
+    use rustix::process::{Pid, Resource, Rlimit, prlimit};
+    let number = guest.lock().held.as_ref().map(|held| held.process.pid);
+    let pid = number.and_then(|number| Pid::from_raw(i32::try_from(number).ok()?));
+    let (Some(number), Some(pid)) = (number, pid) else { return };
+    let text = fs::read_to_string(format!("/proc/{number}/limits")).unwrap_or_default();
+    if file_limit(&text).is_some_and(|limit| limit < bytes) {
+        let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+        if let Err(error) = prlimit(Some(pid), Resource::Fsize, limit) {
+            log::warn!("The largest file of guest {} stays as it is: {error}", guest.name);
+        }
+    }
+}
+
+/// From /proc/PID/limits; `None` where there is no limit.
+fn file_limit(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("Max file size"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// Puts a disk where its VMM can open it, and returns what the VMM calls it.
+fn into_cell(places: &Places, uid: u32, file: &Path, name: &str) -> io::Result<PathBuf> {
+    // Before the VMM has it: what it is given here is all that it gets of the file.
+    chown(file, Some(uid), Some(uid))?;
+    let _ = out_of_cell(places, name);
+    let name = disk_file(name);
+    match linkat(CWD, file, disks_in_cell(places)?, &name, AtFlags::empty()) {
+        Err(Errno::XDEV) => Err(io::Error::other(
+            "cells and guests are on different file systems; stop the guest, and it has the disk at its next start",
+        )),
+        outcome => Ok(outcome.map(|()| Path::new("/").join(cell::DISKS).join(name))?),
+    }
+}
+
+fn out_of_cell(places: &Places, name: &str) -> io::Result<()> {
+    Ok(unlinkat(disks_in_cell(places)?, disk_file(name), AtFlags::empty())?)
+}
+
+/// What is in a cell is the VMM's to move about: only the directory that we made is the right one.
+fn disks_in_cell(places: &Places) -> io::Result<OwnedFd> {
+    let root = File::open(&places.root)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let directory = File::from(openat2(root.as_fd(), cell::DISKS, flags, Mode::empty(), resolve)?);
+    if directory.metadata()?.uid() != rustix::process::geteuid().as_raw() {
+        return Err(io::Error::other("the directory for disks in its cell is not ours"));
+    }
+    Ok(directory.into())
+}
+
+/// Asks the guest to let go of a disk, and waits until it has.
+fn let_go(guest: &Guest, name: &str) -> Result<(), Fault> {
+    let has = || vmm_api::has_disk(&guest.places, name).map_err(|error| vmm_fault(guest, error));
+    // It did not answer before, or was given it by nobody.
+    if !has()? {
+        return Ok(());
+    }
+    vmm_api::remove_disk(&guest.places, name).map_err(|error| vmm_fault(guest, error))?;
+    let begin = Instant::now();
+    while has()? {
+        if begin.elapsed() > LET_GO {
+            let message = format!(
+                "Guest {} does not let go of disk {name} in {} s. Ask again, and it is taken away without asking.",
+                guest.name,
+                LET_GO.as_secs()
+            );
+            return Err(Fault { status: 504, message });
+        }
+        thread::sleep(LET_GO_PAUSE);
+    }
+    Ok(())
+}
+
+fn no_disk(guest: &Guest, name: &str, error: &io::Error) -> Fault {
+    disk_fault(&format!("Disk {name} of guest {}", guest.name), error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, ID};
+
+    #[test]
+    fn limits_that_are_taken_from_a_running_guest_are_the_kernel_s_own_again() {
+        let (place, fleet) = testing::fleet();
+        testing::guest(&fleet, ID, |record| record.state = State::Running);
+        let record = fleet.by_id(ID).unwrap().lock().record.clone();
+        let mut guest = Guest::new(&fleet.config, &fleet.store, record);
+        guest.places.group = place.path().to_owned();
+        guest.lock().is_made = true;
+        let guest = Arc::new(guest);
+        let file = |name: &str| std::fs::read_to_string(place.path().join(name)).unwrap();
+        let weight = Limits { cpu_weight: Some(7), io_weight: Some(8), ..Limits::default() };
+        for (limits, weights) in [(weight, ("7", "default 8")), (Limits::default(), ("100", "default 100"))] {
+            let update = GuestUpdate { limits: Some(limits), ..GuestUpdate::default() };
+            fleet.update(&guest, update).unwrap();
+            assert_eq!((file("cpu.weight").as_str(), file("io.weight").as_str()), weights);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_being_made_is_not_changed() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |_| ());
+        let update = GuestUpdate { cpus: Some(2), ..GuestUpdate::default() };
+        guest.lock().is_made = false;
+        assert_eq!(fleet.update(&guest, update.clone()).unwrap_err().status, 409);
+        guest.lock().is_made = true;
+        fleet.update(&guest, update).unwrap();
+        assert_eq!(fleet.store.load().unwrap().records[0].cpus, 2);
+    }
+
+    fn disk(name: &str) -> Disk {
+        Disk { name: name.into(), size_mib: 3 }
+    }
+
+    fn adding(name: &str) -> GuestUpdate {
+        GuestUpdate { add_disks: vec![disk(name)], ..GuestUpdate::default() }
+    }
+
+    fn removing(name: &str) -> GuestUpdate {
+        GuestUpdate { remove_disks: vec![name.into()], ..GuestUpdate::default() }
+    }
+
+    #[test]
+    fn what_a_guest_cannot_have_is_refused_with_the_reason_and_nothing_is_changed() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| record.disks = vec![disk("data")]);
+        let cpus = GuestUpdate { cpus: Some(2), ..GuestUpdate::default() };
+        let memory = |mib| GuestUpdate { memory_mib: Some(mib), ..GuestUpdate::default() };
+        let most = |mib| GuestUpdate { max_memory_mib: Some(mib), ..GuestUpdate::default() };
+        let eight = GuestUpdate {
+            add_disks: (0..8).map(|number| disk(&format!("d{number}"))).collect(),
+            ..GuestUpdate::default()
+        };
+        let cases = [
+            (State::Running, None, cpus.clone(), "`cpus` is 2, and it runs with 1: stop it first"),
+            (
+                State::Running,
+                None,
+                memory(513),
+                "`memory_mib` is 513, and 512 is the most that it can have: stop it",
+            ),
+            (State::Paused, Some(1024), memory(1025), "and 1024 is the most"),
+            (State::Running, None, most(1024), "`max_memory_mib` is 1024, which only its next start"),
+            (State::Stopped, Some(1024), memory(1025), "1024 is the most that it can have: give it a larger"),
+            (State::Stopped, None, most(511), "`memory_mib` is 512, and 511 is the most"),
+            (State::Starting, None, cpus, "It is starting: try again"),
+            (State::Stopped, None, adding("data"), "`add_disks` has \"data\", which it has already"),
+            (State::Stopped, None, eight, "It would have 9 disks beside that of its image: 8 are the most"),
+            (
+                State::Running,
+                None,
+                removing("old"),
+                "`remove_disks` has \"old\", and its disks are [\"data\"]",
+            ),
+            (State::Paused, None, removing("data"), "resume it first"),
+        ];
+        for (state, most, update, why) in cases {
+            let before = {
+                let mut inner = guest.lock();
+                let started = matches!(state, State::Running | State::Paused).then_some(512);
+                (inner.record.state, inner.record.max_memory_mib) = (state, most);
+                inner.record.started_memory_mib = started;
+                inner.record.clone()
+            };
+            let fault = fleet.update(&guest, update).unwrap_err();
+            assert!(fault.status == 409 && fault.message.contains(why), "{fault:?}");
+            assert_eq!(guest.lock().record, before);
+        }
+        // In one change a name can become free and be taken.
+        let replaced = GuestUpdate { add_disks: vec![disk("data")], ..removing("data") };
+        guest.lock().record.state = State::Stopped;
+        fleet.update(&guest, replaced).unwrap();
+    }
+
+    #[test]
+    fn a_disk_of_a_guest_that_does_not_run_is_a_file_until_it_is_removed() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |_| ());
+        let file = fleet.store.directory(ID).join("disk-data.img");
+        fs::write(&file, "of one that was removed while the daemon was killed").unwrap();
+        fleet.update(&guest, adding("data")).unwrap();
+        let found = fs::read(&file).unwrap();
+        assert!(found.len() == 3 << 20 && found.iter().all(|byte| *byte == 0));
+        assert_eq!(fleet.store.load().unwrap().records[0].disks, [disk("data")]);
+        fleet.update(&guest, removing("data")).unwrap();
+        assert!(!file.exists() && fleet.store.load().unwrap().records[0].disks.is_empty());
+    }
+
+    #[test]
+    fn a_disk_that_the_vmm_does_not_take_is_not_the_guest_s() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |record| record.state = State::Running);
+        // There is no VMM.
+        fleet.update(&guest, adding("data")).unwrap_err();
+        assert!(
+            guest.lock().record.disks.is_empty() && !fleet.store.directory(ID).join("disk-data.img").exists()
+        );
+    }
+
+    #[test]
+    fn the_largest_file_is_read_from_what_the_kernel_says() {
+        let text = |limit: &str| {
+            format!("Limit  Soft Limit  Hard Limit  Units\nMax file size    {limit}  {limit}  bytes\n")
+        };
+        assert_eq!(file_limit(&text("1048576")), Some(1 << 20));
+        assert_eq!(file_limit(&text("unlimited")), None);
+        assert!(fs::read_to_string("/proc/self/limits").unwrap().contains("\nMax file size "));
+    }
+
+    #[test]
+    fn a_disk_goes_into_our_directory_of_the_cell_and_nowhere_else() {
+        let place = tempfile::tempdir().unwrap();
+        let config = crate::config::Config { state_dir: place.path().join("state"), ..Default::default() };
+        let places = Places::new(&config, ID);
+        let uid = rustix::process::geteuid().as_raw();
+        let file = place.path().join("file");
+        fs::write(&file, "ours").unwrap();
+        let put = || into_cell(&places, uid, &file, "data");
+        fs::create_dir_all(places.root.join("disks")).unwrap();
+        // What was left there is replaced.
+        fs::write(places.root.join("disks/disk-data.img"), "old").unwrap();
+        assert_eq!(put().unwrap(), Path::new("/disks/disk-data.img"));
+        assert_eq!(fs::read(places.root.join("disks/disk-data.img")).unwrap(), b"ours");
+        out_of_cell(&places, "data").unwrap();
+        assert!(file.exists() && !places.root.join("disks/disk-data.img").exists());
+
+        let host = place.path().join("host");
+        fs::create_dir(&host).unwrap();
+        fs::remove_dir(places.root.join("disks")).unwrap();
+        std::os::unix::fs::symlink(&host, places.root.join("disks")).unwrap();
+        assert!(put().is_err() && fs::read_dir(&host).unwrap().next().is_none());
+    }
+}
