@@ -6,7 +6,7 @@ use api_socket::ClientError;
 use api_socket::fleet::{Client, Guest, NewGuest, State, Stop};
 
 use super::{exec, guests};
-use crate::args::Run;
+use crate::args::{Inside, Run};
 use crate::daemon::About;
 use crate::error::{Error, Result};
 use crate::exit::Exit;
@@ -54,7 +54,8 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     }
 
     // From here on the guest is there for the command, and whatever goes wrong, it ends.
-    let (client, id, on_terminal) = (daemon.clone(), made.id.clone(), exec::wants_terminal(&args.inside));
+    let inside = inside(args);
+    let (client, id, on_terminal) = (daemon.clone(), made.id.clone(), exec::wants_terminal(&inside));
     let stream = match signals.during(move || reach::ready(&client, &id, on_terminal)) {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
@@ -69,7 +70,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     };
     drop(waiting);
     let command = command(args);
-    let ending = match exec::inside(&made.name, &stream, &args.inside, command, &signals) {
+    let ending = match exec::inside(&made.name, &stream, &inside, command, &signals) {
         Ok(ending) => ending,
         Err(error) => {
             end.by_force();
@@ -122,6 +123,15 @@ fn command(args: &Run) -> Vec<String> {
         (false, false) => (&[], args.command.as_slice()),
     };
     before.iter().map(ToString::to_string).chain(command.iter().cloned()).collect()
+}
+
+/// A command that lives on without us has no terminal, whose end would be its own, and what can be read here is not for it.
+fn inside(args: &Run) -> Inside {
+    let inside = args.inside.clone();
+    match args.detach {
+        true => Inside { tty: false, no_tty: true, no_stdin: true, ..inside },
+        false => inside,
+    }
 }
 
 /// The end of a guest that was there for a command.

@@ -28,6 +28,8 @@ struct Inner {
     stats: u64,
     /// How often a guest was looked at that had no terminals yet.
     looks: u32,
+    /// The commands that agents were to run.
+    commands: Vec<protocol::Exec>,
 }
 
 pub struct Daemon {
@@ -74,6 +76,10 @@ impl Daemon {
     /// What it was asked, without looks that change nothing.
     pub fn asked(&self) -> Vec<String> {
         self.inner.lock().unwrap().asked.clone()
+    }
+
+    pub fn commands(&self) -> Vec<protocol::Exec> {
+        self.inner.lock().unwrap().commands.clone()
     }
 
     pub fn parts(&self) -> BTreeMap<String, usize> {
@@ -281,6 +287,7 @@ fn agent(shared: &Mutex<Inner>, id: &str, mut stream: UnixStream) {
             Some(user) => say(&mut stream, Reply::<Done>::Error(format!("no user {user:?}"))),
             None => {
                 say(&mut stream, Reply::Ok(Done {}));
+                shared.lock().unwrap().commands.push(command.clone());
                 match command.argv[0].as_str() {
                     "play-power-off" => {
                         let mut inner = shared.lock().unwrap();

@@ -275,6 +275,24 @@ fn run_in_the_background_prints_the_id_and_leaves_the_guest_running() {
     assert_eq!((daemon.state("three"), daemon.state("four")), (Some(State::Running), Some(State::Running)));
 }
 
+/// A terminal's end would be that of what is on it, and the command is to outlive us.
+#[test]
+fn a_command_in_the_background_has_no_terminal_and_no_input_of_ours() {
+    let daemon = Daemon::new();
+    for (name, flags) in [("one", "-d"), ("two", "-dti")] {
+        let mut terminal =
+            Terminal::run(daemon.berth(&["run", flags, "--name", name, "debian", "--", "true"]));
+        terminal.shows("abc00000000");
+        assert_eq!(terminal.ends(), 0);
+    }
+    assert_eq!(daemon.commands().iter().map(|command| command.terminal).collect::<Vec<_>>(), [None, None]);
+    // An input that does not end.
+    let mut command = daemon.berth(&["run", "-d", "--name", "three", "debian", "--", "true"]);
+    let (input, _open) = std::io::pipe().unwrap();
+    command.stdin(input);
+    assert_eq!(says(command), (0, "abc000000002\n".into(), "".into()));
+}
+
 #[test]
 fn a_guest_that_ends_before_its_command_is_our_failure() {
     let daemon = Daemon::new();
