@@ -13,7 +13,7 @@ use crate::exit::Exit;
 use crate::output::{self, progress::Progress};
 use crate::reach;
 use crate::session::Ending;
-use crate::signals::Signals;
+use crate::signals::{Signals, Work};
 
 /// The shell that the user has in the guest, as a login would start it.
 const SHELL: [&str; 3] = ["/bin/sh", "-c", "exec \"${SHELL:-/bin/sh}\" -l"];
@@ -31,19 +31,31 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
     let waiting = Progress::waiting(&format!("starting {image}"));
     let new = NewGuest { remove_when_ended: args.rm, ..guests::new_guest(&args.guest, image) };
-    let made = daemon.create(new).about(image)?;
+    let client = daemon.clone();
+    let made = match Work::begin(move || client.create(new)).wait(&signals) {
+        Ok(made) => made.about(image)?,
+        Err((signal, making)) => {
+            // It comes to be all the same, and nothing that has run in it is lost. Who does not want to wait leaves it.
+            if let Ok(Ok(made)) = making.wait(&signals) {
+                let _ = daemon.remove(&made.id, true);
+            }
+            return Ok(Exit::signal(signal));
+        }
+    };
     let end = End { daemon, guest: &made, signals: &signals, removes: args.rm };
     let (client, id) = (daemon.clone(), made.id.clone());
-    let started = match signals.during(move || client.start(&id)) {
+    let started = match Work::begin(move || client.start(&id)).wait(&signals) {
         Ok(started) => started.about(&made.name),
-        Err(signal) => {
+        Err((signal, starting)) => {
+            // A stop that comes before the start has ended is none.
+            let _ = starting.wait(&signals);
             end.by_force();
             return Ok(Exit::signal(signal));
         }
     };
     if let Err(error) = started {
         if args.rm {
-            let _ = daemon.remove(&made.id, true);
+            end.by_force();
             return Err(error);
         }
         return Err(error.remedy(format!("its log: berth logs --vmm {}", made.name)));
@@ -172,6 +184,10 @@ impl End<'_> {
 
     /// What went wrong is told already, and more than this cannot be done.
     fn by_force(&self) {
-        let _ = self.daemon.stop(&self.guest.id, Stop { seconds: 0 });
+        let _ = match self.removes {
+            // Also one that never ran, which no end of its own removes.
+            true => self.daemon.remove(&self.guest.id, true),
+            false => self.daemon.stop(&self.guest.id, Stop { seconds: 0 }).map(drop),
+        };
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use agent::files::{self, Owners};
 use agent::protocol::{self, Done, Exit, Found, Frame, FromGuest, Kind, Pong, Reply, ToGuest};
@@ -16,6 +17,9 @@ use api_socket::fleet::routes::Log;
 use api_socket::fleet::server::{Answer, serve};
 use api_socket::fleet::{End, Event, Guest, Image, List, NewGuest, Outcome, Request, State, Stats, Version};
 use tempfile::TempDir;
+
+/// How long what takes its time takes.
+const LATE: Duration = Duration::from_millis(500);
 
 #[derive(Default)]
 struct Inner {
@@ -78,6 +82,18 @@ impl Daemon {
         self.inner.lock().unwrap().asked.clone()
     }
 
+    /// Waits until it is asked this.
+    #[track_caller]
+    pub fn is_asked(&self, what: &str) {
+        for _ in 0..3000 {
+            if self.asked().iter().any(|asked| asked == what) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("not asked {what:?} but {:?}", self.asked());
+    }
+
     pub fn commands(&self) -> Vec<protocol::Exec> {
         self.inner.lock().unwrap().commands.clone()
     }
@@ -129,6 +145,11 @@ fn made(number: usize, new: &NewGuest) -> Guest {
     }
 }
 
+/// A guest for which everything takes its time.
+fn is_late(name: &str) -> bool {
+    name == "late"
+}
+
 fn fault(status: u16, message: &str) -> Answer<'static> {
     Fault { status, message: message.into() }.into()
 }
@@ -145,6 +166,10 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
             let guest = made(inner.guests.len(), &new);
             inner.asked.push(format!("create {}", guest.name));
             inner.guests.insert(guest.id.clone(), guest.clone());
+            if is_late(&guest.name) {
+                drop(inner);
+                thread::sleep(LATE);
+            }
             Answer::json(&guest)
         }
         Request::AllStats => {
@@ -195,7 +220,15 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
             })
         }
         Request::GetGuest(name) => with(&mut inner, &name, |guest| Answer::json(guest)),
-        Request::StartGuest(name) => change(&mut inner, "start", &name, State::Running),
+        Request::StartGuest(name) => {
+            if inner.guests.values().any(|guest| guest.id == name && is_late(&guest.name)) {
+                inner.asked.push("late start".into());
+                drop(inner);
+                thread::sleep(LATE);
+                inner = shared.lock().unwrap();
+            }
+            change(&mut inner, "start", &name, State::Running)
+        }
         Request::StopGuest(name, stop) => {
             let what = format!("stop {}", stop.seconds);
             let answer = change(&mut inner, &what, &name, State::Stopped);
@@ -211,7 +244,7 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
         Request::RemoveGuest { guest: name, force } => {
             inner.asked.push(format!("remove {name} {force}"));
             let found = with(&mut inner, &name, |_| Answer::Empty);
-            inner.guests.retain(|_, guest| guest.name != name);
+            inner.guests.retain(|id, guest| guest.name != name && *id != name);
             found
         }
         Request::Logs { guest: name, of, follow } => with(&mut inner, &name, |_| {

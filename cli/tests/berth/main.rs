@@ -265,6 +265,36 @@ fn run_leaves_nothing_where_nothing_is_to_be_kept() {
     assert_eq!((code, error.as_str()), (125, "berth: stuck: It is stuck; its log: berth logs --vmm stuck\n"));
 }
 
+/// A program that was asked this of the daemon when a signal comes.
+fn interrupted(daemon: &Daemon, line: &str, when: &str) -> i32 {
+    let words: Vec<_> = line.split(' ').collect();
+    let mut child = daemon.berth(&words).spawn().unwrap();
+    daemon.is_asked(when);
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::INT).unwrap();
+    child.wait().unwrap().code().unwrap()
+}
+
+#[test]
+fn a_guest_that_is_interrupted_while_it_is_made_is_not_left() {
+    for line in
+        ["run --rm --name late debian true", "run --name late debian true", "run -d --name late debian"]
+    {
+        let daemon = Daemon::new();
+        assert_eq!(interrupted(&daemon, line, "create late"), 130);
+        assert_eq!((daemon.state("late"), daemon.asked().len()), (None, 2), "{line}: {:?}", daemon.asked());
+    }
+}
+
+#[test]
+fn a_guest_that_is_interrupted_while_it_starts_does_not_run_afterwards() {
+    let daemon = Daemon::new();
+    assert_eq!(interrupted(&daemon, "run --rm --name late debian true", "late start"), 130);
+    assert_eq!(daemon.state("late"), None);
+    let daemon = Daemon::new();
+    assert_eq!(interrupted(&daemon, "run --name late debian true", "late start"), 130);
+    assert_eq!(daemon.state("late"), Some(State::Stopped));
+}
+
 #[test]
 fn run_in_the_background_prints_the_id_and_leaves_the_guest_running() {
     let daemon = Daemon::new();
