@@ -34,6 +34,8 @@ use watch::Watch;
 const CHUNK: usize = 64 << 10;
 /// The most directories in directories that are merged with what is there.
 const MAX_DEPTH: usize = 256;
+/// Why nothing is copied to a device or a pipe, on either side.
+const OTHER: &str = "it is neither a file nor a directory, and is not written over";
 
 /// # Errors
 /// The sides are no copy, the guest or this host refuses, or the connection breaks.
@@ -53,6 +55,8 @@ fn out(daemon: &Client, guest: &Name, path: &str, to: &Place) -> Result<Exit> {
     let Place::Local(to) = to else { return stream_out(daemon, guest, path, &about) };
     let (directory, name) =
         place(to, Path::new(path)).map_err(|why| Error::new(to.display().to_string(), why))?;
+    let target = directory.join(&name);
+    may_replace(&target).map_err(|why| Error::new(target.display().to_string(), why))?;
     let stream = ready(daemon, guest)?;
     let sent_as =
         name.to_str().ok_or_else(|| Error::new(to.display().to_string(), "its name must be UTF-8"))?;
@@ -75,9 +79,19 @@ fn out(daemon: &Client, guest: &Name, path: &str, to: &Place) -> Result<Exit> {
             return Ok(Exit::signal(signal));
         }
     }
-    let (from, to) = (staging.0.join(&name), directory.join(&name));
-    put(&from, &to, MAX_DEPTH).during(|| to.display().to_string())?;
+    put(&staging.0.join(&name), &target, MAX_DEPTH).during(|| target.display().to_string())?;
     Ok(Exit::Ok)
+}
+
+/// A file that takes the place of a device or a pipe is not what is meant by its name, nor by that of a link to it.
+fn may_replace(target: &Path) -> std::result::Result<(), &'static str> {
+    let is_other = |found: io::Result<fs::Metadata>| {
+        found.is_ok_and(|found| !found.is_file() && !found.is_dir() && !found.is_symlink())
+    };
+    match is_other(fs::symlink_metadata(target)) || is_other(fs::metadata(target)) {
+        true => Err(OTHER),
+        false => Ok(()),
+    }
 }
 
 /// The directory that something comes into, and its name there.
@@ -124,6 +138,7 @@ impl Drop for Staging {
 fn put(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
     let is_dir = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
     if !(is_dir(from) && is_dir(to)) {
+        may_replace(to).map_err(|why| io::Error::other(format!("{}: {why}", to.display())))?;
         return fs::rename(from, to);
     }
     let Some(depth) = depth.checked_sub(1) else {
@@ -263,7 +278,7 @@ fn inside(path: &str, kind: Kind, from: &Path) -> std::result::Result<(String, O
         Kind::Nothing | Kind::File => {
             Err("there is no such directory; make it, or leave out the slash at its end".into())
         }
-        Kind::Other => Err("it is neither a file nor a directory, and is not written over".into()),
+        Kind::Other => Err(OTHER.into()),
     }
 }
 

@@ -445,6 +445,14 @@ fn files_go_in_and_come_out() {
     names.sort_unstable();
     assert_eq!(names, ["again", "file", "renamed", "tree"]);
 
+    let other = std::os::unix::net::UnixListener::bind(here.path().join("other")).unwrap();
+    let (code, _, error) = copy(&guest("file"), &at(&here, "other"));
+    assert!(
+        code == 1
+            && error.ends_with("other: it is neither a file nor a directory, and is not written over\n")
+    );
+    drop(other);
+
     let (code, _, error) = copy(&guest("none"), &at(&here, ""));
     assert!(code == 1 && error.contains("no such file"), "{error}");
     let (code, _, error) = copy("/nowhere/file", &guest(""));
