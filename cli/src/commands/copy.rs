@@ -6,12 +6,12 @@
 mod watch;
 
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, BufReader, BufWriter, IsTerminal, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -27,13 +27,15 @@ use crate::exit::Exit;
 use crate::output::progress::Progress;
 use crate::reach::{self, told};
 use crate::session::{self, Ending};
-use crate::signals::Signals;
+use crate::signals::{Signals, Work};
 use watch::Watch;
 
 /// What is moved at a time.
 const CHUNK: usize = 64 << 10;
 /// The most directories in directories that are merged with what is there.
 const MAX_DEPTH: usize = 256;
+/// The mode by which an owner may do everything with a directory.
+const OWNERS: u32 = 0o700;
 /// Why nothing is copied to a device or a pipe, on either side.
 const OTHER: &str = "it is neither a file nor a directory, and is not written over";
 
@@ -67,15 +69,17 @@ fn out(daemon: &Client, guest: &Name, path: &str, to: &Place) -> Result<Exit> {
     let staging = Staging::make(&directory)?;
     let (aside, from) = (staging.0.clone(), stream.try_clone().during(|| about.clone())?);
     let label = about.clone();
-    let unpacked = signals.during(move || {
+    let unpacking = Work::begin(move || {
         let progress = Progress::bytes(&label, None);
         let from = progress.reader(BufReader::with_capacity(CHUNK, from));
         files::unpack(from, &aside, Owners::Own)
     });
-    match unpacked {
+    match unpacking.wait(&signals) {
         Ok(unpacked) => unpacked.during(|| about)?,
-        Err(signal) => {
+        Err((signal, unpacking)) => {
+            // What it would still write would be left here.
             let _ = stream.shutdown(Shutdown::Both);
+            let _ = unpacking.wait(&signals);
             return Ok(Exit::signal(signal));
         }
     }
@@ -129,7 +133,21 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        if fs::remove_dir_all(&self.0).is_err() {
+            open_all(&self.0);
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+}
+
+/// Lets the owner do everything in a directory and those in it, as far as they are the owner's.
+fn open_all(directory: &Path) {
+    let mut left = vec![directory.to_path_buf()];
+    while let Some(directory) = left.pop() {
+        let _ = fs::set_permissions(&directory, Permissions::from_mode(OWNERS));
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+        left.extend(entries.filter(is_dir).map(|entry| entry.path()));
     }
 }
 
@@ -137,9 +155,18 @@ impl Drop for Staging {
 /// is followed.
 fn put(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
     let is_dir = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
-    if !(is_dir(from) && is_dir(to)) {
+    if !is_dir(to) {
         may_replace(to).map_err(|why| io::Error::other(format!("{}: {why}", to.display())))?;
+    }
+    if !is_dir(from) {
         return fs::rename(from, to);
+    }
+    // A directory that may not be written is neither moved nor moved out of, but for root.
+    let mode = fs::symlink_metadata(from)?.permissions();
+    fs::set_permissions(from, Permissions::from_mode(mode.mode() | OWNERS))?;
+    if !is_dir(to) {
+        fs::rename(from, to)?;
+        return fs::set_permissions(to, mode);
     }
     let Some(depth) = depth.checked_sub(1) else {
         return Err(io::Error::other("directories are too deep in each other to be merged"));

@@ -4,8 +4,10 @@
 mod daemon;
 mod terminal;
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -457,6 +459,42 @@ fn files_go_in_and_come_out() {
     assert!(code == 1 && error.contains("no such file"), "{error}");
     let (code, _, error) = copy("/nowhere/file", &guest(""));
     assert!(code == 1 && error.starts_with("berth: cannot read /nowhere/file: "), "{error}");
+}
+
+/// Root may write where nobody may, so it is somebody else who copies.
+#[test]
+fn a_directory_that_may_not_be_written_is_copied_too_and_nothing_else_is_left() {
+    const NOBODY: u32 = 65534;
+    let daemon = web().open();
+    let there = tempfile::tempdir().unwrap();
+    let here = tempfile::tempdir().unwrap();
+    let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    mode(here.path(), 0o777);
+    mode(there.path(), 0o755);
+    fs::create_dir_all(there.path().join("closed/deep")).unwrap();
+    fs::write(there.path().join("closed/deep/file"), "contents").unwrap();
+    mode(&there.path().join("closed/deep"), 0o555);
+    mode(&there.path().join("closed"), 0o555);
+    let from = format!("web:{}/closed", there.path().display());
+    // A second time into what is there, which fails where that may not be written.
+    for (time, expected) in [("first", 0), ("second", 1)] {
+        let mut command = daemon.berth(&["cp", &from, here.path().to_str().unwrap()]);
+        if rustix::process::geteuid().is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let (code, _, error) = says(command);
+        assert_eq!(code, expected, "{time}: {error}");
+        assert_eq!(fs::read_to_string(here.path().join("closed/deep/file")).unwrap(), "contents");
+        for path in ["closed", "closed/deep"] {
+            let mode = fs::metadata(here.path().join(path)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o555, "{time}: {path}");
+        }
+        assert_eq!(fs::read_dir(&here).unwrap().count(), 1, "{time}");
+    }
+    for directory in [here, there] {
+        mode(&directory.path().join("closed"), 0o755);
+        mode(&directory.path().join("closed/deep"), 0o755);
+    }
 }
 
 #[test]
