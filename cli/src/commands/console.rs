@@ -15,6 +15,7 @@ use crate::daemon::About;
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::keys::{Keys, Typed};
+use crate::output;
 use crate::session::{self, Ending};
 use crate::signals::{self, Signals};
 use crate::terminal::{self, Raw};
@@ -32,7 +33,7 @@ pub fn run(daemon: &Client, args: &Console) -> Result<Exit> {
     let stream = daemon.console(guest).about(guest)?;
     let is_terminal = terminal::is_ours();
     if is_terminal {
-        eprintln!("berth: this is the console of {guest}; {} leaves", shown(args));
+        output::tell(format_args!("this is the console of {guest}; {} leaves", shown(args)));
     }
     let raw = match is_terminal {
         true => Some(Raw::set().map_err(|error| Error::new("the terminal", error))?),
@@ -42,7 +43,7 @@ pub fn run(daemon: &Client, args: &Console) -> Result<Exit> {
     let ending = attached.run(Keys::new(&args.detach_keys));
     drop(raw);
     if is_terminal {
-        eprintln!("\nberth: left the console of {guest}");
+        output::tell_below(format_args!("left the console of {guest}"));
     }
     match ending {
         Ending::Left | Ending::Exit(_) => Ok(Exit::Ok),

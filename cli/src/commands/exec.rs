@@ -11,7 +11,7 @@ use api_socket::fleet::Client;
 use crate::args::{Exec, Inside};
 use crate::error::{During, Error, Result};
 use crate::exit::Exit;
-use crate::output::progress::Progress;
+use crate::output::{self, progress::Progress};
 use crate::reach::{self, told};
 use crate::session::{self, Ending, Here};
 use crate::signals::Signals;
@@ -80,7 +80,7 @@ pub fn inside(
     );
     drop(raw);
     if matches!(ending, Ending::Left) && io::stderr().is_terminal() {
-        eprintln!("\nberth: left {guest}");
+        output::tell_below(format_args!("left {guest}"));
     }
     Ok(ending)
 }

@@ -103,7 +103,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
         }
         Ending::Left => {
             if io::stderr().is_terminal() {
-                eprintln!("berth: it runs on: berth exec {0} -- sh, or berth stop {0}", made.name);
+                output::tell(format_args!("it runs on: berth exec {0} -- sh, or berth stop {0}", made.name));
             }
             Ok(Exit::Ok)
         }
@@ -119,7 +119,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
             // A person who powers the guest off is done with it.
             how if args.command.is_empty() => {
                 if io::stderr().is_terminal() {
-                    eprintln!("berth: {} has ended{how}", made.name);
+                    output::tell(format_args!("{} has ended{how}", made.name));
                 }
                 Ok(Exit::Ok)
             }

@@ -521,14 +521,47 @@ fn archives_go_in_and_come_out() {
 }
 
 #[test]
+fn what_a_guest_says_is_no_command_to_the_terminal() {
+    let daemon = web();
+    let (code, _, error) = says(daemon.berth(&["cp", "web:/none\x1b[2J\r", "."]));
+    assert_eq!(
+        (code, error.as_str()),
+        (1, "berth: web:/none\\u{1b}[2J\\r: /none\\u{1b}[2J\\r: no such file\n")
+    );
+}
+
+/// Whoever reads from it is gone.
+fn unread() -> std::io::PipeWriter {
+    std::io::pipe().unwrap().1
+}
+
+#[test]
+fn an_error_that_nobody_hears_has_its_code() {
+    let daemon = web();
+    for (line, code) in [("inspect none", 1), ("fly", 2)] {
+        let words: Vec<_> = line.split(' ').collect();
+        let mut command = daemon.berth(&words);
+        assert_eq!(command.stderr(unread()).status().unwrap().code(), Some(code), "{line}");
+    }
+}
+
+#[test]
+fn who_reads_only_the_first_name_has_all_of_them_removed() {
+    let names: Vec<_> = (0..40).map(|number| format!("g{number}")).collect();
+    let daemon = names.iter().fold(Daemon::new(), |daemon, name| daemon.with(name, State::Stopped));
+    let words: Vec<_> = ["rm"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    let mut command = daemon.berth(&words);
+    assert_eq!(command.stdout(unread()).status().unwrap().code(), Some(141));
+    assert_eq!(daemon.asked().len(), 40);
+}
+
+#[test]
 fn a_reader_that_has_enough_is_no_failure_to_tell_of() {
     let daemon = web();
     for line in ["ps", "exec web -- head -c 1000000 /dev/zero"] {
         let words: Vec<_> = line.split(' ').collect();
-        let (end, output) = std::io::pipe().unwrap();
-        drop(end);
         let mut command = daemon.berth(&words);
-        let child = command.stdout(output).stderr(Stdio::piped()).spawn().unwrap();
+        let child = command.stdout(unread()).stderr(Stdio::piped()).spawn().unwrap();
         drop(command);
         let output = child.wait_with_output().unwrap();
         assert_eq!((output.status.code(), output.stderr.len()), (Some(141), 0), "{line}");
