@@ -160,7 +160,8 @@ pub struct Inside {
 /// Create a guest from an image, start it, and run a command in it.
 ///
 /// Without a command this is the user's shell in the guest. When the command ends, the guest is stopped, and berth ends with
-/// the command's exit code; with --rm nothing is left of the guest. The keys of --detach-keys leave it running.
+/// the command's exit code; with --rm nothing is left of the guest. The keys of --detach-keys leave the guest running; the
+/// command that is left ends.
 ///
 /// With --detach the guest's id is printed as soon as it runs. A command is then started in it with the console for its
 /// output (berth logs), and the guest lives on when it ends.
@@ -339,7 +340,8 @@ pub struct Console {
 
 /// Run a command in a guest that is running.
 ///
-/// Its output is ours and so is its exit code; signals that we get go to it. It ends when we are gone.
+/// Its output is ours and so is its exit code; signals that we get go to it. At the second INT, TERM or HUP we do not wait
+/// for it any longer. It ends when we are gone.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -69,7 +69,7 @@ pub fn each(names: &[Name], done: impl Fn(&str) -> Result<()> + Sync) -> Result<
     let is_read = AtomicBool::new(true);
     let work = || {
         while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let outcome = done(name.as_str()).and_then(|()| output::print_if_read(&format!("{name}\n")));
+            let outcome = done(name.as_str()).and_then(|()| output::is_read(format!("{name}\n").as_bytes()));
             if let Ok(false) = outcome {
                 is_read.store(false, Ordering::Relaxed);
             }

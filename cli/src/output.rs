@@ -88,13 +88,13 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
     print(&(text + "\n"))
 }
 
-/// Writes an answer to standard output, and says whether anybody reads that: for who has more to do than to say it.
+/// Writes a part of an answer to standard output, and says whether anybody reads that: for who has more to do than to say it.
 ///
 /// # Errors
 /// As for [`print`].
-pub fn print_if_read(text: &str) -> Result<bool> {
+pub fn is_read(bytes: &[u8]) -> Result<bool> {
     let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
         written => judge(written).map(|()| true),
     }

@@ -10,6 +10,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 pub const WINDOW: i32 = libc::SIGWINCH;
 
+/// What is sent to have something end, and may be heeded.
+pub const ENDING: [i32; 3] = [libc::SIGHUP, libc::SIGINT, libc::SIGTERM];
+
 /// What a command in a guest is told of, and what ends a wait.
 const TAKEN: [i32; 7] =
     [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];

@@ -9,7 +9,6 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, BufReader, BufWriter, IsTerminal, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
@@ -24,9 +23,8 @@ use crate::args::value::{Name, Place};
 use crate::args::{Copy, Cp};
 use crate::error::{During, Error, Result};
 use crate::exit::Exit;
-use crate::output::progress::Progress;
+use crate::output::{self, progress::Progress};
 use crate::reach::{self, told};
-use crate::session::{self, Ending};
 use crate::signals::{Signals, Work};
 use watch::Watch;
 
@@ -180,8 +178,7 @@ fn put(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
 
 /// The archive itself, for whoever reads it.
 fn stream_out(daemon: &Client, guest: &Name, path: &str, about: &str) -> Result<Exit> {
-    let output = io::stdout();
-    if output.is_terminal() {
+    if io::stdout().is_terminal() {
         return Err(Error::new(about, "an archive is nothing for a terminal").remedy("send it on: … | tar t"));
     }
     let mut stream = ready(daemon, guest)?;
@@ -194,11 +191,8 @@ fn stream_out(daemon: &Client, guest: &Name, path: &str, about: &str) -> Result<
             Ok(count) => {
                 let bytes = chunk.get(..count).unwrap_or_default();
                 watch.see(bytes);
-                if let Err(ending) = session::write(output.as_fd(), bytes) {
-                    return match ending {
-                        Ending::Unread => Ok(Exit::signal(libc::SIGPIPE)),
-                        _ => Err(Error::new(about, "standard output cannot be written to")),
-                    };
+                if !output::is_read(bytes)? {
+                    return Ok(Exit::signal(libc::SIGPIPE));
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

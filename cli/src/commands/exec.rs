@@ -38,6 +38,7 @@ fn exec(daemon: &Client, args: &Exec) -> Result<Exit> {
         Ending::Left => Ok(Exit::Ok),
         Ending::Unread => Ok(Exit::signal(libc::SIGPIPE)),
         Ending::Signalled(signal) => Ok(Exit::signal(signal)),
+        Ending::Unwritten(what, why) => Err(Error::new(what, why)),
         Ending::Broken(why) => Err(Error::new(guest, why)
             .remedy(format!("the guest or its agent has ended: berth ps --all; berth logs {guest}"))),
     }

@@ -111,6 +111,10 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
             end.gently()?;
             Ok(Exit::signal(libc::SIGPIPE))
         }
+        Ending::Unwritten(what, why) => {
+            end.gently()?;
+            Err(Error::new(what, why))
+        }
         Ending::Signalled(signal) => {
             end.by_force();
             Ok(Exit::signal(signal))

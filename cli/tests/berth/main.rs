@@ -382,6 +382,20 @@ fn a_terminal_is_given_back_when_the_daemon_goes_or_a_signal_comes() {
 }
 
 #[test]
+fn a_console_that_nobody_reads_is_left_by_a_signal() {
+    let daemon = web();
+    let mut child = daemon.berth(&["console", "web"]);
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut typed = child.stdin.take().unwrap();
+    // Until nothing goes on any more: what it hears it says.
+    let full = std::thread::spawn(move || while typed.write_all(&[b'a'; 4096]).is_ok() {});
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    full.join().unwrap();
+}
+
+#[test]
 fn a_shell_in_a_new_guest_may_be_left_and_the_guest_runs_on() {
     let daemon = Daemon::new();
     let mut terminal = Terminal::run(daemon.berth(&["run", "--name", "six", "debian", "play-terminal"]));
@@ -528,6 +542,28 @@ fn what_a_guest_says_is_no_command_to_the_terminal() {
         (code, error.as_str()),
         (1, "berth: web:/none\\u{1b}[2J\\r: /none\\u{1b}[2J\\r: no such file\n")
     );
+}
+
+#[test]
+fn a_full_disk_is_told_and_is_not_a_reader_that_has_enough() {
+    let daemon = web();
+    let there = tempfile::tempdir().unwrap();
+    fs::write(there.path().join("file"), "contents").unwrap();
+    let file = format!("web:{}/file", there.path().display());
+    for (words, code) in [
+        (vec!["exec", "web", "echo", "hi"], 125),
+        (vec!["run", "debian", "echo", "hi"], 125),
+        (vec!["cp", &file, "-"], 1),
+        (vec!["ps"], 1),
+    ] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let mut command = daemon.berth(&words);
+        let child = command.stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+        let output = child.wait_with_output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {error}");
+        assert!(error.starts_with("berth: standard output: No space left on device"), "{words:?}: {error}");
+    }
 }
 
 /// Whoever reads from it is gone.
