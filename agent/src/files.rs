@@ -6,6 +6,9 @@
 //!
 //! An archive that could not be finished ends with an entry that says why; one that was cut off is told from a whole one.
 
+pub mod entries;
+mod sieve;
+
 use std::cell::Cell;
 use std::error::Error;
 use std::ffi::OsString;
@@ -18,14 +21,22 @@ use std::rc::Rc;
 use tar::{Archive, Builder, EntryType, Header};
 use thiserror::Error;
 
+use sieve::Sieve;
+
 /// Directories of one archive that are kept in mind until the end, when they get their modes: about 1 KiB each.
 pub const MAX_DIRECTORIES: usize = 1 << 16;
+
+/// And their names, in bytes.
+const MAX_DIRECTORY_NAMES: usize = 16 << 20;
+
+/// The umask of who does not say it.
+const USUAL_UMASK: u32 = 0o022;
 
 /// How much of what went wrong on the other side is shown.
 const MAX_REASON: u64 = 4096;
 
 /// The kind of the entry that says why an archive ends early. POSIX leaves the capital letters to everybody's own use.
-const BROKEN: u8 = b'E';
+pub const BROKEN: u8 = b'E';
 
 #[derive(Debug, Error)]
 pub enum FilesError {
@@ -37,9 +48,11 @@ pub enum FilesError {
     Unpack { into: String, why: String },
     #[error("the archive names {path:?}, which is not below the directory that it is unpacked into")]
     Outside { path: String },
-    #[error("the archive has {path:?}, which is neither a file nor a directory nor a link")]
+    #[error("the archive has {path:?}, which is neither a file nor a directory nor a symbolic link")]
     Kind { path: String },
-    #[error("the archive has more than {MAX_DIRECTORIES} directories; copy it in parts")]
+    #[error(
+        "the archive has more than {MAX_DIRECTORIES} directories, or their names are too long; copy it in parts"
+    )]
     Directories,
     /// What the other side said.
     #[error("{0}")]
@@ -55,7 +68,8 @@ pub enum FilesError {
 pub enum Owners {
     /// Those that the archive names, by number: for root.
     Kept,
-    /// Who unpacks, and modes are those of plain files.
+    /// Who unpacks, and modes are those of plain files that this one would make. The archive is an enemy's: nothing in it is
+    /// kept in memory in an amount that it says, and what [`pack`] does not write is refused.
     Own,
 }
 
@@ -174,11 +188,18 @@ impl Read for Exactly {
 /// Unpacks an archive into a directory that exists, over what is there, and reads to the end of `from`.
 pub fn unpack(from: impl Read, into: &Path, owners: Owners) -> Result<(), FilesError> {
     let ended = Rc::new(Cell::new(false));
+    let from = match owners {
+        Owners::Kept => Sieve::open(from),
+        Owners::Own => Sieve::new(from),
+    };
     let mut archive = Archive::new(Watched { from, ended: Rc::clone(&ended) });
     archive.set_preserve_ownerships(owners == Owners::Kept);
     archive.set_preserve_permissions(owners == Owners::Kept);
+    if owners == Owners::Own {
+        archive.set_mask(umask());
+    }
     archive.set_overwrite(true);
-    unpack_all(&mut archive, into, &ended)?;
+    unpack_all(&mut archive, into, owners, &ended)?;
     let mut rest = archive.into_inner();
     // A whole archive says itself where it ends.
     if ended.get() {
@@ -187,7 +208,19 @@ pub fn unpack(from: impl Read, into: &Path, owners: Owners) -> Result<(), FilesE
     io::copy(&mut rest, &mut io::sink()).map(drop).map_err(FilesError::Connection)
 }
 
-fn unpack_all<R: Read>(archive: &mut Archive<R>, into: &Path, ended: &Cell<bool>) -> Result<(), FilesError> {
+/// This process's, as the kernel tells it: asking by umask(2) would change it for a moment, for all threads.
+fn umask() -> u32 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+    line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(USUAL_UMASK)
+}
+
+fn unpack_all<R: Read>(
+    archive: &mut Archive<R>,
+    into: &Path,
+    owners: Owners,
+    ended: &Cell<bool>,
+) -> Result<(), FilesError> {
     let failed = |error: io::Error| match ended.get() {
         true => FilesError::Cut,
         false => FilesError::Unpack { into: into.display().to_string(), why: reasons(&error) },
@@ -195,15 +228,25 @@ fn unpack_all<R: Read>(archive: &mut Archive<R>, into: &Path, ended: &Cell<bool>
     if !fs::metadata(into).map_err(failed)?.is_dir() {
         return Err(failed(io::ErrorKind::NotADirectory.into()));
     }
-    let mut directories = Vec::new();
+    let (mut directories, mut names) = (Vec::new(), 0);
     for entry in archive.entries().map_err(failed)? {
         let mut entry = entry.map_err(failed)?;
         let path = entry.path().map_err(failed)?.into_owned();
         let shown = || path.display().to_string();
         match entry.header().entry_type() {
             // Its mode may forbid to write what comes into it: at the end. Files make their directories themselves.
-            EntryType::Directory if directories.len() < MAX_DIRECTORIES => directories.push((path, entry)),
-            EntryType::Directory => return Err(FilesError::Directories),
+            EntryType::Directory => {
+                names += path.as_os_str().len();
+                if directories.len() >= MAX_DIRECTORIES || names > MAX_DIRECTORY_NAMES {
+                    return Err(FilesError::Directories);
+                }
+                directories.push((path, entry));
+            }
+            EntryType::Continuous | EntryType::GNUSparse | EntryType::Link | EntryType::XGlobalHeader
+                if owners == Owners::Own =>
+            {
+                return Err(FilesError::Kind { path: shown() });
+            }
             EntryType::Regular
             | EntryType::Continuous
             | EntryType::GNUSparse
@@ -400,16 +443,84 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_refused_by_name() {
-        let mut archive = Builder::new(Vec::new());
-        let mut header = Header::new_gnu();
-        header.set_entry_type(EntryType::Block);
-        header.set_size(0);
-        archive.append_data(&mut header, "disk", io::empty()).unwrap();
+    fn what_is_never_packed_is_refused_by_name() {
+        for kind in [EntryType::Block, EntryType::Link, EntryType::Continuous, EntryType::XGlobalHeader] {
+            let archive = hostile(&[(kind, "odd".into(), "target".into())]);
+            let scratch = tempfile::tempdir().unwrap();
+            let error = unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string();
+            assert!(error.contains("\"odd\""), "{kind:?}: {error}");
+        }
+    }
+
+    /// The header of an entry that goes on for ever, which nobody reads to its end.
+    struct Endless(io::Chain<io::Cursor<Vec<u8>>, io::Repeat>, u64);
+
+    impl Endless {
+        fn new(kind: u8) -> Endless {
+            let mut header = Header::new_gnu();
+            header.set_entry_type(EntryType::new(kind));
+            header.set_size(1 << 40);
+            header.as_gnu_mut().unwrap().set_is_extended(true);
+            header.set_cksum();
+            Endless(io::Cursor::new(header.as_bytes().to_vec()).chain(io::repeat(b'1')), 0)
+        }
+    }
+
+    impl Read for Endless {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let count = self.0.read(buffer)?;
+            self.1 += count as u64;
+            assert!(self.1 < 1 << 20, "it is read on and on");
+            Ok(count)
+        }
+    }
+
+    #[test]
+    fn what_a_guest_sends_takes_no_memory_that_it_chooses() {
+        for kind in [b'L', b'K', b'x', b'S'] {
+            let scratch = tempfile::tempdir().unwrap();
+            let error = unpack(Endless::new(kind), scratch.path(), Owners::Own).unwrap_err().to_string();
+            assert!(error.contains("the archive has"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_names_of_directories_have_an_end_together() {
+        let name = format!("{}/", "x".repeat(90));
+        let entries = vec![(EntryType::Directory, name.clone(), String::new()); MAX_DIRECTORIES + 1];
         let scratch = tempfile::tempdir().unwrap();
+        let error = unpack(&hostile(&entries)[..], scratch.path(), Owners::Own).unwrap_err();
+        assert!(matches!(error, FilesError::Directories), "{error}");
+        let mut archive = Builder::new(Vec::new());
+        for _ in 0..MAX_DIRECTORY_NAMES / 4000 + 1 {
+            let mut header = Header::new_gnu();
+            header.set_entry_type(EntryType::Directory);
+            header.set_size(0);
+            archive.append_data(&mut header, "x/".repeat(2000), io::empty()).unwrap();
+        }
         let archive = archive.into_inner().unwrap();
-        let error = unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string();
-        assert!(error.contains("\"disk\""), "{error}");
+        let error = unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err();
+        assert!(matches!(error, FilesError::Directories), "{error}");
+        assert_eq!(fs::read_dir(&scratch).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn others_may_write_only_what_this_process_lets_them() {
+        let from = tempfile::tempdir().unwrap();
+        fs::create_dir(from.path().join("tree")).unwrap();
+        fs::write(from.path().join("tree/file"), "").unwrap();
+        for path in ["tree/file", "tree"] {
+            fs::set_permissions(from.path().join(path), fs::Permissions::from_mode(0o777)).unwrap();
+        }
+        let to = tempfile::tempdir().unwrap();
+        unpack(&packed(&from.path().join("tree"), "copy")[..], to.path(), Owners::Own).unwrap();
+        let own = tempfile::tempdir_in(&to).unwrap().path().join("own");
+        fs::create_dir_all(&own).unwrap();
+        let expected = fs::metadata(own).unwrap().permissions().mode() & 0o777;
+        for path in ["copy/file", "copy"] {
+            let mode = fs::metadata(to.path().join(path)).unwrap().permissions().mode() & 0o777;
+            assert_eq!(format!("{mode:o}"), format!("{expected:o}"), "{path}");
+        }
     }
 
     /// An archive of entries as no library would write them.
@@ -461,7 +572,8 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_is_written_outside(
-            entries in proptest::collection::vec((kind(), name(), prop_oneof![name(), Just("../outside".to_owned())]), 1..8)
+            entries in proptest::collection::vec((kind(), name(), prop_oneof![name(), Just("../outside".to_owned())]), 1..8),
+            owners in prop_oneof![Just(Owners::Own), Just(Owners::Kept)],
         ) {
             let scratch = tempfile::tempdir().unwrap();
             let (into, outside) = (scratch.path().join("into"), scratch.path().join("outside"));
@@ -470,7 +582,7 @@ mod tests {
             fs::write(outside.join("secret"), "kept").unwrap();
             let before = tree(&outside);
             // It may succeed or not.
-            let _ = unpack(&hostile(&entries)[..], &into, Owners::Own);
+            let _ = unpack(&hostile(&entries)[..], &into, owners);
             prop_assert_eq!(tree(&outside), before);
             prop_assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 2);
         }
