@@ -1,10 +1,11 @@
 //! Files and directories as an archive (tar), for both ends of a connection: what one packs the other unpacks.
 //!
-//! Regular files, directories and symbolic links, with modes, owners and times. A hard link becomes a file of its own;
-//! devices, sockets and named pipes are left out, and so are extended attributes. Whatever an archive says, nothing is written
-//! outside of the directory that it is unpacked into.
+//! Regular files, directories and symbolic links, with modes, owners and times. A hard link becomes a file of its own, and holes
+//! become zeros; devices, sockets and named pipes are left out, and so are extended attributes. Whatever an archive says, nothing
+//! is written outside of the directory that it is unpacked into.
 //!
-//! An archive that could not be finished ends with an entry that says why; one that was cut off is told from a whole one.
+//! What is gone before it could be read is passed over. An archive in which something is missing or not as it should be ends
+//! with an entry that says so; one that was cut off is told from a whole one.
 
 pub mod entries;
 mod sieve;
@@ -12,13 +13,13 @@ mod sieve;
 use std::cell::Cell;
 use std::error::Error;
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata, ReadDir};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Component, Path};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 
-use tar::{Archive, Builder, EntryType, Header};
+use tar::{Archive, Builder, Entry, EntryType, Header};
 use thiserror::Error;
 
 use sieve::Sieve;
@@ -29,8 +30,20 @@ pub const MAX_DIRECTORIES: usize = 1 << 16;
 /// And their names, in bytes.
 const MAX_DIRECTORY_NAMES: usize = 16 << 20;
 
+/// The modes of plain files: without those that change who runs them.
+const PLAIN: u32 = 0o777;
+
 /// The umask of who does not say it.
 const USUAL_UMASK: u32 = 0o022;
+
+/// Directories in each other that are packed; each is open meanwhile.
+const MAX_DEPTH: usize = 256;
+
+/// Files that say they are so short are read before they are sent, as those of /proc and /sys are longer or shorter.
+const SHORT: u64 = 64 << 10;
+
+/// What is read of one that says it is short.
+const MAX_SHORT: u64 = 16 << 20;
 
 /// How much of what went wrong on the other side is shown.
 const MAX_REASON: u64 = 4096;
@@ -44,6 +57,15 @@ pub enum FilesError {
     At { doing: &'static str, path: String, error: io::Error },
     #[error("{name:?} is no name for what is in an archive: it must be a relative path without `..`")]
     Name { name: String },
+    #[error("{path} is a device, pipe or socket and cannot be copied")]
+    Other { path: String },
+    #[error("{path} is more than {MAX_DEPTH} directories deep, and what is in it is left out")]
+    Deep { path: String },
+    #[error("{path} says that it is short and goes on for more than {MAX_SHORT} bytes")]
+    Endless { path: String },
+    /// What is not in an archive as it should be.
+    #[error("{0}")]
+    Partly(String),
     #[error("cannot unpack into {into}: {why}")]
     Unpack { into: String, why: String },
     #[error("the archive names {path:?}, which is not below the directory that it is unpacked into")]
@@ -63,10 +85,10 @@ pub enum FilesError {
     Connection(io::Error),
 }
 
-/// Whose the unpacked files are.
+/// Whose the files of an archive are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owners {
-    /// Those that the archive names, by number: for root.
+    /// Those that the files have, by number. To unpack them so takes root.
     Kept,
     /// Who unpacks, and modes are those of plain files that this one would make. The archive is an enemy's: nothing in it is
     /// kept in memory in an amount that it says, and what [`pack`] does not write is refused.
@@ -88,10 +110,12 @@ pub fn check_name(name: &Path) -> Result<(), FilesError> {
 }
 
 /// Packs the file or directory at `path`, as entries of and below `name`. A symbolic link is packed as one. When something
-/// cannot be read the archive says so, and so does the error.
-pub fn pack(path: &Path, name: &Path, to: impl Write) -> Result<(), FilesError> {
-    let mut archive = Builder::new(to);
-    let packed = pack_all(&mut archive, path, name);
+/// cannot be read the archive says so, and so does the error; if that is not `path` itself, the rest is packed all the same.
+/// Without their owners files are root's, who unpacks them in a guest.
+pub fn pack(path: &Path, name: &Path, owners: Owners, to: impl Write) -> Result<(), FilesError> {
+    let mut packing = Packing { archive: Builder::new(to), owners, first_wrong: None, wrong: 0 };
+    let packed = packing.all(path, name).and_then(|()| packing.verdict());
+    let mut archive = packing.archive;
     if let Err(error) = &packed {
         let reason = error.to_string();
         let mut header = Header::new_gnu();
@@ -104,36 +128,121 @@ pub fn pack(path: &Path, name: &Path, to: impl Write) -> Result<(), FilesError> 
     packed
 }
 
-fn pack_all(archive: &mut Builder<impl Write>, path: &Path, name: &Path) -> Result<(), FilesError> {
-    check_name(name)?;
-    // What is still to do, the next last: as deep as the tree, times the entries of a directory.
-    let mut left = vec![(path.to_owned(), name.to_owned())];
-    while let Some((path, name)) = left.pop() {
-        let failed = |doing| at(doing, &path);
-        let metadata = fs::symlink_metadata(&path).map_err(failed("read"))?;
-        let mut header = Header::new_gnu();
-        header.set_metadata(&metadata);
-        if metadata.is_dir() {
-            archive.append_data(&mut header, &name, io::empty()).map_err(FilesError::Connection)?;
-            for entry in fs::read_dir(&path).map_err(failed("list"))? {
-                let entry = entry.map_err(failed("list"))?;
-                left.push((entry.path(), name.join(entry.file_name())));
-            }
-        } else if metadata.is_symlink() {
-            let target = fs::read_link(&path).map_err(failed("read the link"))?;
-            archive.append_link(&mut header, &name, target).map_err(FilesError::Connection)?;
-        } else if metadata.is_file() {
-            let file = open(&path).map_err(failed("open"))?;
-            // Of the file that is open now, which may be another than a moment ago.
-            header.set_metadata(&file.metadata().map_err(failed("read"))?);
-            let mut contents = Exactly::new(file, header.size().unwrap_or(0));
-            archive.append_data(&mut header, &name, &mut contents).map_err(FilesError::Connection)?;
-            if let Some(error) = contents.failed {
-                return Err(failed("read")(error));
+struct Packing<W: Write> {
+    archive: Builder<W>,
+    owners: Owners,
+    /// What could not be packed as it should be: the first, and how many.
+    first_wrong: Option<FilesError>,
+    wrong: usize,
+}
+
+impl<W: Write> Packing<W> {
+    fn all(&mut self, path: &Path, name: &Path) -> Result<(), FilesError> {
+        check_name(name)?;
+        let metadata = fs::symlink_metadata(path).map_err(at("read", path))?;
+        if !metadata.is_file() && !metadata.is_dir() && !metadata.is_symlink() {
+            return Err(FilesError::Other { path: path.display().to_string() });
+        }
+        // The directories that are being read, each in the one before it, with their names in the archive.
+        let mut open = Vec::new();
+        open.extend(self.add(path, name)?.map(|entries| (entries, name.to_owned())));
+        while let Some((entries, name)) = open.last_mut() {
+            let Some(entry) = entries.next() else {
+                open.pop();
+                continue;
+            };
+            let (path, name) = match entry {
+                Ok(entry) => (entry.path(), name.join(entry.file_name())),
+                Err(error) => {
+                    self.note(at("list", name)(error));
+                    continue;
+                }
+            };
+            match self.add(&path, &name) {
+                Ok(Some(_)) if open.len() >= MAX_DEPTH => {
+                    self.note(FilesError::Deep { path: path.display().to_string() });
+                }
+                Ok(Some(entries)) => open.push((entries, name)),
+                Ok(None) => {}
+                // It went while its directory was read, as files do where something is at work.
+                Err(FilesError::At { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error @ FilesError::Connection(_)) => return Err(error),
+                Err(error) => self.note(error),
             }
         }
+        Ok(())
     }
-    Ok(())
+
+    fn note(&mut self, wrong: FilesError) {
+        self.first_wrong.get_or_insert(wrong);
+        self.wrong += 1;
+    }
+
+    fn verdict(&mut self) -> Result<(), FilesError> {
+        match (self.first_wrong.take(), self.wrong) {
+            (None, _) => Ok(()),
+            (Some(first), 1) => Err(FilesError::Partly(first.to_string())),
+            (Some(first), wrong) => Err(FilesError::Partly(format!("{first}; and {} more", wrong - 1))),
+        }
+    }
+
+    /// Adds one entry. What is in a directory is still to come.
+    fn add(&mut self, path: &Path, name: &Path) -> Result<Option<ReadDir>, FilesError> {
+        let failed = |doing| at(doing, path);
+        let metadata = fs::symlink_metadata(path).map_err(failed("read"))?;
+        if metadata.is_dir() {
+            let mut header = self.header(&metadata);
+            self.archive.append_data(&mut header, name, io::empty()).map_err(FilesError::Connection)?;
+            return fs::read_dir(path).map(Some).map_err(failed("list"));
+        }
+        if metadata.is_symlink() {
+            let target = fs::read_link(path).map_err(failed("read the link"))?;
+            let mut header = self.header(&metadata);
+            self.archive.append_link(&mut header, name, target).map_err(FilesError::Connection)?;
+        } else if metadata.is_file() {
+            self.add_file(path, name)?;
+        }
+        Ok(None)
+    }
+
+    fn add_file(&mut self, path: &Path, name: &Path) -> Result<(), FilesError> {
+        let failed = |doing| at(doing, path);
+        let mut file = open(path).map_err(failed("open"))?;
+        // Of the file that is open now, which may be another than a moment ago.
+        let metadata = file.metadata().map_err(failed("read"))?;
+        if !metadata.is_file() {
+            return Ok(());
+        }
+        let mut header = self.header(&metadata);
+        if metadata.len() <= SHORT {
+            let mut contents = Vec::new();
+            (&mut file).take(MAX_SHORT + 1).read_to_end(&mut contents).map_err(failed("read"))?;
+            let length = contents.len() as u64;
+            if length > MAX_SHORT {
+                return Err(FilesError::Endless { path: path.display().to_string() });
+            }
+            header.set_size(length);
+            return self
+                .archive
+                .append_data(&mut header, name, &contents[..])
+                .map_err(FilesError::Connection);
+        }
+        let mut contents = Exactly::new(file, metadata.len());
+        self.archive.append_data(&mut header, name, &mut contents).map_err(FilesError::Connection)?;
+        contents.failed.map_or(Ok(()), |error| Err(failed("read")(error)))
+    }
+
+    fn header(&self, metadata: &Metadata) -> Header {
+        let mut header = Header::new_gnu();
+        header.set_metadata(metadata);
+        if self.owners == Owners::Own {
+            header.set_uid(0);
+            header.set_gid(0);
+            // A program that runs as its owner would be one that runs as root.
+            header.set_mode(metadata.permissions().mode() & PLAIN);
+        }
+        header
+    }
 }
 
 /// Not one that a symbolic link leads to, nor a pipe that somebody has put there meanwhile.
@@ -228,10 +337,34 @@ fn unpack_all<R: Read>(
     if !fs::metadata(into).map_err(failed)?.is_dir() {
         return Err(failed(io::ErrorKind::NotADirectory.into()));
     }
-    let (mut directories, mut names) = (Vec::new(), 0);
-    for entry in archive.entries().map_err(failed)? {
-        let mut entry = entry.map_err(failed)?;
-        let path = entry.path().map_err(failed)?.into_owned();
+    let mut directories = Vec::new();
+    let unpacked = unpack_entries(archive, into, owners, &mut directories, &failed);
+    match unpacked {
+        Ok(()) => finish(directories, into, &failed),
+        // Of an enemy's nothing is used any more.
+        Err(error) if owners == Owners::Own && !matches!(error, FilesError::Broken(_)) => Err(error),
+        Err(error) => {
+            // What has come stays, and is as it should be as far as that is known.
+            let _ = finish(directories, into, &failed);
+            Err(error)
+        }
+    }
+}
+
+type Directory<'a, R> = (PathBuf, Entry<'a, R>);
+
+/// All but directories, which are left for the end.
+fn unpack_entries<'a, R: Read>(
+    archive: &'a mut Archive<R>,
+    into: &Path,
+    owners: Owners,
+    directories: &mut Vec<Directory<'a, R>>,
+    failed: &impl Fn(io::Error) -> FilesError,
+) -> Result<(), FilesError> {
+    let mut names = 0;
+    for entry in archive.entries().map_err(&failed)? {
+        let mut entry = entry.map_err(&failed)?;
+        let path = entry.path().map_err(&failed)?.into_owned();
         let shown = || path.display().to_string();
         match entry.header().entry_type() {
             // Its mode may forbid to write what comes into it: at the end. Files make their directories themselves.
@@ -265,14 +398,27 @@ fn unpack_all<R: Read>(
             _ => return Err(FilesError::Kind { path: shown() }),
         }
     }
-    // The deepest first: one that may not be entered any more is not entered any more.
-    directories.sort_by(|(one, _), (other, _)| other.cmp(one));
-    for (path, mut directory) in directories {
-        if !directory.unpack_in(into).map_err(failed)? {
-            return Err(FilesError::Outside { path: path.display().to_string() });
-        }
-    }
     Ok(())
+}
+
+/// Makes directories and gives them their modes: the deepest first, for one that may not be entered any more is not entered any
+/// more.
+fn finish<R: Read>(
+    mut directories: Vec<Directory<R>>,
+    into: &Path,
+    failed: &impl Fn(io::Error) -> FilesError,
+) -> Result<(), FilesError> {
+    directories.sort_by(|(one, _), (other, _)| other.cmp(one));
+    let mut finished = Ok(());
+    for (path, mut directory) in directories {
+        let made = match directory.unpack_in(into).map_err(failed) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(FilesError::Outside { path: path.display().to_string() }),
+            Err(error) => Err(error),
+        };
+        finished = finished.and(made);
+    }
+    finished
 }
 
 /// An error and what it came from, each once.
@@ -338,7 +484,7 @@ mod tests {
 
     fn packed(path: &Path, name: &str) -> Vec<u8> {
         let mut archive = Vec::new();
-        pack(path, Path::new(name), &mut archive).unwrap();
+        pack(path, Path::new(name), Owners::Kept, &mut archive).unwrap();
         archive
     }
 
@@ -391,7 +537,9 @@ mod tests {
     fn a_name_that_leads_elsewhere_is_refused() {
         for name in ["", ".", "/etc", "..", "a/../../b"] {
             let mut archive = Vec::new();
-            let error = pack(Path::new("/dev/null"), Path::new(name), &mut archive).unwrap_err().to_string();
+            let error = pack(Path::new("/dev/null"), Path::new(name), Owners::Kept, &mut archive)
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(&format!("{name:?}")), "{error}");
             let scratch = tempfile::tempdir().unwrap();
             assert_eq!(unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string(), error);
@@ -403,7 +551,7 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let missing = scratch.path().join("missing");
         let mut archive = Vec::new();
-        let error = pack(&missing, Path::new("m"), &mut archive).unwrap_err().to_string();
+        let error = pack(&missing, Path::new("m"), Owners::Kept, &mut archive).unwrap_err().to_string();
         assert!(error.contains(missing.to_str().unwrap()), "{error}");
         assert_eq!(unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string(), error);
     }
@@ -417,6 +565,106 @@ mod tests {
         contents.read_to_end(&mut read).unwrap();
         assert_eq!(read, b"short\0\0\0");
         assert!(contents.failed.is_some());
+    }
+
+    /// An archive of a tree, what its packing said, and what of it came.
+    fn partly(tree: &Path) -> (String, TempDir) {
+        let mut archive = Vec::new();
+        let error = pack(tree, Path::new("copy"), Owners::Own, &mut archive).unwrap_err().to_string();
+        let to = tempfile::tempdir().unwrap();
+        assert_eq!(unpack(&archive[..], to.path(), Owners::Own).unwrap_err().to_string(), error);
+        (error, to)
+    }
+
+    #[test]
+    fn what_cannot_be_packed_does_not_keep_the_rest_from_it() {
+        let from = tempfile::tempdir().unwrap();
+        let deepest = "d/".repeat(MAX_DEPTH + 5);
+        fs::create_dir_all(from.path().join(deepest)).unwrap();
+        fs::write(from.path().join("file"), "contents").unwrap();
+        let (error, to) = partly(from.path());
+        assert!(error.contains("more than 256 directories deep"), "{error}");
+        assert_eq!(fs::read(to.path().join("copy/file")).unwrap(), b"contents");
+        assert!(to.path().join("copy").join("d/".repeat(MAX_DEPTH)).exists());
+    }
+
+    /// Takes an archive, and when it has begun does something once.
+    struct Meanwhile<F>(Vec<u8>, Option<F>);
+
+    impl<F: FnOnce()> Write for Meanwhile<F> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            // The directory's header is a block, and the first file's another.
+            if self.0.len() > 512 {
+                self.1.take().into_iter().for_each(|happens| happens());
+            }
+            self.0.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn files_that_go_meanwhile_are_passed_over_and_one_that_becomes_shorter_is_told() {
+        let from = tempfile::tempdir().unwrap();
+        let names = ["a", "b", "c"];
+        names.iter().for_each(|name| fs::write(from.path().join(name), "contents").unwrap());
+        let go = || names.iter().for_each(|name| fs::remove_file(from.path().join(name)).unwrap());
+        let mut archive = Meanwhile(Vec::new(), Some(go));
+        pack(from.path(), Path::new("copy"), Owners::Own, &mut archive).unwrap();
+        let to = tempfile::tempdir().unwrap();
+        unpack(&archive.0[..], to.path(), Owners::Own).unwrap();
+        assert_eq!(fs::read_dir(to.path().join("copy")).unwrap().count(), 1);
+
+        let log = from.path().join("log");
+        fs::write(&log, vec![1; 200_000]).unwrap();
+        let mut archive = Meanwhile(Vec::new(), Some(|| fs::write(&log, "").unwrap()));
+        let error = pack(from.path(), Path::new("copy"), Owners::Own, &mut archive).unwrap_err().to_string();
+        assert!(error.contains("log: it became shorter meanwhile"), "{error}");
+        let error = unpack(&archive.0[..], to.path(), Owners::Own).unwrap_err().to_string();
+        assert!(error.contains("log: it became shorter meanwhile"), "{error}");
+        assert_eq!(fs::metadata(to.path().join("copy/log")).unwrap().len(), 200_000);
+    }
+
+    #[test]
+    fn a_device_is_left_out_below_and_refused_by_itself() {
+        let from = tempfile::tempdir().unwrap();
+        let other = from.path().join("other");
+        let _socket = std::os::unix::net::UnixListener::bind(&other).unwrap();
+        let (error, to) = partly(&other);
+        assert_eq!(error, format!("{} is a device, pipe or socket and cannot be copied", other.display()));
+        assert_eq!(fs::read_dir(to.path()).unwrap().count(), 0);
+        unpack(&packed(from.path(), "copy")[..], to.path(), Owners::Own).unwrap();
+        assert_eq!(fs::read_dir(to.path().join("copy")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn files_whose_length_the_kernel_does_not_know_are_copied_as_they_are_read() {
+        let to = tempfile::tempdir().unwrap();
+        for path in ["/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled"] {
+            unpack(&packed(Path::new(path), "copy")[..], to.path(), Owners::Own).unwrap();
+            assert_eq!(fs::read(to.path().join("copy")).unwrap(), fs::read(path).unwrap(), "{path}");
+        }
+    }
+
+    #[test]
+    fn without_their_owners_files_are_roots_and_run_as_nobody_else() {
+        let from = tempfile::tempdir().unwrap();
+        let program = from.path().join("program");
+        fs::write(&program, "#!").unwrap();
+        let _ = std::os::unix::fs::chown(&program, Some(4711), Some(4712));
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).unwrap();
+        let of = |owners| {
+            let mut archive = Vec::new();
+            pack(&program, Path::new("program"), owners, &mut archive).unwrap();
+            let header = Header::from_byte_slice(&archive[..512]).clone();
+            (header.uid().unwrap(), header.gid().unwrap(), header.mode().unwrap() & 0o7777)
+        };
+        assert_eq!(of(Owners::Own), (0, 0, 0o755));
+        let metadata = fs::metadata(&program).unwrap();
+        use std::os::unix::fs::MetadataExt;
+        assert_eq!(of(Owners::Kept), (metadata.uid().into(), metadata.gid().into(), 0o4755));
     }
 
     #[test]

@@ -131,8 +131,12 @@ fn serve(kernel: Kernel, stream: &UnixStream) -> Result<(), ProtocolError> {
             }
             answer(stream, &Reply::Ok(Done {}))?;
             // What fails is in the archive.
-            let packed =
-                files::pack(path, Path::new(&name), BufWriter::with_capacity(TRANSFER_BYTES, stream));
+            let packed = files::pack(
+                path,
+                Path::new(&name),
+                Owners::Kept,
+                BufWriter::with_capacity(TRANSFER_BYTES, stream),
+            );
             drop(packed);
             Ok(())
         }

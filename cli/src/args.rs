@@ -364,6 +364,11 @@ pub struct Exec {
 ///
 /// N:PATH is a path in a guest and begins with a slash; - is a tar archive on standard input or output. What is copied to a
 /// directory that exists goes into it.
+///
+/// Files that come into a guest are root's there, with the modes that they have here; those of an archive have the owners that
+/// it names, by number. Files that come out are the user's, with no more rights for others than a new file would have. Links
+/// are copied as links, holes as zeros, and devices, pipes and sockets not at all. A file that cannot be read is told, and the
+/// rest is copied; one that is gone meanwhile is passed over.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -218,7 +218,7 @@ fn send(guest: &Guest, path: &Path, name: &str, into: &str) -> Result<(), String
     let mut stream = guest.agent();
     client::unpack(&mut stream, into).map_err(|error| error.to_string())?;
     // Who refuses an entry does not read what follows it, and says so afterwards.
-    let packed = files::pack(path, Path::new(name), &stream);
+    let packed = files::pack(path, Path::new(name), Owners::Own, &stream);
     let _ = stream.shutdown(Shutdown::Write);
     client::unpacked(&mut stream).map_err(|error| error.to_string())?;
     packed.map_err(|error| error.to_string())

@@ -72,17 +72,23 @@ fn out(daemon: &Client, guest: &Name, path: &str, to: &Place) -> Result<Exit> {
         let from = progress.reader(BufReader::with_capacity(CHUNK, from));
         files::unpack(from, &aside, Owners::Own)
     });
-    match unpacking.wait(&signals) {
-        Ok(unpacked) => unpacked.during(|| about)?,
+    let missing = match unpacking.wait(&signals) {
+        Ok(Ok(())) => None,
+        // The guest has sent all but that.
+        Ok(Err(FilesError::Broken(why))) => Some(why),
+        Ok(Err(error)) => return Err(Error::new(about, error)),
         Err((signal, unpacking)) => {
             // What it would still write would be left here.
             let _ = stream.shutdown(Shutdown::Both);
             let _ = unpacking.wait(&signals);
             return Ok(Exit::signal(signal));
         }
+    };
+    let came = staging.0.join(&name);
+    if missing.is_none() || fs::symlink_metadata(&came).is_ok() {
+        put(&came, &target, MAX_DEPTH).during(|| target.display().to_string())?;
     }
-    put(&staging.0.join(&name), &target, MAX_DEPTH).during(|| target.display().to_string())?;
-    Ok(Exit::Ok)
+    missing.map_or(Ok(Exit::Ok), |why| Err(Error::new(about, why)))
 }
 
 /// A file that takes the place of a device or a pipe is not what is meant by its name, nor by that of a link to it.
@@ -230,18 +236,20 @@ fn into(daemon: &Client, from: &Place, guest: &Name, path: &str) -> Result<Exit>
     let mut to = Counted { to: &stream, progress };
     let sent = match source {
         Some((from, _)) => {
-            let packed = files::pack(&from, Path::new(&name), BufWriter::with_capacity(CHUNK, &mut to));
+            let packed =
+                files::pack(&from, Path::new(&name), Owners::Own, BufWriter::with_capacity(CHUNK, &mut to));
             packed.map_err(Unsent::from)
         }
         None => io::copy(&mut io::stdin().lock(), &mut to).map(drop).map_err(|_| Unsent::Connection),
     };
     drop(to);
     let _ = stream.shutdown(Shutdown::Write);
+    let unpacked = client::unpacked(&mut &stream);
     // What could not be read here is said first; of a connection that ended, the guest knows why.
     if let Err(Unsent::Here(why)) = &sent {
         return Err(Error::new("cp", why));
     }
-    client::unpacked(&mut &stream).map_err(|error| refused(&error))?;
+    unpacked.map_err(|error| refused(&error))?;
     match sent {
         Ok(()) => Ok(Exit::Ok),
         Err(_) => Err(Error::new(&about, "the connection ended early")),

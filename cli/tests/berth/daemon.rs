@@ -369,7 +369,7 @@ fn agent(shared: &Mutex<Inner>, id: &str, mut stream: UnixStream) {
             }
             say(&mut stream, Reply::Ok(Done {}));
             let name = name.map_or_else(|| files::name_of(path), Into::into);
-            let _ = files::pack(path, Path::new(&name), &stream);
+            let _ = files::pack(path, Path::new(&name), Owners::Kept, &stream);
         }
         protocol::Request::Unpack { path } => {
             say(&mut stream, Reply::Ok(Done {}));

@@ -475,6 +475,33 @@ fn files_go_in_and_come_out() {
     assert!(code == 1 && error.starts_with("berth: cannot read /nowhere/file: "), "{error}");
 }
 
+#[test]
+fn what_cannot_be_copied_does_not_keep_the_rest_from_it() {
+    let daemon = web();
+    let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let deep = "d/".repeat(300);
+    for side in [&here, &there] {
+        fs::create_dir_all(side.path().join("tree").join(&deep)).unwrap();
+        fs::write(side.path().join("tree/file"), "contents").unwrap();
+    }
+    let at = |side: &tempfile::TempDir, path: &str| side.path().join(path).to_str().unwrap().to_string();
+    for (from, to) in [
+        (format!("web:{}", at(&there, "tree")), at(&here, "copy")),
+        (at(&here, "tree"), format!("web:{}", at(&there, "copy"))),
+    ] {
+        let (code, _, error) = says(daemon.berth(&["cp", &from, &to]));
+        assert!(code == 1 && error.contains("directories deep, and what is in it is left out"), "{error}");
+    }
+    for side in [&here, &there] {
+        assert_eq!(fs::read_to_string(side.path().join("copy/file")).unwrap(), "contents");
+    }
+    let _socket = std::os::unix::net::UnixListener::bind(here.path().join("other")).unwrap();
+    let (code, _, error) =
+        says(daemon.berth(&["cp", &at(&here, "other"), &format!("web:{}", at(&there, ""))]));
+    assert!(code == 1 && error.ends_with("is a device, pipe or socket and cannot be copied\n"), "{error}");
+    assert!(!there.path().join("other").exists());
+}
+
 /// Root may write where nobody may, so it is somebody else who copies.
 #[test]
 fn a_directory_that_may_not_be_written_is_copied_too_and_nothing_else_is_left() {

@@ -111,7 +111,7 @@ fn of_what_a_guest_sends_only_what_was_asked_for_comes_to_lie_here() {
     for name in ["wanted", ".bashrc"] {
         // The end of an archive is two blocks of zeros.
         archive.truncate(archive.len().saturating_sub(1024));
-        files::pack(&sent.path().join(name), Path::new(name), &mut archive).unwrap();
+        files::pack(&sent.path().join(name), Path::new(name), Owners::Kept, &mut archive).unwrap();
     }
     {
         let staging = Staging::make(here.path()).unwrap();

@@ -60,7 +60,7 @@ mod tests {
     /// An archive of some files, or of what cannot be packed.
     fn archive(of: &Path) -> Vec<u8> {
         let mut bytes = Vec::new();
-        let _ = agent::files::pack(of, Path::new("copy"), &mut bytes);
+        let _ = agent::files::pack(of, Path::new("copy"), agent::files::Owners::Own, &mut bytes);
         bytes
     }
 
