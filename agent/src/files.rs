@@ -11,14 +11,16 @@ pub mod entries;
 mod sieve;
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata, ReadDir};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps};
 use tar::{Archive, Builder, Entry, EntryType, Header};
 use thiserror::Error;
 
@@ -33,8 +35,9 @@ const MAX_DIRECTORY_NAMES: usize = 16 << 20;
 /// The modes of plain files: without those that change who runs them.
 const PLAIN: u32 = 0o777;
 
-/// The umask of who does not say it.
+/// The umask of who does not say it, and the mode of a directory of which nothing is said.
 const USUAL_UMASK: u32 = 0o022;
+const USUAL_MODE: u32 = 0o755;
 
 /// Directories in each other that are packed; each is open meanwhile.
 const MAX_DEPTH: usize = 256;
@@ -294,7 +297,8 @@ impl Read for Exactly {
     }
 }
 
-/// Unpacks an archive into a directory that exists, over what is there, and reads to the end of `from`.
+/// Unpacks an archive into a directory that exists, over what is there, and reads to the end of `from`. Until a file has its
+/// mode it has that of the umask: for root it is to be one by which nobody else reads it.
 pub fn unpack(from: impl Read, into: &Path, owners: Owners) -> Result<(), FilesError> {
     let ended = Rc::new(Cell::new(false));
     let from = match owners {
@@ -337,31 +341,28 @@ fn unpack_all<R: Read>(
     if !fs::metadata(into).map_err(failed)?.is_dir() {
         return Err(failed(io::ErrorKind::NotADirectory.into()));
     }
-    let mut directories = Vec::new();
+    let mut directories = Directories { named: Vec::new(), names: 0, implied: BTreeSet::new() };
     let unpacked = unpack_entries(archive, into, owners, &mut directories, &failed);
     match unpacked {
-        Ok(()) => finish(directories, into, &failed),
+        Ok(()) => directories.finish(into, &failed),
         // Of an enemy's nothing is used any more.
         Err(error) if owners == Owners::Own && !matches!(error, FilesError::Broken(_)) => Err(error),
         Err(error) => {
             // What has come stays, and is as it should be as far as that is known.
-            let _ = finish(directories, into, &failed);
+            let _ = directories.finish(into, &failed);
             Err(error)
         }
     }
 }
-
-type Directory<'a, R> = (PathBuf, Entry<'a, R>);
 
 /// All but directories, which are left for the end.
 fn unpack_entries<'a, R: Read>(
     archive: &'a mut Archive<R>,
     into: &Path,
     owners: Owners,
-    directories: &mut Vec<Directory<'a, R>>,
+    directories: &mut Directories<'a, R>,
     failed: &impl Fn(io::Error) -> FilesError,
 ) -> Result<(), FilesError> {
-    let mut names = 0;
     for entry in archive.entries().map_err(&failed)? {
         let mut entry = entry.map_err(&failed)?;
         let path = entry.path().map_err(&failed)?.into_owned();
@@ -369,11 +370,8 @@ fn unpack_entries<'a, R: Read>(
         match entry.header().entry_type() {
             // Its mode may forbid to write what comes into it: at the end. Files make their directories themselves.
             EntryType::Directory => {
-                names += path.as_os_str().len();
-                if directories.len() >= MAX_DIRECTORIES || names > MAX_DIRECTORY_NAMES {
-                    return Err(FilesError::Directories);
-                }
-                directories.push((path, entry));
+                directories.imply(into, &path)?;
+                directories.add(path, entry)?;
             }
             EntryType::Continuous | EntryType::GNUSparse | EntryType::Link | EntryType::XGlobalHeader
                 if owners == Owners::Own =>
@@ -385,6 +383,12 @@ fn unpack_entries<'a, R: Read>(
             | EntryType::GNUSparse
             | EntryType::Link
             | EntryType::Symlink => {
+                directories.imply(into, &path)?;
+                if entry.header().entry_type() == EntryType::Link
+                    && make_way(&entry, into, &path).map_err(failed)?
+                {
+                    continue;
+                }
                 if !entry.unpack_in(into).map_err(failed)? {
                     return Err(FilesError::Outside { path: shown() });
                 }
@@ -401,24 +405,95 @@ fn unpack_entries<'a, R: Read>(
     Ok(())
 }
 
-/// Makes directories and gives them their modes: the deepest first, for one that may not be entered any more is not entered any
-/// more.
-fn finish<R: Read>(
-    mut directories: Vec<Directory<R>>,
-    into: &Path,
-    failed: &impl Fn(io::Error) -> FilesError,
-) -> Result<(), FilesError> {
-    directories.sort_by(|(one, _), (other, _)| other.cmp(one));
-    let mut finished = Ok(());
-    for (path, mut directory) in directories {
-        let made = match directory.unpack_in(into).map_err(failed) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(FilesError::Outside { path: path.display().to_string() }),
-            Err(error) => Err(error),
-        };
-        finished = finished.and(made);
+/// The directories of an archive, which get their modes at the end.
+struct Directories<'a, R: Read> {
+    named: Vec<(PathBuf, Entry<'a, R>)>,
+    /// Bytes of their names.
+    names: usize,
+    /// Those that were not there and are only part of another's name.
+    implied: BTreeSet<PathBuf>,
+}
+
+impl<'a, R: Read> Directories<'a, R> {
+    fn add(&mut self, path: PathBuf, entry: Entry<'a, R>) -> Result<(), FilesError> {
+        self.names += path.as_os_str().len();
+        self.named.push((path, entry));
+        self.check()
     }
-    finished
+
+    /// Takes note of what is made for this entry.
+    fn imply(&mut self, into: &Path, path: &Path) -> Result<(), FilesError> {
+        let path = plain(path);
+        let above = path.ancestors().skip(1).filter(|path| !path.as_os_str().is_empty());
+        for path in above.take_while(|path| fs::symlink_metadata(into.join(path)).is_err()) {
+            if !self.implied.insert(path.to_owned()) {
+                break;
+            }
+            self.names += path.as_os_str().len();
+        }
+        self.check()
+    }
+
+    fn check(&self) -> Result<(), FilesError> {
+        match self.named.len() + self.implied.len() > MAX_DIRECTORIES || self.names > MAX_DIRECTORY_NAMES {
+            true => Err(FilesError::Directories),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes them and gives them their modes and times: the deepest first, for one that may not be entered any more is not
+    /// entered any more.
+    fn finish(mut self, into: &Path, failed: &impl Fn(io::Error) -> FilesError) -> Result<(), FilesError> {
+        self.named.sort_by(|(one, _), (other, _)| other.cmp(one));
+        for path in &self.implied {
+            let _ = set_usual_mode(&into.join(path));
+        }
+        let mut finished = Ok(());
+        for (path, mut directory) in self.named {
+            let made = match directory.unpack_in(into).map_err(failed) {
+                Ok(true) => set_time(&directory, &into.join(plain(&path))).map_err(failed),
+                Ok(false) => Err(FilesError::Outside { path: path.display().to_string() }),
+                Err(error) => Err(error),
+            };
+            finished = finished.and(made);
+        }
+        finished
+    }
+}
+
+/// A name as it is below the directory that is unpacked into.
+fn plain(path: &Path) -> PathBuf {
+    path.components().filter(|part| matches!(part, Component::Normal(_))).collect()
+}
+
+fn set_usual_mode(directory: &Path) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags, Mode::empty())?;
+    Ok(rustix::fs::fchmod(&directory, Mode::from_raw_mode(USUAL_MODE))?)
+}
+
+fn set_time<R: Read>(entry: &Entry<R>, directory: &Path) -> io::Result<()> {
+    let seconds = entry.header().mtime()?.try_into().unwrap_or(i64::MAX);
+    let time = Timespec { tv_sec: seconds, tv_nsec: 0 };
+    let times = Timestamps { last_access: time, last_modification: time };
+    Ok(rustix::fs::utimensat(CWD, directory, &times, AtFlags::SYMLINK_NOFOLLOW)?)
+}
+
+/// Removes a file that is where a hard link will be, and says whether it is that link already.
+fn make_way<R: Read>(link: &Entry<R>, into: &Path, path: &Path) -> io::Result<bool> {
+    let (Some(target), Ok(into)) = (link.link_name()?, into.canonicalize()) else { return Ok(false) };
+    let place = into.join(plain(path));
+    let Ok(found) = fs::symlink_metadata(&place) else { return Ok(false) };
+    let is_inside = place.parent().and_then(|parent| parent.canonicalize().ok());
+    // Who unpacks it refuses what is not.
+    if found.is_dir() || !is_inside.is_some_and(|parent| parent.starts_with(&into)) {
+        return Ok(false);
+    }
+    let number = |metadata: &Metadata| (metadata.dev(), metadata.ino());
+    if fs::symlink_metadata(into.join(target)).is_ok_and(|target| number(&target) == number(&found)) {
+        return Ok(true);
+    }
+    fs::remove_file(place).map(|()| false)
 }
 
 /// An error and what it came from, each once.
@@ -511,9 +586,16 @@ mod tests {
     #[test]
     fn a_tree_comes_out_as_it_went_in() {
         let from = some_tree();
+        let then = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+        for path in ["tree/closed", "tree/closed/deep", "tree"] {
+            File::open(from.path().join(path)).unwrap().set_modified(then).unwrap();
+        }
         let archive = packed(&from.path().join("tree"), "copy");
         let to = tempfile::tempdir().unwrap();
         unpack(&archive[..], to.path(), Owners::Own).unwrap();
+        for path in ["copy/closed", "copy/closed/deep", "copy"] {
+            assert_eq!(fs::metadata(to.path().join(path)).unwrap().modified().unwrap(), then, "{path}");
+        }
         assert_eq!(tree(&to.path().join("copy")), tree(&from.path().join("tree")));
         assert_eq!(fs::read_dir(to.path()).unwrap().count(), 1);
         // Once more, over it.
@@ -663,7 +745,6 @@ mod tests {
         };
         assert_eq!(of(Owners::Own), (0, 0, 0o755));
         let metadata = fs::metadata(&program).unwrap();
-        use std::os::unix::fs::MetadataExt;
         assert_eq!(of(Owners::Kept), (metadata.uid().into(), metadata.gid().into(), 0o4755));
     }
 
@@ -688,6 +769,42 @@ mod tests {
             let error = unpack(&[0; 1024][..], &place, Owners::Own).unwrap_err().to_string();
             assert!(error.contains(place.to_str().unwrap()), "{error}");
         }
+    }
+
+    #[test]
+    fn hard_links_of_an_archive_are_made_anew_each_time_and_nothing_else_goes_for_them() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (into, outside) = (scratch.path().join("into"), scratch.path().join("outside"));
+        fs::create_dir(&into).unwrap();
+        fs::write(&outside, "kept").unwrap();
+        let archive = hostile(&[
+            (EntryType::Regular, "file".into(), String::new()),
+            (EntryType::Link, "link".into(), "file".into()),
+            (EntryType::Link, "link".into(), "file".into()),
+        ]);
+        for _ in 0..2 {
+            unpack(&archive[..], &into, Owners::Kept).unwrap();
+            let number = |name: &str| fs::metadata(into.join(name)).unwrap().ino();
+            assert_eq!(number("link"), number("file"));
+        }
+        symlink(scratch.path(), into.join("out")).unwrap();
+        let archive = hostile(&[(EntryType::Link, "out/outside".into(), "file".into())]);
+        assert!(unpack(&archive[..], &into, Owners::Kept).is_err());
+        assert_eq!(fs::read(outside).unwrap(), b"kept");
+    }
+
+    #[test]
+    fn what_has_come_of_an_archive_that_is_cut_off_is_as_it_should_be() {
+        let archive = hostile(&[
+            (EntryType::Directory, "named".into(), String::new()),
+            (EntryType::Regular, "named/file".into(), String::new()),
+            (EntryType::Regular, "implied/deep/file".into(), String::new()),
+        ]);
+        let to = tempfile::tempdir().unwrap();
+        let cut = &archive[..archive.len() - 1024];
+        assert!(matches!(unpack(cut, to.path(), Owners::Kept), Err(FilesError::Cut)));
+        let mode = |path: &str| fs::metadata(to.path().join(path)).unwrap().permissions().mode() & 0o777;
+        assert_eq!(["named", "implied", "implied/deep"].map(mode), [0o755; 3]);
     }
 
     #[test]
