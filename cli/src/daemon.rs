@@ -39,6 +39,7 @@ fn explain(what: &str, error: &ClientError) -> Error {
         ClientError::Io { path, source } => unreachable(path, source),
         // Sentences of the API's, where ours is a clause.
         ClientError::Refused(fault) => Error::new(what, fault.message.trim_end_matches('.')),
+        ClientError::Source(error) => Error::new(what, error),
         ClientError::Protocol(why) => Error::new("berthd", format!("its reply is not understood: {why}"))
             .remedy("berth and berthd may be of different versions; berth version tells")
             .exit(Exit::Unreachable),

@@ -20,6 +20,8 @@ use api_socket::fleet::server::{Answer, serve};
 use api_socket::fleet::{End, Event, Guest, Image, List, NewGuest, Outcome, Request, State, Stats, Version};
 use tempfile::TempDir;
 
+/// More of a log than all pipes and buffers between hold.
+pub const MUCH: usize = 4 << 20;
 /// How long what takes its time takes.
 const LATE: Duration = Duration::from_millis(500);
 
@@ -211,7 +213,9 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
         Request::PutPart(image, part) => {
             drop(inner);
             let mut file = Vec::new();
-            body.read_to_end(&mut file).unwrap();
+            if body.read_to_end(&mut file).is_err() {
+                return fault(400, "The part is not whole.");
+            }
             shared.lock().unwrap().parts.insert(format!("{image}/{}", part.as_str()), file.len());
             Answer::Empty
         }
@@ -256,6 +260,17 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
             let found = with(&mut inner, &name, |_| Answer::Empty);
             inner.guests.retain(|id, guest| guest.name != name && *id != name);
             found
+        }
+        Request::Logs { guest: name, .. } if name == "talkative" => {
+            let shared = shared.clone();
+            Answer::Stream(
+                "text/plain",
+                Box::new(move |stream| {
+                    stream.tell(&vec![b'x'; MUCH])?;
+                    shared.lock().unwrap().asked.push("told".into());
+                    Ok(())
+                }),
+            )
         }
         Request::Logs { guest: name, of, follow } => with(&mut inner, &name, |_| {
             let log: &[u8] = if of == Log::Vmm { b"of the vmm\n" } else { b"one\ntwo\nthree\n" };

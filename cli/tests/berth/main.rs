@@ -145,6 +145,18 @@ fn logs_are_shown_whole_or_their_last_lines_and_what_comes() {
     assert_eq!(log(&["logs", "--vmm", "web"]), "of the vmm\n");
 }
 
+/// As in a pager: berthd waits for who reads for some seconds only.
+#[test]
+fn a_log_is_with_who_reads_it_before_it_is_read() {
+    for words in [vec!["logs", "talkative"], vec!["logs", "-f", "talkative"]] {
+        let daemon = Daemon::new();
+        let mut child = daemon.berth(&words).stdout(Stdio::piped()).spawn().unwrap();
+        daemon.is_asked("told");
+        let output = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
+        assert_eq!((output.len(), child.wait().unwrap().code()), (daemon::MUCH, Some(0)));
+    }
+}
+
 #[test]
 fn stats_and_events_are_for_people_and_programs() {
     let daemon = web();
@@ -191,6 +203,11 @@ fn an_image_is_sent_in_parts() {
     let (code, _, error) =
         says(daemon.berth(&["image", "import", "--name", "x", "--kernel", &kernel, "/nowhere/disk"]));
     assert!(code == 1 && error.starts_with("berth: cannot read /nowhere/disk: No such file"), "{error}");
+    let directory = here.path().to_str().unwrap();
+    let (code, _, error) =
+        says(daemon.berth(&["image", "import", "--name", "x", "--kernel", directory, &disk]));
+    let expected = format!("berth: cannot read {directory}: Is a directory");
+    assert!(code == 1 && error.starts_with(&expected), "{error}");
     assert_eq!(daemon.asked().len(), 1);
 }
 
