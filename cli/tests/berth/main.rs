@@ -251,6 +251,13 @@ fn our_own_failures_are_125_whatever_the_command_would_have_been() {
 }
 
 #[test]
+fn what_is_no_agent_is_not_waited_for_as_one_that_still_comes() {
+    let daemon = web().odd();
+    let (code, _, error) = says(daemon.berth(&["exec", "web", "true"]));
+    assert!(code == 125 && error.starts_with("berth: web: the guest's agent: malformed answer"), "{error}");
+}
+
+#[test]
 fn a_signal_goes_to_the_command() {
     let daemon = web();
     let mut child = daemon.berth(&["exec", "web", "sleep", "60"]).spawn().unwrap();
