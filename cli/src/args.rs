@@ -342,6 +342,9 @@ pub struct Console {
 ///
 /// Its output is ours and so is its exit code; signals that we get go to it. At the second INT, TERM or HUP we do not wait
 /// for it any longer. It ends when we are gone.
+///
+/// The image needs nothing for this. One with an sshd is reached by ssh as well, at the address that inspect shows, for what is
+/// not done here: sessions of a login manager, forwarding.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -368,7 +371,8 @@ pub struct Exec {
 /// Files that come into a guest are root's there, with the modes that they have here; those of an archive have the owners that
 /// it names, by number. Files that come out are the user's, with no more rights for others than a new file would have. Links
 /// are copied as links, holes as zeros, and devices, pipes and sockets not at all. A file that cannot be read is told, and the
-/// rest is copied; one that is gone meanwhile is passed over.
+/// rest is copied; one that is gone meanwhile is passed over. For files with holes, extended attributes, hard links, or much
+/// that changes little there is rsync, with an image that has an sshd.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

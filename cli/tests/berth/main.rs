@@ -322,6 +322,21 @@ fn a_guest_that_is_interrupted_while_it_starts_does_not_run_afterwards() {
 }
 
 #[test]
+fn a_person_sees_how_long_a_guest_is_being_made() {
+    let daemon = Daemon::new();
+    for (line, shown) in [
+        (vec!["create", "--name", "late", "debian"], "making a guest from debian"),
+        (vec!["run", "-d", "--name", "late", "debian"], "starting debian"),
+    ] {
+        let mut terminal = Terminal::run(daemon.berth(&line));
+        terminal.shows(shown);
+        terminal.shows(" 0s");
+        terminal.shows("abc00000000");
+        assert_eq!(terminal.ends(), 0);
+    }
+}
+
+#[test]
 fn run_in_the_background_prints_the_id_and_leaves_the_guest_running() {
     let daemon = Daemon::new();
     let (code, output, _) = says(daemon.berth(&["run", "--detach", "--name", "three", "debian"]));
