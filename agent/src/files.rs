@@ -367,10 +367,13 @@ fn unpack_entries<'a, R: Read>(
         let mut entry = entry.map_err(&failed)?;
         let path = entry.path().map_err(&failed)?.into_owned();
         let shown = || path.display().to_string();
+        // An agent names them all, and those of others that this process makes are as its user wants them.
+        if owners == Owners::Kept {
+            directories.imply(into, &path)?;
+        }
         match entry.header().entry_type() {
             // Its mode may forbid to write what comes into it: at the end. Files make their directories themselves.
             EntryType::Directory => {
-                directories.imply(into, &path)?;
                 directories.add(path, entry)?;
             }
             EntryType::Continuous | EntryType::GNUSparse | EntryType::Link | EntryType::XGlobalHeader
@@ -383,7 +386,6 @@ fn unpack_entries<'a, R: Read>(
             | EntryType::GNUSparse
             | EntryType::Link
             | EntryType::Symlink => {
-                directories.imply(into, &path)?;
                 if entry.header().entry_type() == EntryType::Link
                     && make_way(&entry, into, &path).map_err(failed)?
                 {
