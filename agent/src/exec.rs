@@ -52,8 +52,11 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 const NOT_FOUND: i32 = 127;
 const NOT_EXECUTABLE: i32 = 126;
 
-/// The end of input as a terminal takes it: Ctrl-D.
+/// The end of input as a terminal takes it: Ctrl-D. In a line it only sends on what there is of it.
 const END_OF_INPUT: u8 = 4;
+
+/// What ends a line on a terminal as it is at first; and its Ctrl-D.
+const LINE_ENDS: [u8; 3] = [b'\n', b'\r', END_OF_INPUT];
 
 /// A command that runs, or could not be started.
 pub enum Running {
@@ -74,12 +77,16 @@ pub struct Started {
     /// What the command has not taken yet, and that nothing comes behind it.
     input: Vec<u8>,
     input_ended: bool,
+    /// What was put in has begun a line that it has not ended.
+    in_line: bool,
     /// What the host has sent of a frame that is not whole.
     received: Vec<u8>,
     /// What the host has not taken yet.
     output: Vec<u8>,
     exit: Option<Exit>,
     last_output: Instant,
+    /// The host does not want to hear what the command has left behind.
+    is_hurried: bool,
 }
 
 /// What a wait was for.
@@ -214,8 +221,18 @@ pub fn winsize(size: Size) -> Winsize {
     Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 }
 }
 
-impl Started {
-    fn new(mut child: Child, main: Option<File>) -> io::Result<Started> {
+/// By what a command is watched: see [`Started`].
+struct Watched {
+    pid: Pid,
+    pidfd: OwnedFd,
+    is_terminal: bool,
+    stdin: Option<File>,
+    stdout: Option<File>,
+    stderr: Option<File>,
+}
+
+impl Watched {
+    fn new(child: &mut Child, main: Option<File>) -> io::Result<Watched> {
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
         let is_terminal = main.is_some();
@@ -231,7 +248,26 @@ impl Started {
         for pipe in [&stdin, &stdout, &stderr].into_iter().flatten() {
             rustix::io::ioctl_fionbio(pipe, true)?;
         }
-        Ok(Started {
+        Ok(Watched { pid, pidfd, is_terminal, stdin, stdout, stderr })
+    }
+}
+
+impl Started {
+    /// One that cannot be watched does not run either.
+    fn new(mut child: Child, main: Option<File>) -> io::Result<Started> {
+        match Watched::new(&mut child, main) {
+            Ok(watched) => Ok(Started::of(child, watched)),
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    fn of(child: Child, watched: Watched) -> Started {
+        let Watched { pid, pidfd, is_terminal, stdin, stdout, stderr } = watched;
+        Started {
             child,
             pid,
             pidfd,
@@ -241,11 +277,13 @@ impl Started {
             stderr,
             input: Vec::new(),
             input_ended: false,
+            in_line: false,
             received: Vec::new(),
             output: Vec::new(),
             exit: None,
             last_output: Instant::now(),
-        })
+            is_hurried: false,
+        }
     }
 
     /// Returns when all was said, or with an error when the host has gone away.
@@ -295,7 +333,9 @@ impl Started {
 
     /// The command has ended and nothing of its output is on its way.
     fn is_over(&self) -> bool {
-        (self.stdout.is_none() && self.stderr.is_none()) || self.last_output.elapsed() >= LINGER
+        let is_silent =
+            (self.stdout.is_none() && self.stderr.is_none()) || self.last_output.elapsed() >= LINGER;
+        is_silent || self.is_hurried
     }
 
     /// Waits for something to do and says what it is.
@@ -378,6 +418,9 @@ impl Started {
         match message {
             ToGuest::Stdin(bytes) => {
                 if !self.input_ended {
+                    if let Some(last) = bytes.last() {
+                        self.in_line = !LINE_ENDS.contains(last);
+                    }
                     self.input.extend(bytes);
                     self.feed();
                 }
@@ -386,7 +429,8 @@ impl Started {
                 if !self.input_ended {
                     self.input_ended = true;
                     if self.is_terminal {
-                        self.input.push(END_OF_INPUT);
+                        let times = if self.in_line { 2 } else { 1 };
+                        self.input.extend([END_OF_INPUT; 2].iter().take(times));
                     }
                     self.feed();
                 }
@@ -396,9 +440,10 @@ impl Started {
                     let _ = rustix::termios::tcsetwinsize(main, winsize(size));
                 }
             }
-            // One that ended in this moment is as good as one that got it.
+            // One that ended in this moment is as good as one that got it; what it has left behind is not waited for.
+            ToGuest::Signal(_) if self.exit.is_some() => self.is_hurried = true,
             ToGuest::Signal(number) => {
-                if let Some(signal) = Signal::from_named_raw(number).filter(|_| self.exit.is_none()) {
+                if let Some(signal) = Signal::from_named_raw(number) {
                     let _ = rustix::process::kill_process_group(self.pid, signal);
                 }
             }
@@ -491,13 +536,20 @@ fn is_member(stat: &str, session: Pid) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::OpenOptionsExt;
+
     use super::*;
 
     /// Runs a command that gets this, with the agent's half in a thread.
     fn run(script: &str, input: &[u8]) -> (Vec<u8>, Vec<u8>, Exit) {
+        run_on(None, script, input)
+    }
+
+    fn run_on(terminal: Option<Size>, script: &str, input: &[u8]) -> (Vec<u8>, Vec<u8>, Exit) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let command = Exec { argv: ["sh", "-c", script].map(String::from).into(), ..Exec::default() };
+        let command =
+            Exec { argv: ["sh", "-c", script].map(String::from).into(), terminal, ..Exec::default() };
         let proc = File::open("/proc").unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -527,6 +579,54 @@ mod tests {
         assert!(run("cat", &input) == (input.clone(), Vec::new(), Exit::Code(0)));
         let (stdout, stderr, exit) = run("head -c 4000000 /dev/zero & wc -c >&2; wait", &input);
         assert_eq!((stdout.len(), stderr.as_slice(), exit), (4_000_000, &b"4000000\n"[..], Exit::Code(0)));
+    }
+
+    #[test]
+    fn input_ends_on_a_terminal_too_also_within_a_line() {
+        for (input, typed) in [("", ""), ("line\n", "line"), ("line\nrest", "rest"), ("rest", "rest")] {
+            let size = Size { rows: 24, columns: 80 };
+            let script = "stty -echo 2>/dev/null; cat; echo; echo over";
+            let (stdout, _, exit) = run_on(Some(size), script, input.as_bytes());
+            let stdout = String::from_utf8(stdout).unwrap();
+            assert_eq!(exit, Exit::Code(0), "{input:?}: {stdout:?}");
+            assert!(stdout.contains(typed) && stdout.contains("over"), "{input:?}: {stdout:?}");
+        }
+    }
+
+    #[test]
+    fn a_signal_ends_the_wait_for_what_a_command_has_left_behind() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        // Something that goes on saying something until nobody hears it.
+        let script = "while echo x; do sleep 0.05; done & exit 3";
+        let command = Exec { argv: ["sh", "-c", script].map(String::from).into(), ..Exec::default() };
+        let proc = File::open("/proc").unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let kernel = Kernel::new(proc.as_fd(), proc.as_fd());
+                Running::start(&command).unwrap().serve(kernel, &theirs)
+            });
+            for heard in 0.. {
+                match FromGuest::parse(Frame::read(&mut &ours).unwrap().unwrap()).unwrap() {
+                    FromGuest::Exit(exit) => {
+                        assert_eq!((exit, heard > 20), (Exit::Code(3), true));
+                        break;
+                    }
+                    _ if heard < 20 => {}
+                    _ => (&ours).write_all(&ToGuest::Signal(2).frame().encode()).unwrap(),
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn a_command_that_cannot_be_watched_does_not_run() {
+        let child = Command::new("sleep").arg("4711").spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        // A terminal that is none, and takes no call.
+        let main = File::options().read(true).custom_flags(libc::O_PATH).open("/").unwrap();
+        assert!(Started::new(child, Some(main)).is_err());
+        assert!(rustix::process::test_kill_process(pid).is_err());
     }
 
     #[test]

@@ -1,31 +1,58 @@
 //! Files and directories as an archive (tar), for both ends of a connection: what one packs the other unpacks.
 //!
-//! Regular files, directories and symbolic links, with modes, owners and times. A hard link becomes a file of its own;
-//! devices, sockets and named pipes are left out, and so are extended attributes. Whatever an archive says, nothing is written
-//! outside of the directory that it is unpacked into.
+//! Regular files, directories and symbolic links, with modes, owners and times. A hard link becomes a file of its own, and holes
+//! become zeros; devices, sockets and named pipes are left out, and so are extended attributes. Whatever an archive says, nothing
+//! is written outside of the directory that it is unpacked into.
 //!
-//! An archive that could not be finished ends with an entry that says why; one that was cut off is told from a whole one.
+//! What is gone before it could be read is passed over. An archive in which something is missing or not as it should be ends
+//! with an entry that says so; one that was cut off is told from a whole one.
+
+pub mod entries;
+mod sieve;
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata, ReadDir};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Component, Path};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 
-use tar::{Archive, Builder, EntryType, Header};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps};
+use tar::{Archive, Builder, Entry, EntryType, Header};
 use thiserror::Error;
+
+use sieve::Sieve;
 
 /// Directories of one archive that are kept in mind until the end, when they get their modes: about 1 KiB each.
 pub const MAX_DIRECTORIES: usize = 1 << 16;
+
+/// And their names, in bytes.
+const MAX_DIRECTORY_NAMES: usize = 16 << 20;
+
+/// The modes of plain files: without those that change who runs them.
+const PLAIN: u32 = 0o777;
+
+/// The umask of who does not say it, and the mode of a directory of which nothing is said.
+const USUAL_UMASK: u32 = 0o022;
+const USUAL_MODE: u32 = 0o755;
+
+/// Directories in each other that are packed; each is open meanwhile.
+const MAX_DEPTH: usize = 256;
+
+/// Files that say they are so short are read before they are sent, as those of /proc and /sys are longer or shorter.
+const SHORT: u64 = 64 << 10;
+
+/// What is read of one that says it is short.
+const MAX_SHORT: u64 = 16 << 20;
 
 /// How much of what went wrong on the other side is shown.
 const MAX_REASON: u64 = 4096;
 
 /// The kind of the entry that says why an archive ends early. POSIX leaves the capital letters to everybody's own use.
-const BROKEN: u8 = b'E';
+pub const BROKEN: u8 = b'E';
 
 #[derive(Debug, Error)]
 pub enum FilesError {
@@ -33,13 +60,24 @@ pub enum FilesError {
     At { doing: &'static str, path: String, error: io::Error },
     #[error("{name:?} is no name for what is in an archive: it must be a relative path without `..`")]
     Name { name: String },
+    #[error("{path} is a device, pipe or socket and cannot be copied")]
+    Other { path: String },
+    #[error("{path} is more than {MAX_DEPTH} directories deep, and what is in it is left out")]
+    Deep { path: String },
+    #[error("{path} says that it is short and goes on for more than {MAX_SHORT} bytes")]
+    Endless { path: String },
+    /// What is not in an archive as it should be.
+    #[error("{0}")]
+    Partly(String),
     #[error("cannot unpack into {into}: {why}")]
     Unpack { into: String, why: String },
     #[error("the archive names {path:?}, which is not below the directory that it is unpacked into")]
     Outside { path: String },
-    #[error("the archive has {path:?}, which is neither a file nor a directory nor a link")]
+    #[error("the archive has {path:?}, which is neither a file nor a directory nor a symbolic link")]
     Kind { path: String },
-    #[error("the archive has more than {MAX_DIRECTORIES} directories; copy it in parts")]
+    #[error(
+        "the archive has more than {MAX_DIRECTORIES} directories, or their names are too long; copy it in parts"
+    )]
     Directories,
     /// What the other side said.
     #[error("{0}")]
@@ -50,12 +88,13 @@ pub enum FilesError {
     Connection(io::Error),
 }
 
-/// Whose the unpacked files are.
+/// Whose the files of an archive are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owners {
-    /// Those that the archive names, by number: for root.
+    /// Those that the files have, by number. To unpack them so takes root.
     Kept,
-    /// Who unpacks, and modes are those of plain files.
+    /// Who unpacks, and modes are those of plain files that this one would make. The archive is an enemy's: nothing in it is
+    /// kept in memory in an amount that it says, and what [`pack`] does not write is refused.
     Own,
 }
 
@@ -74,10 +113,12 @@ pub fn check_name(name: &Path) -> Result<(), FilesError> {
 }
 
 /// Packs the file or directory at `path`, as entries of and below `name`. A symbolic link is packed as one. When something
-/// cannot be read the archive says so, and so does the error.
-pub fn pack(path: &Path, name: &Path, to: impl Write) -> Result<(), FilesError> {
-    let mut archive = Builder::new(to);
-    let packed = pack_all(&mut archive, path, name);
+/// cannot be read the archive says so, and so does the error; if that is not `path` itself, the rest is packed all the same.
+/// Without their owners files are root's, who unpacks them in a guest.
+pub fn pack(path: &Path, name: &Path, owners: Owners, to: impl Write) -> Result<(), FilesError> {
+    let mut packing = Packing { archive: Builder::new(to), owners, first_wrong: None, wrong: 0 };
+    let packed = packing.all(path, name).and_then(|()| packing.verdict());
+    let mut archive = packing.archive;
     if let Err(error) = &packed {
         let reason = error.to_string();
         let mut header = Header::new_gnu();
@@ -90,36 +131,121 @@ pub fn pack(path: &Path, name: &Path, to: impl Write) -> Result<(), FilesError> 
     packed
 }
 
-fn pack_all(archive: &mut Builder<impl Write>, path: &Path, name: &Path) -> Result<(), FilesError> {
-    check_name(name)?;
-    // What is still to do, the next last: as deep as the tree, times the entries of a directory.
-    let mut left = vec![(path.to_owned(), name.to_owned())];
-    while let Some((path, name)) = left.pop() {
-        let failed = |doing| at(doing, &path);
-        let metadata = fs::symlink_metadata(&path).map_err(failed("read"))?;
-        let mut header = Header::new_gnu();
-        header.set_metadata(&metadata);
-        if metadata.is_dir() {
-            archive.append_data(&mut header, &name, io::empty()).map_err(FilesError::Connection)?;
-            for entry in fs::read_dir(&path).map_err(failed("list"))? {
-                let entry = entry.map_err(failed("list"))?;
-                left.push((entry.path(), name.join(entry.file_name())));
-            }
-        } else if metadata.is_symlink() {
-            let target = fs::read_link(&path).map_err(failed("read the link"))?;
-            archive.append_link(&mut header, &name, target).map_err(FilesError::Connection)?;
-        } else if metadata.is_file() {
-            let file = open(&path).map_err(failed("open"))?;
-            // Of the file that is open now, which may be another than a moment ago.
-            header.set_metadata(&file.metadata().map_err(failed("read"))?);
-            let mut contents = Exactly::new(file, header.size().unwrap_or(0));
-            archive.append_data(&mut header, &name, &mut contents).map_err(FilesError::Connection)?;
-            if let Some(error) = contents.failed {
-                return Err(failed("read")(error));
+struct Packing<W: Write> {
+    archive: Builder<W>,
+    owners: Owners,
+    /// What could not be packed as it should be: the first, and how many.
+    first_wrong: Option<FilesError>,
+    wrong: usize,
+}
+
+impl<W: Write> Packing<W> {
+    fn all(&mut self, path: &Path, name: &Path) -> Result<(), FilesError> {
+        check_name(name)?;
+        let metadata = fs::symlink_metadata(path).map_err(at("read", path))?;
+        if !metadata.is_file() && !metadata.is_dir() && !metadata.is_symlink() {
+            return Err(FilesError::Other { path: path.display().to_string() });
+        }
+        // The directories that are being read, each in the one before it, with their names in the archive.
+        let mut open = Vec::new();
+        open.extend(self.add(path, name)?.map(|entries| (entries, name.to_owned())));
+        while let Some((entries, name)) = open.last_mut() {
+            let Some(entry) = entries.next() else {
+                open.pop();
+                continue;
+            };
+            let (path, name) = match entry {
+                Ok(entry) => (entry.path(), name.join(entry.file_name())),
+                Err(error) => {
+                    self.note(at("list", name)(error));
+                    continue;
+                }
+            };
+            match self.add(&path, &name) {
+                Ok(Some(_)) if open.len() >= MAX_DEPTH => {
+                    self.note(FilesError::Deep { path: path.display().to_string() });
+                }
+                Ok(Some(entries)) => open.push((entries, name)),
+                Ok(None) => {}
+                // It went while its directory was read, as files do where something is at work.
+                Err(FilesError::At { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error @ FilesError::Connection(_)) => return Err(error),
+                Err(error) => self.note(error),
             }
         }
+        Ok(())
     }
-    Ok(())
+
+    fn note(&mut self, wrong: FilesError) {
+        self.first_wrong.get_or_insert(wrong);
+        self.wrong += 1;
+    }
+
+    fn verdict(&mut self) -> Result<(), FilesError> {
+        match (self.first_wrong.take(), self.wrong) {
+            (None, _) => Ok(()),
+            (Some(first), 1) => Err(FilesError::Partly(first.to_string())),
+            (Some(first), wrong) => Err(FilesError::Partly(format!("{first}; and {} more", wrong - 1))),
+        }
+    }
+
+    /// Adds one entry. What is in a directory is still to come.
+    fn add(&mut self, path: &Path, name: &Path) -> Result<Option<ReadDir>, FilesError> {
+        let failed = |doing| at(doing, path);
+        let metadata = fs::symlink_metadata(path).map_err(failed("read"))?;
+        if metadata.is_dir() {
+            let mut header = self.header(&metadata);
+            self.archive.append_data(&mut header, name, io::empty()).map_err(FilesError::Connection)?;
+            return fs::read_dir(path).map(Some).map_err(failed("list"));
+        }
+        if metadata.is_symlink() {
+            let target = fs::read_link(path).map_err(failed("read the link"))?;
+            let mut header = self.header(&metadata);
+            self.archive.append_link(&mut header, name, target).map_err(FilesError::Connection)?;
+        } else if metadata.is_file() {
+            self.add_file(path, name)?;
+        }
+        Ok(None)
+    }
+
+    fn add_file(&mut self, path: &Path, name: &Path) -> Result<(), FilesError> {
+        let failed = |doing| at(doing, path);
+        let mut file = open(path).map_err(failed("open"))?;
+        // Of the file that is open now, which may be another than a moment ago.
+        let metadata = file.metadata().map_err(failed("read"))?;
+        if !metadata.is_file() {
+            return Ok(());
+        }
+        let mut header = self.header(&metadata);
+        if metadata.len() <= SHORT {
+            let mut contents = Vec::new();
+            (&mut file).take(MAX_SHORT + 1).read_to_end(&mut contents).map_err(failed("read"))?;
+            let length = contents.len() as u64;
+            if length > MAX_SHORT {
+                return Err(FilesError::Endless { path: path.display().to_string() });
+            }
+            header.set_size(length);
+            return self
+                .archive
+                .append_data(&mut header, name, &contents[..])
+                .map_err(FilesError::Connection);
+        }
+        let mut contents = Exactly::new(file, metadata.len());
+        self.archive.append_data(&mut header, name, &mut contents).map_err(FilesError::Connection)?;
+        contents.failed.map_or(Ok(()), |error| Err(failed("read")(error)))
+    }
+
+    fn header(&self, metadata: &Metadata) -> Header {
+        let mut header = Header::new_gnu();
+        header.set_metadata(metadata);
+        if self.owners == Owners::Own {
+            header.set_uid(0);
+            header.set_gid(0);
+            // A program that runs as its owner would be one that runs as root.
+            header.set_mode(metadata.permissions().mode() & PLAIN);
+        }
+        header
+    }
 }
 
 /// Not one that a symbolic link leads to, nor a pipe that somebody has put there meanwhile.
@@ -171,14 +297,22 @@ impl Read for Exactly {
     }
 }
 
-/// Unpacks an archive into a directory that exists, over what is there, and reads to the end of `from`.
+/// Unpacks an archive into a directory that exists, over what is there, and reads to the end of `from`. Until a file has its
+/// mode it has that of the umask: for root it is to be one by which nobody else reads it.
 pub fn unpack(from: impl Read, into: &Path, owners: Owners) -> Result<(), FilesError> {
     let ended = Rc::new(Cell::new(false));
+    let from = match owners {
+        Owners::Kept => Sieve::open(from),
+        Owners::Own => Sieve::new(from),
+    };
     let mut archive = Archive::new(Watched { from, ended: Rc::clone(&ended) });
     archive.set_preserve_ownerships(owners == Owners::Kept);
     archive.set_preserve_permissions(owners == Owners::Kept);
+    if owners == Owners::Own {
+        archive.set_mask(umask());
+    }
     archive.set_overwrite(true);
-    unpack_all(&mut archive, into, &ended)?;
+    unpack_all(&mut archive, into, owners, &ended)?;
     let mut rest = archive.into_inner();
     // A whole archive says itself where it ends.
     if ended.get() {
@@ -187,7 +321,19 @@ pub fn unpack(from: impl Read, into: &Path, owners: Owners) -> Result<(), FilesE
     io::copy(&mut rest, &mut io::sink()).map(drop).map_err(FilesError::Connection)
 }
 
-fn unpack_all<R: Read>(archive: &mut Archive<R>, into: &Path, ended: &Cell<bool>) -> Result<(), FilesError> {
+/// This process's, as the kernel tells it: asking by umask(2) would change it for a moment, for all threads.
+fn umask() -> u32 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+    line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(USUAL_UMASK)
+}
+
+fn unpack_all<R: Read>(
+    archive: &mut Archive<R>,
+    into: &Path,
+    owners: Owners,
+    ended: &Cell<bool>,
+) -> Result<(), FilesError> {
     let failed = |error: io::Error| match ended.get() {
         true => FilesError::Cut,
         false => FilesError::Unpack { into: into.display().to_string(), why: reasons(&error) },
@@ -195,20 +341,56 @@ fn unpack_all<R: Read>(archive: &mut Archive<R>, into: &Path, ended: &Cell<bool>
     if !fs::metadata(into).map_err(failed)?.is_dir() {
         return Err(failed(io::ErrorKind::NotADirectory.into()));
     }
-    let mut directories = Vec::new();
-    for entry in archive.entries().map_err(failed)? {
-        let mut entry = entry.map_err(failed)?;
-        let path = entry.path().map_err(failed)?.into_owned();
+    let mut directories = Directories { named: Vec::new(), names: 0, implied: BTreeSet::new() };
+    let unpacked = unpack_entries(archive, into, owners, &mut directories, &failed);
+    match unpacked {
+        Ok(()) => directories.finish(into, &failed),
+        // Of an enemy's nothing is used any more.
+        Err(error) if owners == Owners::Own && !matches!(error, FilesError::Broken(_)) => Err(error),
+        Err(error) => {
+            // What has come stays, and is as it should be as far as that is known.
+            let _ = directories.finish(into, &failed);
+            Err(error)
+        }
+    }
+}
+
+/// All but directories, which are left for the end.
+fn unpack_entries<'a, R: Read>(
+    archive: &'a mut Archive<R>,
+    into: &Path,
+    owners: Owners,
+    directories: &mut Directories<'a, R>,
+    failed: &impl Fn(io::Error) -> FilesError,
+) -> Result<(), FilesError> {
+    for entry in archive.entries().map_err(&failed)? {
+        let mut entry = entry.map_err(&failed)?;
+        let path = entry.path().map_err(&failed)?.into_owned();
         let shown = || path.display().to_string();
+        // An agent names them all, and those of others that this process makes are as its user wants them.
+        if owners == Owners::Kept {
+            directories.imply(into, &path)?;
+        }
         match entry.header().entry_type() {
             // Its mode may forbid to write what comes into it: at the end. Files make their directories themselves.
-            EntryType::Directory if directories.len() < MAX_DIRECTORIES => directories.push((path, entry)),
-            EntryType::Directory => return Err(FilesError::Directories),
+            EntryType::Directory => {
+                directories.add(path, entry)?;
+            }
+            EntryType::Continuous | EntryType::GNUSparse | EntryType::Link | EntryType::XGlobalHeader
+                if owners == Owners::Own =>
+            {
+                return Err(FilesError::Kind { path: shown() });
+            }
             EntryType::Regular
             | EntryType::Continuous
             | EntryType::GNUSparse
             | EntryType::Link
             | EntryType::Symlink => {
+                if entry.header().entry_type() == EntryType::Link
+                    && make_way(&entry, into, &path).map_err(failed)?
+                {
+                    continue;
+                }
                 if !entry.unpack_in(into).map_err(failed)? {
                     return Err(FilesError::Outside { path: shown() });
                 }
@@ -222,14 +404,98 @@ fn unpack_all<R: Read>(archive: &mut Archive<R>, into: &Path, ended: &Cell<bool>
             _ => return Err(FilesError::Kind { path: shown() }),
         }
     }
-    // The deepest first: one that may not be entered any more is not entered any more.
-    directories.sort_by(|(one, _), (other, _)| other.cmp(one));
-    for (path, mut directory) in directories {
-        if !directory.unpack_in(into).map_err(failed)? {
-            return Err(FilesError::Outside { path: path.display().to_string() });
+    Ok(())
+}
+
+/// The directories of an archive, which get their modes at the end.
+struct Directories<'a, R: Read> {
+    named: Vec<(PathBuf, Entry<'a, R>)>,
+    /// Bytes of their names.
+    names: usize,
+    /// Those that were not there and are only part of another's name.
+    implied: BTreeSet<PathBuf>,
+}
+
+impl<'a, R: Read> Directories<'a, R> {
+    fn add(&mut self, path: PathBuf, entry: Entry<'a, R>) -> Result<(), FilesError> {
+        self.names += path.as_os_str().len();
+        self.named.push((path, entry));
+        self.check()
+    }
+
+    /// Takes note of what is made for this entry.
+    fn imply(&mut self, into: &Path, path: &Path) -> Result<(), FilesError> {
+        let path = plain(path);
+        let above = path.ancestors().skip(1).filter(|path| !path.as_os_str().is_empty());
+        for path in above.take_while(|path| fs::symlink_metadata(into.join(path)).is_err()) {
+            if !self.implied.insert(path.to_owned()) {
+                break;
+            }
+            self.names += path.as_os_str().len();
+        }
+        self.check()
+    }
+
+    fn check(&self) -> Result<(), FilesError> {
+        match self.named.len() + self.implied.len() > MAX_DIRECTORIES || self.names > MAX_DIRECTORY_NAMES {
+            true => Err(FilesError::Directories),
+            false => Ok(()),
         }
     }
-    Ok(())
+
+    /// Makes them and gives them their modes and times: the deepest first, for one that may not be entered any more is not
+    /// entered any more.
+    fn finish(mut self, into: &Path, failed: &impl Fn(io::Error) -> FilesError) -> Result<(), FilesError> {
+        self.named.sort_by(|(one, _), (other, _)| other.cmp(one));
+        for path in &self.implied {
+            let _ = set_usual_mode(&into.join(path));
+        }
+        let mut finished = Ok(());
+        for (path, mut directory) in self.named {
+            let made = match directory.unpack_in(into).map_err(failed) {
+                Ok(true) => set_time(&directory, &into.join(plain(&path))).map_err(failed),
+                Ok(false) => Err(FilesError::Outside { path: path.display().to_string() }),
+                Err(error) => Err(error),
+            };
+            finished = finished.and(made);
+        }
+        finished
+    }
+}
+
+/// A name as it is below the directory that is unpacked into.
+fn plain(path: &Path) -> PathBuf {
+    path.components().filter(|part| matches!(part, Component::Normal(_))).collect()
+}
+
+fn set_usual_mode(directory: &Path) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags, Mode::empty())?;
+    Ok(rustix::fs::fchmod(&directory, Mode::from_raw_mode(USUAL_MODE))?)
+}
+
+fn set_time<R: Read>(entry: &Entry<R>, directory: &Path) -> io::Result<()> {
+    let seconds = entry.header().mtime()?.try_into().unwrap_or(i64::MAX);
+    let time = Timespec { tv_sec: seconds, tv_nsec: 0 };
+    let times = Timestamps { last_access: time, last_modification: time };
+    Ok(rustix::fs::utimensat(CWD, directory, &times, AtFlags::SYMLINK_NOFOLLOW)?)
+}
+
+/// Removes a file that is where a hard link will be, and says whether it is that link already.
+fn make_way<R: Read>(link: &Entry<R>, into: &Path, path: &Path) -> io::Result<bool> {
+    let (Some(target), Ok(into)) = (link.link_name()?, into.canonicalize()) else { return Ok(false) };
+    let place = into.join(plain(path));
+    let Ok(found) = fs::symlink_metadata(&place) else { return Ok(false) };
+    let is_inside = place.parent().and_then(|parent| parent.canonicalize().ok());
+    // Who unpacks it refuses what is not.
+    if found.is_dir() || !is_inside.is_some_and(|parent| parent.starts_with(&into)) {
+        return Ok(false);
+    }
+    let number = |metadata: &Metadata| (metadata.dev(), metadata.ino());
+    if fs::symlink_metadata(into.join(target)).is_ok_and(|target| number(&target) == number(&found)) {
+        return Ok(true);
+    }
+    fs::remove_file(place).map(|()| false)
 }
 
 /// An error and what it came from, each once.
@@ -295,7 +561,7 @@ mod tests {
 
     fn packed(path: &Path, name: &str) -> Vec<u8> {
         let mut archive = Vec::new();
-        pack(path, Path::new(name), &mut archive).unwrap();
+        pack(path, Path::new(name), Owners::Kept, &mut archive).unwrap();
         archive
     }
 
@@ -322,9 +588,16 @@ mod tests {
     #[test]
     fn a_tree_comes_out_as_it_went_in() {
         let from = some_tree();
+        let then = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+        for path in ["tree/closed", "tree/closed/deep", "tree"] {
+            File::open(from.path().join(path)).unwrap().set_modified(then).unwrap();
+        }
         let archive = packed(&from.path().join("tree"), "copy");
         let to = tempfile::tempdir().unwrap();
         unpack(&archive[..], to.path(), Owners::Own).unwrap();
+        for path in ["copy/closed", "copy/closed/deep", "copy"] {
+            assert_eq!(fs::metadata(to.path().join(path)).unwrap().modified().unwrap(), then, "{path}");
+        }
         assert_eq!(tree(&to.path().join("copy")), tree(&from.path().join("tree")));
         assert_eq!(fs::read_dir(to.path()).unwrap().count(), 1);
         // Once more, over it.
@@ -348,7 +621,9 @@ mod tests {
     fn a_name_that_leads_elsewhere_is_refused() {
         for name in ["", ".", "/etc", "..", "a/../../b"] {
             let mut archive = Vec::new();
-            let error = pack(Path::new("/dev/null"), Path::new(name), &mut archive).unwrap_err().to_string();
+            let error = pack(Path::new("/dev/null"), Path::new(name), Owners::Kept, &mut archive)
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(&format!("{name:?}")), "{error}");
             let scratch = tempfile::tempdir().unwrap();
             assert_eq!(unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string(), error);
@@ -360,7 +635,7 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let missing = scratch.path().join("missing");
         let mut archive = Vec::new();
-        let error = pack(&missing, Path::new("m"), &mut archive).unwrap_err().to_string();
+        let error = pack(&missing, Path::new("m"), Owners::Kept, &mut archive).unwrap_err().to_string();
         assert!(error.contains(missing.to_str().unwrap()), "{error}");
         assert_eq!(unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string(), error);
     }
@@ -374,6 +649,105 @@ mod tests {
         contents.read_to_end(&mut read).unwrap();
         assert_eq!(read, b"short\0\0\0");
         assert!(contents.failed.is_some());
+    }
+
+    /// An archive of a tree, what its packing said, and what of it came.
+    fn partly(tree: &Path) -> (String, TempDir) {
+        let mut archive = Vec::new();
+        let error = pack(tree, Path::new("copy"), Owners::Own, &mut archive).unwrap_err().to_string();
+        let to = tempfile::tempdir().unwrap();
+        assert_eq!(unpack(&archive[..], to.path(), Owners::Own).unwrap_err().to_string(), error);
+        (error, to)
+    }
+
+    #[test]
+    fn what_cannot_be_packed_does_not_keep_the_rest_from_it() {
+        let from = tempfile::tempdir().unwrap();
+        let deepest = "d/".repeat(MAX_DEPTH + 5);
+        fs::create_dir_all(from.path().join(deepest)).unwrap();
+        fs::write(from.path().join("file"), "contents").unwrap();
+        let (error, to) = partly(from.path());
+        assert!(error.contains("more than 256 directories deep"), "{error}");
+        assert_eq!(fs::read(to.path().join("copy/file")).unwrap(), b"contents");
+        assert!(to.path().join("copy").join("d/".repeat(MAX_DEPTH)).exists());
+    }
+
+    /// Takes an archive, and when it has begun does something once.
+    struct Meanwhile<F>(Vec<u8>, Option<F>);
+
+    impl<F: FnOnce()> Write for Meanwhile<F> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            // The directory's header is a block, and the first file's another.
+            if self.0.len() > 512 {
+                self.1.take().into_iter().for_each(|happens| happens());
+            }
+            self.0.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn files_that_go_meanwhile_are_passed_over_and_one_that_becomes_shorter_is_told() {
+        let from = tempfile::tempdir().unwrap();
+        let names = ["a", "b", "c"];
+        names.iter().for_each(|name| fs::write(from.path().join(name), "contents").unwrap());
+        let go = || names.iter().for_each(|name| fs::remove_file(from.path().join(name)).unwrap());
+        let mut archive = Meanwhile(Vec::new(), Some(go));
+        pack(from.path(), Path::new("copy"), Owners::Own, &mut archive).unwrap();
+        let to = tempfile::tempdir().unwrap();
+        unpack(&archive.0[..], to.path(), Owners::Own).unwrap();
+        assert_eq!(fs::read_dir(to.path().join("copy")).unwrap().count(), 1);
+
+        let log = from.path().join("log");
+        fs::write(&log, vec![1; 200_000]).unwrap();
+        let mut archive = Meanwhile(Vec::new(), Some(|| fs::write(&log, "").unwrap()));
+        let error = pack(from.path(), Path::new("copy"), Owners::Own, &mut archive).unwrap_err().to_string();
+        assert!(error.contains("log: it became shorter meanwhile"), "{error}");
+        let error = unpack(&archive.0[..], to.path(), Owners::Own).unwrap_err().to_string();
+        assert!(error.contains("log: it became shorter meanwhile"), "{error}");
+        assert_eq!(fs::metadata(to.path().join("copy/log")).unwrap().len(), 200_000);
+    }
+
+    #[test]
+    fn a_device_is_left_out_below_and_refused_by_itself() {
+        let from = tempfile::tempdir().unwrap();
+        let other = from.path().join("other");
+        let _socket = std::os::unix::net::UnixListener::bind(&other).unwrap();
+        let (error, to) = partly(&other);
+        assert_eq!(error, format!("{} is a device, pipe or socket and cannot be copied", other.display()));
+        assert_eq!(fs::read_dir(to.path()).unwrap().count(), 0);
+        unpack(&packed(from.path(), "copy")[..], to.path(), Owners::Own).unwrap();
+        assert_eq!(fs::read_dir(to.path().join("copy")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn files_whose_length_the_kernel_does_not_know_are_copied_as_they_are_read() {
+        let to = tempfile::tempdir().unwrap();
+        for path in ["/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled"] {
+            unpack(&packed(Path::new(path), "copy")[..], to.path(), Owners::Own).unwrap();
+            assert_eq!(fs::read(to.path().join("copy")).unwrap(), fs::read(path).unwrap(), "{path}");
+        }
+    }
+
+    #[test]
+    fn without_their_owners_files_are_roots_and_run_as_nobody_else() {
+        let from = tempfile::tempdir().unwrap();
+        let program = from.path().join("program");
+        fs::write(&program, "#!").unwrap();
+        let _ = std::os::unix::fs::chown(&program, Some(4711), Some(4712));
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).unwrap();
+        let of = |owners| {
+            let mut archive = Vec::new();
+            pack(&program, Path::new("program"), owners, &mut archive).unwrap();
+            let header = Header::from_byte_slice(&archive[..512]).clone();
+            (header.uid().unwrap(), header.gid().unwrap(), header.mode().unwrap() & 0o7777)
+        };
+        assert_eq!(of(Owners::Own), (0, 0, 0o755));
+        let metadata = fs::metadata(&program).unwrap();
+        assert_eq!(of(Owners::Kept), (metadata.uid().into(), metadata.gid().into(), 0o4755));
     }
 
     #[test]
@@ -400,16 +774,120 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_refused_by_name() {
-        let mut archive = Builder::new(Vec::new());
-        let mut header = Header::new_gnu();
-        header.set_entry_type(EntryType::Block);
-        header.set_size(0);
-        archive.append_data(&mut header, "disk", io::empty()).unwrap();
+    fn hard_links_of_an_archive_are_made_anew_each_time_and_nothing_else_goes_for_them() {
         let scratch = tempfile::tempdir().unwrap();
+        let (into, outside) = (scratch.path().join("into"), scratch.path().join("outside"));
+        fs::create_dir(&into).unwrap();
+        fs::write(&outside, "kept").unwrap();
+        let archive = hostile(&[
+            (EntryType::Regular, "file".into(), String::new()),
+            (EntryType::Link, "link".into(), "file".into()),
+            (EntryType::Link, "link".into(), "file".into()),
+        ]);
+        for _ in 0..2 {
+            unpack(&archive[..], &into, Owners::Kept).unwrap();
+            let number = |name: &str| fs::metadata(into.join(name)).unwrap().ino();
+            assert_eq!(number("link"), number("file"));
+        }
+        symlink(scratch.path(), into.join("out")).unwrap();
+        let archive = hostile(&[(EntryType::Link, "out/outside".into(), "file".into())]);
+        assert!(unpack(&archive[..], &into, Owners::Kept).is_err());
+        assert_eq!(fs::read(outside).unwrap(), b"kept");
+    }
+
+    #[test]
+    fn what_has_come_of_an_archive_that_is_cut_off_is_as_it_should_be() {
+        let archive = hostile(&[
+            (EntryType::Directory, "named".into(), String::new()),
+            (EntryType::Regular, "named/file".into(), String::new()),
+            (EntryType::Regular, "implied/deep/file".into(), String::new()),
+        ]);
+        let to = tempfile::tempdir().unwrap();
+        let cut = &archive[..archive.len() - 1024];
+        assert!(matches!(unpack(cut, to.path(), Owners::Kept), Err(FilesError::Cut)));
+        let mode = |path: &str| fs::metadata(to.path().join(path)).unwrap().permissions().mode() & 0o777;
+        assert_eq!(["named", "implied", "implied/deep"].map(mode), [0o755; 3]);
+    }
+
+    #[test]
+    fn what_is_never_packed_is_refused_by_name() {
+        for kind in [EntryType::Block, EntryType::Link, EntryType::Continuous, EntryType::XGlobalHeader] {
+            let archive = hostile(&[(kind, "odd".into(), "target".into())]);
+            let scratch = tempfile::tempdir().unwrap();
+            let error = unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string();
+            assert!(error.contains("\"odd\""), "{kind:?}: {error}");
+        }
+    }
+
+    /// The header of an entry that goes on for ever, which nobody reads to its end.
+    struct Endless(io::Chain<io::Cursor<Vec<u8>>, io::Repeat>, u64);
+
+    impl Endless {
+        fn new(kind: u8) -> Endless {
+            let mut header = Header::new_gnu();
+            header.set_entry_type(EntryType::new(kind));
+            header.set_size(1 << 40);
+            header.as_gnu_mut().unwrap().set_is_extended(true);
+            header.set_cksum();
+            Endless(io::Cursor::new(header.as_bytes().to_vec()).chain(io::repeat(b'1')), 0)
+        }
+    }
+
+    impl Read for Endless {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let count = self.0.read(buffer)?;
+            self.1 += count as u64;
+            assert!(self.1 < 1 << 20, "it is read on and on");
+            Ok(count)
+        }
+    }
+
+    #[test]
+    fn what_a_guest_sends_takes_no_memory_that_it_chooses() {
+        for kind in [b'L', b'K', b'x', b'S'] {
+            let scratch = tempfile::tempdir().unwrap();
+            let error = unpack(Endless::new(kind), scratch.path(), Owners::Own).unwrap_err().to_string();
+            assert!(error.contains("the archive has"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_names_of_directories_have_an_end_together() {
+        let name = format!("{}/", "x".repeat(90));
+        let entries = vec![(EntryType::Directory, name.clone(), String::new()); MAX_DIRECTORIES + 1];
+        let scratch = tempfile::tempdir().unwrap();
+        let error = unpack(&hostile(&entries)[..], scratch.path(), Owners::Own).unwrap_err();
+        assert!(matches!(error, FilesError::Directories), "{error}");
+        let mut archive = Builder::new(Vec::new());
+        for _ in 0..MAX_DIRECTORY_NAMES / 4000 + 1 {
+            let mut header = Header::new_gnu();
+            header.set_entry_type(EntryType::Directory);
+            header.set_size(0);
+            archive.append_data(&mut header, "x/".repeat(2000), io::empty()).unwrap();
+        }
         let archive = archive.into_inner().unwrap();
-        let error = unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err().to_string();
-        assert!(error.contains("\"disk\""), "{error}");
+        let error = unpack(&archive[..], scratch.path(), Owners::Own).unwrap_err();
+        assert!(matches!(error, FilesError::Directories), "{error}");
+        assert_eq!(fs::read_dir(&scratch).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn others_may_write_only_what_this_process_lets_them() {
+        let from = tempfile::tempdir().unwrap();
+        fs::create_dir(from.path().join("tree")).unwrap();
+        fs::write(from.path().join("tree/file"), "").unwrap();
+        for path in ["tree/file", "tree"] {
+            fs::set_permissions(from.path().join(path), fs::Permissions::from_mode(0o777)).unwrap();
+        }
+        let to = tempfile::tempdir().unwrap();
+        unpack(&packed(&from.path().join("tree"), "copy")[..], to.path(), Owners::Own).unwrap();
+        let own = tempfile::tempdir_in(&to).unwrap().path().join("own");
+        fs::create_dir_all(&own).unwrap();
+        let expected = fs::metadata(own).unwrap().permissions().mode() & 0o777;
+        for path in ["copy/file", "copy"] {
+            let mode = fs::metadata(to.path().join(path)).unwrap().permissions().mode() & 0o777;
+            assert_eq!(format!("{mode:o}"), format!("{expected:o}"), "{path}");
+        }
     }
 
     /// An archive of entries as no library would write them.
@@ -461,7 +939,8 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_is_written_outside(
-            entries in proptest::collection::vec((kind(), name(), prop_oneof![name(), Just("../outside".to_owned())]), 1..8)
+            entries in proptest::collection::vec((kind(), name(), prop_oneof![name(), Just("../outside".to_owned())]), 1..8),
+            owners in prop_oneof![Just(Owners::Own), Just(Owners::Kept)],
         ) {
             let scratch = tempfile::tempdir().unwrap();
             let (into, outside) = (scratch.path().join("into"), scratch.path().join("outside"));
@@ -470,7 +949,7 @@ mod tests {
             fs::write(outside.join("secret"), "kept").unwrap();
             let before = tree(&outside);
             // It may succeed or not.
-            let _ = unpack(&hostile(&entries)[..], &into, Owners::Own);
+            let _ = unpack(&hostile(&entries)[..], &into, owners);
             prop_assert_eq!(tree(&outside), before);
             prop_assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 2);
         }

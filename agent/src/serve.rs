@@ -131,8 +131,12 @@ fn serve(kernel: Kernel, stream: &UnixStream) -> Result<(), ProtocolError> {
             }
             answer(stream, &Reply::Ok(Done {}))?;
             // What fails is in the archive.
-            let packed =
-                files::pack(path, Path::new(&name), BufWriter::with_capacity(TRANSFER_BYTES, stream));
+            let packed = files::pack(
+                path,
+                Path::new(&name),
+                Owners::Kept,
+                BufWriter::with_capacity(TRANSFER_BYTES, stream),
+            );
             drop(packed);
             Ok(())
         }
@@ -143,6 +147,8 @@ fn serve(kernel: Kernel, stream: &UnixStream) -> Result<(), ProtocolError> {
                 return answer(stream, &Reply::<Done>::Error(refusal));
             }
             answer(stream, &Reply::Ok(Done {}))?;
+            // This thread's own. Until a file is whole and has its mode, it is nobody else's to read.
+            rustix::process::umask(Mode::RWXG | Mode::RWXO);
             let from = BufReader::with_capacity(TRANSFER_BYTES, stream);
             let unpacked = files::unpack(from, path, Owners::Kept);
             answer(stream, &reply(unpacked.map(|()| Done {}).map_err(|error| error.to_string())))

@@ -57,6 +57,9 @@ pub enum ClientError {
     /// The VMM refused; nothing was changed.
     #[error("{0}")]
     Refused(Fault),
+    /// What was to be sent cannot be read here.
+    #[error("what is to be sent cannot be read: {0}")]
+    Source(io::Error),
 }
 
 impl Client {

@@ -155,6 +155,38 @@ fn who_tells_a_stream_learns_that_nobody_listens() {
 }
 
 #[test]
+fn the_first_piece_of_a_log_is_told_from_what_comes_behind_it() {
+    let daemon = Daemon::new();
+    let mut log = daemon.client().logs("web", Log::Console, true).unwrap();
+    assert_eq!(log.first(1000).unwrap(), b"first ");
+    assert_eq!(log.first(99).unwrap(), [b'x'; 100]);
+    let mut rest = Vec::new();
+    log.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest.len(), 99_900);
+    assert_eq!(log.first(10).unwrap(), b"");
+}
+
+/// The daemon would wait for what was announced.
+#[test]
+fn a_file_that_cannot_be_read_is_told_at_once_and_as_what_it_is() {
+    struct Broken;
+    impl Read for Broken {
+        fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+            Err(std::io::Error::other("the disk is broken"))
+        }
+    }
+    let daemon = Daemon::new();
+    let client = daemon.client();
+    for (file, why) in
+        [(&mut Broken as &mut dyn Read, "the disk is broken"), (&mut &b"x"[..], "became shorter")]
+    {
+        let sent = client.put_part("debian", Part::Disk, file, 10, |_| ());
+        let Err(ClientError::Source(error)) = sent else { panic!("{sent:?}") };
+        assert!(error.to_string().contains(why), "{error}");
+    }
+}
+
+#[test]
 fn a_connection_becomes_another_only_for_who_asks_so_and_loses_no_byte() {
     let daemon = Daemon::new();
     let mut console = daemon.client().console("web").unwrap();

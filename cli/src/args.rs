@@ -166,7 +166,8 @@ pub struct Inside {
 /// Create a guest from an image, start it, and run a command in it.
 ///
 /// Without a command this is the user's shell in the guest. When the command ends, the guest is stopped, and berth ends with
-/// the command's exit code; with --rm nothing is left of the guest. The keys of --detach-keys leave it running.
+/// the command's exit code; with --rm nothing is left of the guest. The keys of --detach-keys leave the guest running; the
+/// command that is left ends.
 ///
 /// With --detach the guest's id is printed as soon as it runs. A command is then started in it with the console for its
 /// output (berth logs), and the guest lives on when it ends.
@@ -345,7 +346,11 @@ pub struct Console {
 
 /// Run a command in a guest that is running.
 ///
-/// Its output is ours and so is its exit code; signals that we get go to it. It ends when we are gone.
+/// Its output is ours and so is its exit code; signals that we get go to it. At the second INT, TERM or HUP we do not wait
+/// for it any longer. It ends when we are gone.
+///
+/// The image needs nothing for this. One with an sshd is reached by ssh as well, at the address that inspect shows, for what is
+/// not done here: sessions of a login manager, forwarding.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -368,6 +373,12 @@ pub struct Exec {
 ///
 /// N:PATH is a path in a guest and begins with a slash; - is a tar archive on standard input or output. What is copied to a
 /// directory that exists goes into it.
+///
+/// Files that come into a guest are root's there, with the modes that they have here; those of an archive have the owners that
+/// it names, by number. Files that come out are the user's, with no more rights for others than a new file would have. Links
+/// are copied as links, holes as zeros, and devices, pipes and sockets not at all. A file that cannot be read is told, and the
+/// rest is copied; one that is gone meanwhile is passed over. For files with holes, extended attributes, hard links, or much
+/// that changes little there is rsync, with an image that has an sshd.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -3,7 +3,7 @@
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use api_socket::ClientError;
 use api_socket::fleet::Client;
@@ -12,6 +12,7 @@ use crate::args::value::Name;
 use crate::doctor::facts::GROUP;
 use crate::error::{Error, Result};
 use crate::exit::Exit;
+use crate::output;
 
 /// Guests that are dealt with at a time, where several are named: stopping waits for each, and berthd has a limit of
 /// connections.
@@ -38,6 +39,7 @@ fn explain(what: &str, error: &ClientError) -> Error {
         ClientError::Io { path, source } => unreachable(path, source),
         // Sentences of the API's, where ours is a clause.
         ClientError::Refused(fault) => Error::new(what, fault.message.trim_end_matches('.')),
+        ClientError::Source(error) => Error::new(what, error),
         ClientError::Protocol(why) => Error::new("berthd", format!("its reply is not understood: {why}"))
             .remedy("berth and berthd may be of different versions; berth version tells")
             .exit(Exit::Unreachable),
@@ -64,13 +66,18 @@ fn unreachable(socket: &Path, source: &io::Error) -> Error {
 /// That of the last one that failed; the others are told here.
 pub fn each(names: &[Name], done: impl Fn(&str) -> Result<()> + Sync) -> Result<Exit> {
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(None::<Error>));
+    // Who has read enough wants it done all the same.
+    let is_read = AtomicBool::new(true);
     let work = || {
         while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let outcome = done(name.as_str()).and_then(|()| crate::output::print(&format!("{name}\n")));
+            let outcome = done(name.as_str()).and_then(|()| output::is_read(format!("{name}\n").as_bytes()));
+            if let Ok(false) = outcome {
+                is_read.store(false, Ordering::Relaxed);
+            }
             if let Err(error) = outcome {
                 let mut failed = failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                 if let Some(before) = failed.replace(error) {
-                    eprintln!("berth: {before}");
+                    output::tell(before);
                 }
             }
         }
@@ -83,7 +90,8 @@ pub fn each(names: &[Name], done: impl Fn(&str) -> Result<()> + Sync) -> Result<
     });
     match failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         Some(error) => Err(error),
-        None => Ok(Exit::Ok),
+        None if is_read.into_inner() => Ok(Exit::Ok),
+        None => Ok(Exit::signal(libc::SIGPIPE)),
     }
 }
 

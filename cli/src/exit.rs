@@ -20,12 +20,12 @@ pub enum Exit {
     NotFound,
     /// `run` and `exec`: what the command ended with.
     Command(u8),
-    /// `run` and `exec`: the signal that ended the command.
+    /// The signal that ended us; with `run` and `exec`, the command. SIGPIPE where nobody reads what we say.
     Signal(u8),
 }
 
 /// The table that the help and docs/cli.md show.
-pub const TABLE: [(&str, &str); 9] = [
+pub const TABLE: [(&str, &str); 10] = [
     ("0", "done"),
     ("1", "refused or failed; the message says why and what to do"),
     ("2", "the command line is not understood"),
@@ -34,7 +34,8 @@ pub const TABLE: [(&str, &str); 9] = [
     ("125", "run and exec: berth itself failed, whatever the reason"),
     ("126", "run and exec: the command cannot be executed"),
     ("127", "run and exec: there is no such command in the guest"),
-    ("128 + N", "run and exec: signal N ended the command"),
+    ("128 + N", "run and exec: signal N ended the command; all: signal N ended berth"),
+    ("141", "standard output is no longer read"),
 ];
 
 /// What a shell adds to a signal's number.

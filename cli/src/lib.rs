@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod error;
 pub mod exit;
 mod keys;
+mod outlet;
 pub mod output;
 pub mod packaging;
 mod reach;

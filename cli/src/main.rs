@@ -1,5 +1,6 @@
 //! The life of a `berth` process: read the command line, do the one thing, say why not if not.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::FromArgMatches;
@@ -16,7 +17,8 @@ fn main() -> ExitCode {
         // Help and version are asked for; everything else is a mistake, and told as all of ours are.
         Err(message) if message.use_stderr() => {
             let text = message.render().to_string();
-            eprint!("{}", text.strip_prefix("error: ").map(|text| format!("berth: {text}")).unwrap_or(text));
+            let text = text.strip_prefix("error: ").map(|text| format!("berth: {text}")).unwrap_or(text);
+            let _ = io::stderr().write_all(text.as_bytes());
             return Exit::Usage.into();
         }
         Err(message) => {
@@ -27,7 +29,7 @@ fn main() -> ExitCode {
     match obey(&cli) {
         Ok(exit) => exit.into(),
         Err(error) => {
-            eprintln!("berth: {error}");
+            output::tell(&error);
             error.exit.into()
         }
     }

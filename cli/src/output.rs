@@ -7,6 +7,7 @@ pub mod progress;
 pub mod table;
 pub mod words;
 
+use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
@@ -85,6 +86,30 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text =
         serde_json::to_string_pretty(value).map_err(|error| Error::new("the answer as JSON", error))?;
     print(&(text + "\n"))
+}
+
+/// Writes a part of an answer to standard output, and says whether anybody reads that: for who has more to do than to say it.
+///
+/// # Errors
+/// As for [`print`].
+pub fn is_read(bytes: &[u8]) -> Result<bool> {
+    let mut out = io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        written => judge(written).map(|()| true),
+    }
+}
+
+/// Says something about an answer, on one line of standard error. Part of it may be somebody else's; where that cannot be
+/// written to, there is nobody to be told.
+pub fn tell(text: impl Display) {
+    let _ = writeln!(io::stderr(), "berth: {}", plain(&text.to_string()));
+}
+
+/// The same below what a guest has left of a line.
+pub fn tell_below(text: impl Display) {
+    let _ = writeln!(io::stderr());
+    tell(text);
 }
 
 fn judge(written: io::Result<()>) -> Result<()> {

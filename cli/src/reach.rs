@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent::client;
-use agent::protocol::{Kind, PORT};
+use agent::protocol::{Kind, PORT, ProtocolError};
 use api_socket::ClientError;
 use api_socket::fleet::{Client, Guest, State};
 
@@ -46,7 +46,9 @@ pub fn ready(daemon: &Client, guest: &str, wants_terminal: bool) -> Result<UnixS
                 return connect(daemon, guest, left);
             }
             // The connection breaks if the guest ends, and berthd knows.
-            Ok(_) | Err(client::ClientError::Protocol(_)) if !left.is_zero() => {
+            Ok(_) | Err(client::ClientError::Protocol(ProtocolError::Ended | ProtocolError::Io(_)))
+                if !left.is_zero() =>
+            {
                 std::thread::sleep(LOOK_AGAIN);
                 stream = connect(daemon, guest, left)?;
             }

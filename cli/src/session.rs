@@ -1,7 +1,8 @@
 //! A command in a guest and the person or program here: its output is ours, our input and signals are its.
 //!
-//! One thread waits for everything. What is on its way to the guest is bounded: while the guest does not take it, nothing more
-//! is read here. It starts nothing: it gets a stream on which the agent has said yes.
+//! One thread waits for everything. What is on its way is bounded in both directions: while the guest does not take it, nothing
+//! more is read here, and while nobody here takes it, the guest is not heard. Signals and the keys that leave are, always. It
+//! starts nothing: it gets a stream on which the agent has said yes.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,11 +14,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::args::value::DetachKeys;
 use crate::keys::{Keys, Typed};
+use crate::outlet::Outlet;
 use crate::signals::{self, Signals};
 use crate::terminal;
 
 /// What is read at a time, of our input and of the stream.
 const CHUNK: usize = 32 << 10;
+/// What is typed at a terminal for a guest that does not take it, in bytes; the keys that leave are among it.
+pub const MAX_TYPED: usize = 1 << 20;
 /// A guest that does not take a signal for so long is not going to.
 const SIGNAL_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -30,7 +34,9 @@ pub enum Ending {
     Left,
     /// Nobody reads our output any more.
     Unread,
-    /// A signal came that the guest does not take.
+    /// An output of ours, and why it cannot be written to.
+    Unwritten(&'static str, String),
+    /// A signal came that the guest does not take, or a second one that is to end it.
     Signalled(i32),
     /// The connection to the guest broke.
     Broken(String),
@@ -56,7 +62,10 @@ pub fn run(stream: &UnixStream, here: &Here) -> Ending {
         input: here.input,
         outgoing: Vec::new(),
         received: Vec::new(),
+        output: Outlet::of(here.output, "standard output"),
+        errors: Outlet::of(here.errors, "standard error"),
         signalled: None,
+        is_told_to_end: false,
     };
     if here.input.is_none() {
         session.say(ToGuest::StdinEnd);
@@ -73,16 +82,50 @@ struct Session<'a> {
     input: Option<BorrowedFd<'a>>,
     /// What the guest has not taken yet. Input is read when there is nothing, so it is a chunk at most, and signals.
     outgoing: Vec<u8>,
-    /// What came of a frame that is not whole.
+    /// What came of a frame that is not whole, and while an output waits, of others behind it.
     received: Vec<u8>,
+    output: Outlet<'a>,
+    errors: Outlet<'a>,
     /// A signal that the guest has not taken yet, and since when.
     signalled: Option<(i32, Instant)>,
+    /// By a signal, which the command may not have heeded.
+    is_told_to_end: bool,
 }
 
-/// Where there is something to read.
-struct Ready {
-    stream: bool,
-    input: bool,
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    Signals,
+    /// The guest says something, or takes something.
+    Guest,
+    Input,
+    /// An output takes something.
+    Output,
+}
+
+/// Waits until there is something to do, and says what.
+///
+/// # Errors
+/// Those of poll(2).
+pub fn wait(
+    wanted: &[(Source, BorrowedFd, PollFlags)],
+    limit: Option<Duration>,
+) -> rustix::io::Result<Vec<(Source, PollFlags)>> {
+    // Of what nothing is wanted, its end would be told again and again.
+    let wanted: Vec<_> = wanted.iter().filter(|(_, _, flags)| !flags.is_empty()).collect();
+    let mut fds: Vec<_> = wanted.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+    match poll(&mut fds, limit.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error),
+    }
+    let ready = wanted.iter().map(|(source, ..)| *source).zip(fds.iter().map(PollFd::revents));
+    Ok(ready.filter(|(_, events)| !events.is_empty()).collect())
+}
+
+/// What to wait for, if it is wanted.
+pub fn when(is_wanted: bool, flags: PollFlags) -> PollFlags {
+    if is_wanted { flags } else { PollFlags::empty() }
 }
 
 impl Session<'_> {
@@ -91,50 +134,57 @@ impl Session<'_> {
         loop {
             self.hear()?;
             self.send()?;
-            let Ready { stream, input } = self.wait()?;
+            let ready = self.wait()?;
             while let Some(signal) = self.here.signals.next() {
-                self.signal(signal);
+                self.signal(signal)?;
             }
-            if input {
-                self.read_input()?;
-            }
-            if stream {
-                self.receive()?;
+            for (source, events) in ready {
+                match source {
+                    Source::Input => self.read_input()?,
+                    Source::Guest if !(events - PollFlags::OUT).is_empty() => self.receive()?,
+                    Source::Guest | Source::Signals | Source::Output => {}
+                }
             }
         }
     }
 
-    fn wait(&self) -> Result<Ready, Ending> {
-        let mut wanted = PollFlags::IN;
-        wanted.set(PollFlags::OUT, !self.outgoing.is_empty());
-        let mut fds = vec![PollFd::new(self.stream, wanted), PollFd::new(self.here.signals, PollFlags::IN)];
-        if let Some(input) = self.input.filter(|_| self.outgoing.is_empty()) {
-            fds.push(PollFd::from_borrowed_fd(input, PollFlags::IN));
-        }
+    fn wait(&self) -> Result<Vec<(Source, PollFlags)>, Ending> {
         let limit = match self.signalled {
             Some((signal, since)) if since.elapsed() >= SIGNAL_PATIENCE => {
                 return Err(Ending::Signalled(signal));
             }
-            Some(_) => Timespec::try_from(SIGNAL_PATIENCE).ok(),
-            None => None,
+            signalled => signalled.map(|_| SIGNAL_PATIENCE),
         };
-        match poll(&mut fds, limit.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(broken(error)),
-        }
-        let is_set = |index: usize| fds.get(index).map_or(PollFlags::empty(), PollFd::revents);
-        Ok(Ready { stream: !(is_set(0) - PollFlags::OUT).is_empty(), input: !is_set(2).is_empty() })
+        let takes_input = match self.keys {
+            Some(_) => self.outgoing.len() < MAX_TYPED,
+            None => self.outgoing.is_empty(),
+        };
+        let guest = when(self.is_shown(), PollFlags::IN) | when(!self.outgoing.is_empty(), PollFlags::OUT);
+        let mut wanted = vec![
+            (Source::Signals, self.here.signals.as_fd(), PollFlags::IN),
+            (Source::Guest, self.stream.as_fd(), guest),
+            (Source::Output, self.output.as_fd(), when(!self.output.is_empty(), PollFlags::OUT)),
+            (Source::Output, self.errors.as_fd(), when(!self.errors.is_empty(), PollFlags::OUT)),
+        ];
+        wanted.extend(self.input.map(|input| (Source::Input, input, when(takes_input, PollFlags::IN))));
+        wait(&wanted, limit).map_err(broken)
     }
 
-    fn signal(&mut self, signal: i32) {
+    fn signal(&mut self, signal: i32) -> Result<(), Ending> {
         match signal {
             signals::WINDOW if self.keys.is_some() => self.say(ToGuest::Window(terminal::size())),
             signals::WINDOW => {}
+            // The first is the command's to heed; who sends another does not want to wait for that.
+            signal if signals::ENDING.contains(&signal) && self.is_told_to_end => {
+                return Err(Ending::Signalled(signal));
+            }
             signal => {
                 self.say(ToGuest::Signal(signal));
                 self.signalled.get_or_insert((signal, Instant::now()));
+                self.is_told_to_end |= signals::ENDING.contains(&signal);
             }
         }
+        Ok(())
     }
 
     fn say(&mut self, message: ToGuest) {
@@ -200,40 +250,31 @@ impl Session<'_> {
         }
     }
 
-    /// All that came whole.
+    /// All that came whole, as long as it is taken here.
     fn hear(&mut self) -> Result<(), Ending> {
-        while let Some(frame) = Frame::take(&mut self.received).map_err(broken)? {
+        loop {
+            self.output.flush()?;
+            self.errors.flush()?;
+            if !self.is_shown() {
+                return Ok(());
+            }
+            let Some(frame) = Frame::take(&mut self.received).map_err(broken)? else { return Ok(()) };
             match FromGuest::parse(frame).map_err(broken)? {
-                FromGuest::Stdout(bytes) => write(self.here.output, &bytes)?,
-                FromGuest::Stderr(bytes) => write(self.here.errors, &bytes)?,
+                FromGuest::Stdout(bytes) => self.output.push(&bytes),
+                FromGuest::Stderr(bytes) => self.errors.push(&bytes),
                 FromGuest::Exit(exit) => return Err(Ending::Exit(exit)),
             }
         }
-        Ok(())
+    }
+
+    /// All that was heard so far.
+    fn is_shown(&self) -> bool {
+        self.output.is_empty() && self.errors.is_empty()
     }
 }
 
 fn broken(why: impl ToString) -> Ending {
     Ending::Broken(why.to_string())
-}
-
-/// Writes all of it, however long that takes: who does not read makes the guest wait.
-///
-/// # Errors
-/// [`Ending::Unread`], whatever the reason.
-pub fn write(to: BorrowedFd, mut bytes: &[u8]) -> Result<(), Ending> {
-    while !bytes.is_empty() {
-        match rustix::io::write(to, bytes) {
-            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-            Err(rustix::io::Errno::INTR) => {}
-            // Somebody who has it too wanted it so.
-            Err(rustix::io::Errno::AGAIN) => {
-                let _ = poll(&mut [PollFd::from_borrowed_fd(to.as_fd(), PollFlags::OUT)], None);
-            }
-            Err(_) => return Err(Ending::Unread),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -4,11 +4,14 @@
 use std::io::{self, PipeReader};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
 pub const WINDOW: i32 = libc::SIGWINCH;
+
+/// What is sent to have something end, and may be heeded.
+pub const ENDING: [i32; 3] = [libc::SIGHUP, libc::SIGINT, libc::SIGTERM];
 
 /// What a command in a guest is told of, and what ends a wait.
 const TAKEN: [i32; 7] =
@@ -67,31 +70,7 @@ impl Signals {
     /// # Errors
     /// The signal.
     pub fn during<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, i32> {
-        // The end of the pipe is in the thread, and closes with it.
-        let (end, worker) = match io::pipe() {
-            Ok((end, thread_end)) => {
-                let work = move || {
-                    let result = work();
-                    drop(thread_end);
-                    result
-                };
-                (end, thread::spawn(work))
-            }
-            // Without a pipe there is no descriptor left for the work either, and it says so.
-            Err(_) => return Ok(work()),
-        };
-        loop {
-            if let Some(signal) = self.wait(&end) {
-                match signal {
-                    WINDOW => continue,
-                    signal => return Err(signal),
-                }
-            }
-            match worker.join() {
-                Ok(result) => return Ok(result),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
+        Work::begin(work).wait(self).map_err(|(signal, _)| signal)
     }
 
     /// A signal, or none when the pipe has ended.
@@ -106,6 +85,56 @@ impl Signals {
             if has_ended || waited.is_err_and(|error| error != rustix::io::Errno::INTR) {
                 return None;
             }
+        }
+    }
+}
+
+/// Something that is being done in a thread of its own.
+pub struct Work<T> {
+    /// Ends with the thread, which has the other end.
+    end: PipeReader,
+    thread: JoinHandle<T>,
+}
+
+/// Work that goes on, or has been done: without a pipe there is no descriptor left for the work either, and it says so.
+pub enum Begun<T> {
+    Going(Work<T>),
+    Done(T),
+}
+
+impl<T: Send + 'static> Work<T> {
+    /// After [`Signals::take`], so that no signal goes to the thread.
+    pub fn begin(work: impl FnOnce() -> T + Send + 'static) -> Begun<T> {
+        let Ok((end, thread_end)) = io::pipe() else { return Begun::Done(work()) };
+        let work = move || {
+            let result = work();
+            drop(thread_end);
+            result
+        };
+        Begun::Going(Work { end, thread: thread::spawn(work) })
+    }
+}
+
+impl<T> Begun<T> {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// A signal that asks us to end, and the work, which goes on and may be waited for again.
+    pub fn wait(self, signals: &Signals) -> Result<T, (i32, Begun<T>)> {
+        let work = match self {
+            Begun::Done(result) => return Ok(result),
+            Begun::Going(work) => work,
+        };
+        loop {
+            match signals.wait(&work.end) {
+                Some(WINDOW) => {}
+                Some(signal) => return Err((signal, Begun::Going(work))),
+                None => break,
+            }
+        }
+        match work.thread.join() {
+            Ok(result) => Ok(result),
+            Err(panic) => std::panic::resume_unwind(panic),
         }
     }
 }

@@ -193,6 +193,20 @@ fn files_go_both_ways(guest: &Guest) {
     fetch(guest, "/absolute/er/large", None, &back).unwrap();
     assert_eq!(fs::read(back.join("large")).unwrap(), data(5, BYTES));
 
+    // While it is on its way a file is nobody else's to read, and a directory that nobody said anything of is as usual.
+    fs::write(tree.join("program"), data(6, BYTES)).unwrap();
+    let mut archive = Vec::new();
+    files::pack(&tree.join("program"), Path::new("new/half"), Owners::Own, &mut archive).unwrap();
+    let mut stream = guest.agent();
+    client::unpack(&mut stream, "/srv").unwrap();
+    stream.write_all(&archive[..BYTES / 2]).unwrap();
+    let wait = "until [ -s /srv/new/half ]; do sleep 0.1; done; stat -c %a /srv/new/half";
+    assert_eq!(said(guest, wait), "600\n");
+    stream.write_all(&archive[BYTES / 2..]).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    client::unpacked(&mut stream).unwrap();
+    assert_eq!(said(guest, "stat -c %a /srv/new /srv/new/half"), "755\n750\n");
+
     let missing = fetch(guest, "/no/such", None, &back).unwrap_err();
     assert!(missing.contains("/no/such"), "{missing}");
     let nowhere = send(guest, &tree.join("program"), "p", "/etc/hosts").unwrap_err();
@@ -218,7 +232,7 @@ fn send(guest: &Guest, path: &Path, name: &str, into: &str) -> Result<(), String
     let mut stream = guest.agent();
     client::unpack(&mut stream, into).map_err(|error| error.to_string())?;
     // Who refuses an entry does not read what follows it, and says so afterwards.
-    let packed = files::pack(path, Path::new(name), &stream);
+    let packed = files::pack(path, Path::new(name), Owners::Own, &stream);
     let _ = stream.shutdown(Shutdown::Write);
     client::unpacked(&mut stream).map_err(|error| error.to_string())?;
     packed.map_err(|error| error.to_string())

@@ -121,7 +121,7 @@ fn operate(client: &Client, guests: u32, operator: u32, is_over: &AtomicBool) ->
                 assert!(![400, 404].contains(&fault.status), "{guest}: {fault}");
                 refused += 1;
             }
-            Err(ClientError::Io { .. } | ClientError::Protocol(_)) => {
+            Err(ClientError::Io { .. } | ClientError::Protocol(_) | ClientError::Source(_)) => {
                 refused += 1;
                 thread::sleep(Duration::from_millis(10));
             }

@@ -143,26 +143,33 @@ impl Client {
         let mut stream = self.open()?;
         let head =
             format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n");
-        let mut send = || -> io::Result<()> {
-            stream.write_all(head.as_bytes())?;
+        let mut send = || -> Result<(), Unsent> {
+            stream.write_all(head.as_bytes()).map_err(Unsent::There)?;
             let mut buffer = vec![0; COPY_SIZE];
             let mut sent = 0;
             while sent < length {
                 let wanted = usize::try_from(length - sent).map_or(COPY_SIZE, |left| left.min(COPY_SIZE));
-                let count = file.read(buffer.get_mut(..wanted).unwrap_or_default())?;
-                if count == 0 {
-                    return Err(io::Error::new(
-                        ErrorKind::UnexpectedEof,
-                        "the file became shorter meanwhile",
-                    ));
-                }
-                stream.write_all(buffer.get(..count).unwrap_or_default())?;
+                let count = match file.read(buffer.get_mut(..wanted).unwrap_or_default()) {
+                    Ok(0) => {
+                        let why = "the file became shorter meanwhile";
+                        return Err(Unsent::Here(io::Error::new(ErrorKind::UnexpectedEof, why)));
+                    }
+                    Ok(count) => count,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) => return Err(Unsent::Here(error)),
+                };
+                stream.write_all(buffer.get(..count).unwrap_or_default()).map_err(Unsent::There)?;
                 sent += count as u64;
                 progress(sent);
             }
             Ok(())
         };
-        let sent = send();
+        let sent = match send() {
+            // The daemon waits for what does not come, and has nothing to say before.
+            Err(Unsent::Here(error)) => return Err(ClientError::Source(error)),
+            Err(Unsent::There(error)) => Err(error),
+            Ok(()) => Ok(()),
+        };
         // Who refuses may close before everything is read, and what it said is worth more than that.
         match (client::read_reply(&mut stream), sent) {
             (Ok(response), _) if response.status != 204 => {
@@ -274,6 +281,12 @@ impl Client {
     }
 }
 
+/// Why not all of a file was sent.
+enum Unsent {
+    Here(io::Error),
+    There(io::Error),
+}
+
 fn encode(request: &Request) -> Result<(&'static str, String, Option<String>), ClientError> {
     routes::encode(request).map_err(|error| ClientError::Protocol(error.to_string()))
 }
@@ -294,6 +307,19 @@ impl fmt::Debug for Pieces {
 }
 
 impl Pieces {
+    /// The first piece, or as much of it as this, and waits for it: of a log, what is kept of it so far if that is anything.
+    ///
+    /// # Errors
+    /// The daemon goes away.
+    pub fn first(&mut self, most: u64) -> io::Result<Vec<u8>> {
+        let mut piece = vec![0];
+        let begun = self.read(&mut piece)?;
+        piece.truncate(begun);
+        let left = (self.left as u64).min(most);
+        self.take(left).read_to_end(&mut piece)?;
+        Ok(piece)
+    }
+
     /// RFC 9112 section 7.1, without extensions and trailers, which this server does not send.
     fn next_length(&mut self) -> io::Result<usize> {
         if !std::mem::take(&mut self.is_first) {

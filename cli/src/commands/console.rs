@@ -8,14 +8,16 @@ use std::time::Duration;
 use agent::client;
 use agent::protocol::PORT;
 use api_socket::fleet::Client;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::PollFlags;
 
 use crate::args::Console;
 use crate::daemon::About;
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::keys::{Keys, Typed};
-use crate::session::{self, Ending};
+use crate::outlet::Outlet;
+use crate::output;
+use crate::session::{self, Ending, MAX_TYPED, Source, when};
 use crate::signals::{self, Signals};
 use crate::terminal::{self, Raw};
 
@@ -32,7 +34,7 @@ pub fn run(daemon: &Client, args: &Console) -> Result<Exit> {
     let stream = daemon.console(guest).about(guest)?;
     let is_terminal = terminal::is_ours();
     if is_terminal {
-        eprintln!("berth: this is the console of {guest}; {} leaves", shown(args));
+        output::tell(format_args!("this is the console of {guest}; {} leaves", shown(args)));
     }
     let raw = match is_terminal {
         true => Some(Raw::set().map_err(|error| Error::new("the terminal", error))?),
@@ -42,12 +44,13 @@ pub fn run(daemon: &Client, args: &Console) -> Result<Exit> {
     let ending = attached.run(Keys::new(&args.detach_keys));
     drop(raw);
     if is_terminal {
-        eprintln!("\nberth: left the console of {guest}");
+        output::tell_below(format_args!("left the console of {guest}"));
     }
     match ending {
         Ending::Left | Ending::Exit(_) => Ok(Exit::Ok),
         Ending::Unread => Ok(Exit::signal(libc::SIGPIPE)),
         Ending::Signalled(signal) => Ok(Exit::signal(signal)),
+        Ending::Unwritten(what, why) => Err(Error::new(what, why)),
         Ending::Broken(why) => Err(Error::new(guest, why)),
     }
 }
@@ -74,66 +77,67 @@ struct Attached<'a> {
 
 impl Attached<'_> {
     /// Until the guest ends, the keys are typed or a signal comes.
-    fn run(&self, mut keys: Keys) -> Ending {
+    fn run(&self, keys: Keys) -> Ending {
+        self.stay(keys).unwrap_or_else(|ending| ending)
+    }
+
+    fn stay(&self, mut keys: Keys) -> std::result::Result<Ending, Ending> {
+        let broken = |error: &dyn ToString| Ending::Broken(error.to_string());
+        self.stream.set_nonblocking(true).map_err(|error| broken(&error))?;
         let (input, output) = (io::stdin(), io::stdout());
         let mut input = terminal::may_read().then(|| input.as_fd());
+        let mut shown = Outlet::of(output.as_fd(), "standard output");
+        let mut typed = Outlet::nonblocking(self.stream.as_fd(), "the console");
         if self.is_terminal {
             self.tell_size();
         }
         let mut chunk = [0; CHUNK];
         loop {
-            let mut fds =
-                vec![PollFd::new(self.stream, PollFlags::IN), PollFd::new(self.signals, PollFlags::IN)];
-            fds.extend(input.map(|input| PollFd::from_borrowed_fd(input, PollFlags::IN)));
-            match poll(&mut fds, None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Ending::Broken(error.to_string()),
-            }
-            let [from_guest, typed] =
-                [0, 2].map(|index| fds.get(index).is_some_and(|fd| !fd.revents().is_empty()));
+            shown.flush()?;
+            typed.flush().map_err(|_| broken(&"the console has ended"))?;
+            // A guest that does not read its console makes a program wait, and a person only late.
+            let takes_input = if self.is_terminal { typed.waiting() < MAX_TYPED } else { typed.is_empty() };
+            let guest = when(shown.is_empty(), PollFlags::IN) | when(!typed.is_empty(), PollFlags::OUT);
+            let mut wanted = vec![
+                (Source::Signals, self.signals.as_fd(), PollFlags::IN),
+                (Source::Guest, self.stream.as_fd(), guest),
+                (Source::Output, shown.as_fd(), when(!shown.is_empty(), PollFlags::OUT)),
+            ];
+            wanted.extend(input.map(|input| (Source::Input, input, when(takes_input, PollFlags::IN))));
+            let ready = session::wait(&wanted, None).map_err(|error| broken(&error))?;
             while let Some(signal) = self.signals.next() {
                 match signal {
                     signals::WINDOW if self.is_terminal => self.tell_size(),
                     signals::WINDOW => {}
-                    signal => return Ending::Signalled(signal),
+                    signal => return Ok(Ending::Signalled(signal)),
                 }
             }
-            if from_guest {
-                match (&mut &*self.stream).read(&mut chunk) {
-                    // The guest has ended.
-                    Ok(0) => return Ending::Left,
-                    Ok(count) => {
-                        if let Err(ending) =
-                            session::write(output.as_fd(), chunk.get(..count).unwrap_or_default())
-                        {
-                            return ending;
+            for (source, events) in ready {
+                match (source, input) {
+                    (Source::Guest, _) if !(events - PollFlags::OUT).is_empty() => {
+                        match (&mut &*self.stream).read(&mut chunk) {
+                            // The guest has ended.
+                            Ok(0) => return Ok(Ending::Left),
+                            Ok(count) => shown.push(chunk.get(..count).unwrap_or_default()),
+                            Err(error) if is_harmless(&error) => {}
+                            Err(error) => return Err(broken(&error)),
                         }
                     }
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Ending::Broken(error.to_string()),
-                }
-            }
-            if let Some(from) = input.filter(|_| typed) {
-                match rustix::io::read(from, &mut chunk) {
-                    Ok(count @ 1..) => {
-                        let typed = chunk.get(..count).unwrap_or_default();
-                        let typed = match self.is_terminal {
-                            true => keys.typed(typed),
-                            false => Typed::On(typed.to_vec()),
-                        };
-                        match typed {
-                            Typed::Leave(_) => return Ending::Left,
-                            // A guest that does not read its console makes us wait; the keys are not looked for then.
-                            Typed::On(bytes) if session::write(self.stream.as_fd(), &bytes).is_err() => {
-                                return Ending::Broken("the console has ended".into());
+                    (Source::Input, Some(from)) => match rustix::io::read(from, &mut chunk) {
+                        Ok(count @ 1..) => {
+                            let bytes = chunk.get(..count).unwrap_or_default();
+                            match self.is_terminal.then(|| keys.typed(bytes)) {
+                                Some(Typed::Leave(_)) => return Ok(Ending::Left),
+                                Some(Typed::On(bytes)) => typed.push(&bytes),
+                                None => typed.push(bytes),
                             }
-                            Typed::On(_) => {}
                         }
-                    }
-                    Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                    // No more will be typed; what the guest says goes on.
-                    Ok(_) | Err(_) if !self.is_terminal => input = None,
-                    Ok(_) | Err(_) => return Ending::Left,
+                        Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                        // No more will be typed; what the guest says goes on.
+                        Ok(_) | Err(_) if !self.is_terminal => input = None,
+                        Ok(_) | Err(_) => return Ok(Ending::Left),
+                    },
+                    _ => {}
                 }
             }
         }
@@ -150,6 +154,11 @@ impl Attached<'_> {
             }
         });
     }
+}
+
+/// Would be as good a moment later.
+fn is_harmless(error: &io::Error) -> bool {
+    [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind())
 }
 
 #[cfg(test)]

@@ -6,12 +6,11 @@
 mod watch;
 
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, BufReader, BufWriter, IsTerminal, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -24,16 +23,19 @@ use crate::args::value::{Name, Place};
 use crate::args::{Copy, Cp};
 use crate::error::{During, Error, Result};
 use crate::exit::Exit;
-use crate::output::progress::Progress;
+use crate::output::{self, progress::Progress};
 use crate::reach::{self, told};
-use crate::session::{self, Ending};
-use crate::signals::Signals;
+use crate::signals::{Signals, Work};
 use watch::Watch;
 
 /// What is moved at a time.
 const CHUNK: usize = 64 << 10;
 /// The most directories in directories that are merged with what is there.
 const MAX_DEPTH: usize = 256;
+/// The mode by which an owner may do everything with a directory.
+const OWNERS: u32 = 0o700;
+/// Why nothing is copied to a device or a pipe, on either side.
+const OTHER: &str = "it is neither a file nor a directory, and is not written over";
 
 /// # Errors
 /// The sides are no copy, the guest or this host refuses, or the connection breaks.
@@ -53,6 +55,8 @@ fn out(daemon: &Client, guest: &Name, path: &str, to: &Place) -> Result<Exit> {
     let Place::Local(to) = to else { return stream_out(daemon, guest, path, &about) };
     let (directory, name) =
         place(to, Path::new(path)).map_err(|why| Error::new(to.display().to_string(), why))?;
+    let target = directory.join(&name);
+    may_replace(&target).map_err(|why| Error::new(target.display().to_string(), why))?;
     let stream = ready(daemon, guest)?;
     let sent_as =
         name.to_str().ok_or_else(|| Error::new(to.display().to_string(), "its name must be UTF-8"))?;
@@ -63,21 +67,39 @@ fn out(daemon: &Client, guest: &Name, path: &str, to: &Place) -> Result<Exit> {
     let staging = Staging::make(&directory)?;
     let (aside, from) = (staging.0.clone(), stream.try_clone().during(|| about.clone())?);
     let label = about.clone();
-    let unpacked = signals.during(move || {
+    let unpacking = Work::begin(move || {
         let progress = Progress::bytes(&label, None);
         let from = progress.reader(BufReader::with_capacity(CHUNK, from));
         files::unpack(from, &aside, Owners::Own)
     });
-    match unpacked {
-        Ok(unpacked) => unpacked.during(|| about)?,
-        Err(signal) => {
+    let missing = match unpacking.wait(&signals) {
+        Ok(Ok(())) => None,
+        // The guest has sent all but that.
+        Ok(Err(FilesError::Broken(why))) => Some(why),
+        Ok(Err(error)) => return Err(Error::new(about, error)),
+        Err((signal, unpacking)) => {
+            // What it would still write would be left here.
             let _ = stream.shutdown(Shutdown::Both);
+            let _ = unpacking.wait(&signals);
             return Ok(Exit::signal(signal));
         }
+    };
+    let came = staging.0.join(&name);
+    if missing.is_none() || fs::symlink_metadata(&came).is_ok() {
+        put(&came, &target, MAX_DEPTH).during(|| target.display().to_string())?;
     }
-    let (from, to) = (staging.0.join(&name), directory.join(&name));
-    put(&from, &to, MAX_DEPTH).during(|| to.display().to_string())?;
-    Ok(Exit::Ok)
+    missing.map_or(Ok(Exit::Ok), |why| Err(Error::new(about, why)))
+}
+
+/// A file that takes the place of a device or a pipe is not what is meant by its name, nor by that of a link to it.
+fn may_replace(target: &Path) -> std::result::Result<(), &'static str> {
+    let is_other = |found: io::Result<fs::Metadata>| {
+        found.is_ok_and(|found| !found.is_file() && !found.is_dir() && !found.is_symlink())
+    };
+    match is_other(fs::symlink_metadata(target)) || is_other(fs::metadata(target)) {
+        true => Err(OTHER),
+        false => Ok(()),
+    }
 }
 
 /// The directory that something comes into, and its name there.
@@ -115,7 +137,21 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        if fs::remove_dir_all(&self.0).is_err() {
+            open_all(&self.0);
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+}
+
+/// Lets the owner do everything in a directory and those in it, as far as they are the owner's.
+fn open_all(directory: &Path) {
+    let mut left = vec![directory.to_path_buf()];
+    while let Some(directory) = left.pop() {
+        let _ = fs::set_permissions(&directory, Permissions::from_mode(OWNERS));
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+        left.extend(entries.filter(is_dir).map(|entry| entry.path()));
     }
 }
 
@@ -123,8 +159,18 @@ impl Drop for Staging {
 /// is followed.
 fn put(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
     let is_dir = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
-    if !(is_dir(from) && is_dir(to)) {
+    if !is_dir(to) {
+        may_replace(to).map_err(|why| io::Error::other(format!("{}: {why}", to.display())))?;
+    }
+    if !is_dir(from) {
         return fs::rename(from, to);
+    }
+    // A directory that may not be written is neither moved nor moved out of, but for root.
+    let mode = fs::symlink_metadata(from)?.permissions();
+    fs::set_permissions(from, Permissions::from_mode(mode.mode() | OWNERS))?;
+    if !is_dir(to) {
+        fs::rename(from, to)?;
+        return fs::set_permissions(to, mode);
     }
     let Some(depth) = depth.checked_sub(1) else {
         return Err(io::Error::other("directories are too deep in each other to be merged"));
@@ -138,8 +184,7 @@ fn put(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
 
 /// The archive itself, for whoever reads it.
 fn stream_out(daemon: &Client, guest: &Name, path: &str, about: &str) -> Result<Exit> {
-    let output = io::stdout();
-    if output.is_terminal() {
+    if io::stdout().is_terminal() {
         return Err(Error::new(about, "an archive is nothing for a terminal").remedy("send it on: … | tar t"));
     }
     let mut stream = ready(daemon, guest)?;
@@ -152,11 +197,8 @@ fn stream_out(daemon: &Client, guest: &Name, path: &str, about: &str) -> Result<
             Ok(count) => {
                 let bytes = chunk.get(..count).unwrap_or_default();
                 watch.see(bytes);
-                if let Err(ending) = session::write(output.as_fd(), bytes) {
-                    return match ending {
-                        Ending::Unread => Ok(Exit::signal(libc::SIGPIPE)),
-                        _ => Err(Error::new(about, "standard output cannot be written to")),
-                    };
+                if !output::is_read(bytes)? {
+                    return Ok(Exit::signal(libc::SIGPIPE));
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -194,18 +236,20 @@ fn into(daemon: &Client, from: &Place, guest: &Name, path: &str) -> Result<Exit>
     let mut to = Counted { to: &stream, progress };
     let sent = match source {
         Some((from, _)) => {
-            let packed = files::pack(&from, Path::new(&name), BufWriter::with_capacity(CHUNK, &mut to));
+            let packed =
+                files::pack(&from, Path::new(&name), Owners::Own, BufWriter::with_capacity(CHUNK, &mut to));
             packed.map_err(Unsent::from)
         }
         None => io::copy(&mut io::stdin().lock(), &mut to).map(drop).map_err(|_| Unsent::Connection),
     };
     drop(to);
     let _ = stream.shutdown(Shutdown::Write);
+    let unpacked = client::unpacked(&mut &stream);
     // What could not be read here is said first; of a connection that ended, the guest knows why.
     if let Err(Unsent::Here(why)) = &sent {
         return Err(Error::new("cp", why));
     }
-    client::unpacked(&mut &stream).map_err(|error| refused(&error))?;
+    unpacked.map_err(|error| refused(&error))?;
     match sent {
         Ok(()) => Ok(Exit::Ok),
         Err(_) => Err(Error::new(&about, "the connection ended early")),
@@ -263,7 +307,7 @@ fn inside(path: &str, kind: Kind, from: &Path) -> std::result::Result<(String, O
         Kind::Nothing | Kind::File => {
             Err("there is no such directory; make it, or leave out the slash at its end".into())
         }
-        Kind::Other => Err("it is neither a file nor a directory, and is not written over".into()),
+        Kind::Other => Err(OTHER.into()),
     }
 }
 

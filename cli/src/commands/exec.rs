@@ -11,7 +11,7 @@ use api_socket::fleet::Client;
 use crate::args::{Exec, Inside};
 use crate::error::{During, Error, Result};
 use crate::exit::Exit;
-use crate::output::progress::Progress;
+use crate::output::{self, progress::Progress};
 use crate::reach::{self, told};
 use crate::session::{self, Ending, Here};
 use crate::signals::Signals;
@@ -38,6 +38,7 @@ fn exec(daemon: &Client, args: &Exec) -> Result<Exit> {
         Ending::Left => Ok(Exit::Ok),
         Ending::Unread => Ok(Exit::signal(libc::SIGPIPE)),
         Ending::Signalled(signal) => Ok(Exit::signal(signal)),
+        Ending::Unwritten(what, why) => Err(Error::new(what, why)),
         Ending::Broken(why) => Err(Error::new(guest, why)
             .remedy(format!("the guest or its agent has ended: berth ps --all; berth logs {guest}"))),
     }
@@ -80,7 +81,7 @@ pub fn inside(
     );
     drop(raw);
     if matches!(ending, Ending::Left) && io::stderr().is_terminal() {
-        eprintln!("\nberth: left {guest}");
+        output::tell_below(format_args!("left {guest}"));
     }
     Ok(ending)
 }

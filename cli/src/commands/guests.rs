@@ -9,7 +9,7 @@ use crate::args::{
 use crate::daemon::{About, each};
 use crate::error::Result;
 use crate::exit::Exit;
-use crate::output;
+use crate::output::{self, progress::Progress};
 
 /// What berthd is asked for.
 pub fn new_guest(guest: &Guest, image: &str) -> NewGuest {
@@ -32,7 +32,10 @@ pub fn new_guest(guest: &Guest, image: &str) -> NewGuest {
 /// berthd refuses or is not there.
 pub fn create(daemon: &Client, args: &Create) -> Result<Exit> {
     let image = args.image.as_str();
+    // Its disk may have to be copied.
+    let waiting = Progress::waiting(&format!("making a guest from {image}"));
     let guest = daemon.create(new_guest(&args.guest, image)).about(image)?;
+    drop(waiting);
     output::print(&format!("{}\n", guest.id)).map(|()| Exit::Ok)
 }
 

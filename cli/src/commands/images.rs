@@ -4,11 +4,12 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::path::Path;
 
+use api_socket::ClientError;
 use api_socket::fleet::{Client, Image, NewImage, Part};
 
 use crate::args::{ImageInspect, ImageLs, ImageRm, Import};
 use crate::daemon::{About, each};
-use crate::error::{During, Result};
+use crate::error::{During, Error, Result};
 use crate::exit::Exit;
 use crate::output::progress::Progress;
 use crate::output::table::Table;
@@ -24,13 +25,18 @@ pub fn import(daemon: &Client, args: &Import) -> Result<Exit> {
     // Before anything is sent, each file is open.
     let files: Vec<_> = files
         .into_iter()
-        .map(|(part, path)| open(path).map(|(file, length)| (part, file, length)))
+        .map(|(part, path)| open(path).map(|(file, length)| (part, path, file, length)))
         .collect::<Result<_>>()?;
-    for (part, mut file, length) in files {
+    for (part, path, mut file, length) in files {
         let progress = Progress::bytes(part.as_str(), Some(length));
         let mut before = 0;
         let tell = |sent: u64| progress.advance(sent - std::mem::replace(&mut before, sent));
-        daemon.put_part(name, part, &mut file, length, tell).about(name)?;
+        match daemon.put_part(name, part, &mut file, length, tell) {
+            Err(ClientError::Source(error)) => {
+                return Err(Error::new(format!("cannot read {}", path.display()), error));
+            }
+            sent => sent.about(name)?,
+        }
     }
     daemon.put_image(name, NewImage { command_line: args.cmdline.clone() }).about(name)?;
     output::print(&format!("{name}\n")).map(|()| Exit::Ok)

@@ -6,14 +6,14 @@ use api_socket::ClientError;
 use api_socket::fleet::{Client, Guest, NewGuest, State, Stop};
 
 use super::{exec, guests};
-use crate::args::Run;
+use crate::args::{Inside, Run};
 use crate::daemon::About;
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::output::{self, progress::Progress};
 use crate::reach;
 use crate::session::Ending;
-use crate::signals::Signals;
+use crate::signals::{Signals, Work};
 
 /// The shell that the user has in the guest, as a login would start it.
 const SHELL: [&str; 3] = ["/bin/sh", "-c", "exec \"${SHELL:-/bin/sh}\" -l"];
@@ -31,19 +31,31 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
     let waiting = Progress::waiting(&format!("starting {image}"));
     let new = NewGuest { remove_when_ended: args.rm, ..guests::new_guest(&args.guest, image) };
-    let made = daemon.create(new).about(image)?;
+    let client = daemon.clone();
+    let made = match Work::begin(move || client.create(new)).wait(&signals) {
+        Ok(made) => made.about(image)?,
+        Err((signal, making)) => {
+            // It comes to be all the same, and nothing that has run in it is lost. Who does not want to wait leaves it.
+            if let Ok(Ok(made)) = making.wait(&signals) {
+                let _ = daemon.remove(&made.id, true);
+            }
+            return Ok(Exit::signal(signal));
+        }
+    };
     let end = End { daemon, guest: &made, signals: &signals, removes: args.rm };
     let (client, id) = (daemon.clone(), made.id.clone());
-    let started = match signals.during(move || client.start(&id)) {
+    let started = match Work::begin(move || client.start(&id)).wait(&signals) {
         Ok(started) => started.about(&made.name),
-        Err(signal) => {
+        Err((signal, starting)) => {
+            // A stop that comes before the start has ended is none.
+            let _ = starting.wait(&signals);
             end.by_force();
             return Ok(Exit::signal(signal));
         }
     };
     if let Err(error) = started {
         if args.rm {
-            let _ = daemon.remove(&made.id, true);
+            end.by_force();
             return Err(error);
         }
         return Err(error.remedy(format!("its log: berth logs --vmm {}", made.name)));
@@ -54,7 +66,8 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     }
 
     // From here on the guest is there for the command, and whatever goes wrong, it ends.
-    let (client, id, on_terminal) = (daemon.clone(), made.id.clone(), exec::wants_terminal(&args.inside));
+    let inside = inside(args);
+    let (client, id, on_terminal) = (daemon.clone(), made.id.clone(), exec::wants_terminal(&inside));
     let stream = match signals.during(move || reach::ready(&client, &id, on_terminal)) {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
@@ -69,7 +82,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     };
     drop(waiting);
     let command = command(args);
-    let ending = match exec::inside(&made.name, &stream, &args.inside, command, &signals) {
+    let ending = match exec::inside(&made.name, &stream, &inside, command, &signals) {
         Ok(ending) => ending,
         Err(error) => {
             end.by_force();
@@ -90,13 +103,17 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
         }
         Ending::Left => {
             if io::stderr().is_terminal() {
-                eprintln!("berth: it runs on: berth exec {0} -- sh, or berth stop {0}", made.name);
+                output::tell(format_args!("it runs on: berth exec {0} -- sh, or berth stop {0}", made.name));
             }
             Ok(Exit::Ok)
         }
         Ending::Unread => {
             end.gently()?;
             Ok(Exit::signal(libc::SIGPIPE))
+        }
+        Ending::Unwritten(what, why) => {
+            end.gently()?;
+            Err(Error::new(what, why))
         }
         Ending::Signalled(signal) => {
             end.by_force();
@@ -106,7 +123,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
             // A person who powers the guest off is done with it.
             how if args.command.is_empty() => {
                 if io::stderr().is_terminal() {
-                    eprintln!("berth: {} has ended{how}", made.name);
+                    output::tell(format_args!("{} has ended{how}", made.name));
                 }
                 Ok(Exit::Ok)
             }
@@ -122,6 +139,15 @@ fn command(args: &Run) -> Vec<String> {
         (false, false) => (&[], args.command.as_slice()),
     };
     before.iter().map(ToString::to_string).chain(command.iter().cloned()).collect()
+}
+
+/// A command that lives on without us has no terminal, whose end would be its own, and what can be read here is not for it.
+fn inside(args: &Run) -> Inside {
+    let inside = args.inside.clone();
+    match args.detach {
+        true => Inside { tty: false, no_tty: true, no_stdin: true, ..inside },
+        false => inside,
+    }
 }
 
 /// The end of a guest that was there for a command.
@@ -162,6 +188,10 @@ impl End<'_> {
 
     /// What went wrong is told already, and more than this cannot be done.
     fn by_force(&self) {
-        let _ = self.daemon.stop(&self.guest.id, Stop { seconds: 0 });
+        let _ = match self.removes {
+            // Also one that never ran, which no end of its own removes.
+            true => self.daemon.remove(&self.guest.id, true),
+            false => self.daemon.stop(&self.guest.id, Stop { seconds: 0 }).map(drop),
+        };
     }
 }

@@ -1,7 +1,7 @@
 //! Commands that show guests and change nothing.
 
 use std::collections::VecDeque;
-use std::io::{self, Read};
+use std::io::Read;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use api_socket::fleet::routes::Log;
@@ -16,8 +16,8 @@ use crate::output::{self, plain, words};
 
 /// What is read of a log at a time.
 const CHUNK: usize = 64 << 10;
-/// The most of a log that `--tail` keeps; berthd keeps less.
-const MAX_TAIL: usize = 64 << 20;
+/// The most of a log that is kept here; berthd keeps less.
+const MAX_LOG: u64 = 64 << 20;
 
 /// # Errors
 /// berthd refuses or is not there.
@@ -90,20 +90,15 @@ pub fn logs(daemon: &Client, args: &Logs) -> Result<Exit> {
     let guest = args.guest.as_str();
     let of = if args.vmm { Log::Vmm } else { Log::Console };
     let broken = |error| Error::new(guest, error);
-    let mut seen = 0;
-    if let Some(lines) = args.tail {
-        let mut log = Vec::new();
-        let stream = daemon.logs(guest, of, false).about(guest)?;
-        stream.take(MAX_TAIL as u64).read_to_end(&mut log).map_err(broken)?;
-        output::print_bytes(tail(&log, lines))?;
-        seen = log.len();
-        if !args.follow {
-            return Ok(Exit::Ok);
-        }
-    }
     let mut stream = daemon.logs(guest, of, args.follow).about(guest)?;
-    // What was shown comes once more.
-    io::copy(&mut (&mut stream).take(seen as u64), &mut io::sink()).map_err(broken)?;
+    // Whoever reads this may take the time that a person takes, for which berthd does not wait: what is kept is ours first.
+    let mut log = Vec::new();
+    match args.follow {
+        true => log = stream.first(MAX_LOG).map_err(broken)?,
+        false => (&mut stream).take(MAX_LOG).read_to_end(&mut log).map(drop).map_err(broken)?,
+    }
+    output::print_bytes(args.tail.map_or(log.as_slice(), |lines| tail(&log, lines)))?;
+    drop(log);
     let mut chunk = vec![0; CHUNK];
     loop {
         match stream.read(&mut chunk).map_err(broken)? {

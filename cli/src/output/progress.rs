@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 const WITH_TOTAL: &str = "{msg} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}";
 const WITHOUT_TOTAL: &str = "{msg} {spinner} {bytes} {binary_bytes_per_sec}";
-const WAITING: &str = "{msg} {spinner}";
+const WAITING: &str = "{msg} {spinner} {elapsed}";
 /// How often what turns is turned.
 const TICK: Duration = Duration::from_millis(100);
 

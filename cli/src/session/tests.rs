@@ -203,3 +203,50 @@ fn a_guest_that_takes_no_signal_is_left_after_a_moment() {
     assert!(matches!(ending, Ending::Signalled(libc::SIGINT)), "{ending:?}");
     full.join().unwrap();
 }
+
+/// A session whose output nobody reads, with as much of it as all pipes between hold.
+fn blocked() -> Test {
+    let test = start(Some("ctrl-]"), true);
+    let mut guest = test.guest.0.try_clone().unwrap();
+    guest.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let frame = FromGuest::Stdout(vec![b'x'; CHUNK]).frame().encode();
+    while guest.write_all(&frame).is_ok() {}
+    test
+}
+
+#[test]
+fn the_keys_leave_also_when_nobody_reads_the_output() {
+    let mut test = blocked();
+    test.typed.as_mut().unwrap().write_all(b"\x1d").unwrap();
+    let Test { session, shown, .. } = test;
+    assert!(matches!(session.join().unwrap(), Ending::Left));
+    drop(shown);
+}
+
+#[test]
+fn the_second_signal_that_is_to_end_it_ends_it_whatever_the_command_does() {
+    for mut test in [blocked(), start(None, true)] {
+        test.typed.as_mut().unwrap().write_all(b"x").unwrap();
+        assert_eq!(test.guest.hear(), ToGuest::Stdin(b"x".into()));
+        signal(&test, libc::SIGINT);
+        assert_eq!(test.guest.hear(), ToGuest::Signal(libc::SIGINT));
+        signal(&test, libc::SIGUSR1);
+        assert_eq!(test.guest.hear(), ToGuest::Signal(libc::SIGUSR1));
+        signal(&test, libc::SIGTERM);
+        let Test { session, shown, .. } = test;
+        let ending = session.join().unwrap();
+        assert!(matches!(ending, Ending::Signalled(libc::SIGTERM)), "{ending:?}");
+        drop(shown);
+    }
+}
+
+#[test]
+fn the_keys_leave_also_when_the_guest_takes_nothing() {
+    let mut test = start(Some("ctrl-]"), true);
+    let typed = test.typed.as_mut().unwrap();
+    for _ in 0..20 {
+        typed.write_all(&[b'x'; CHUNK]).unwrap();
+    }
+    typed.write_all(b"\x1d").unwrap();
+    assert!(matches!(test.end().0, Ending::Left));
+}

@@ -1,13 +1,16 @@
 //! A berthd without guests: it answers what a real one would, notes what it was asked, and its agents run commands here.
 
 use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use agent::files::{self, Owners};
 use agent::protocol::{self, Done, Exit, Found, Frame, FromGuest, Kind, Pong, Reply, ToGuest};
@@ -16,6 +19,11 @@ use api_socket::fleet::routes::Log;
 use api_socket::fleet::server::{Answer, serve};
 use api_socket::fleet::{End, Event, Guest, Image, List, NewGuest, Outcome, Request, State, Stats, Version};
 use tempfile::TempDir;
+
+/// More of a log than all pipes and buffers between hold.
+pub const MUCH: usize = 4 << 20;
+/// How long what takes its time takes.
+const LATE: Duration = Duration::from_millis(500);
 
 #[derive(Default)]
 struct Inner {
@@ -28,6 +36,9 @@ struct Inner {
     stats: u64,
     /// How often a guest was looked at that had no terminals yet.
     looks: u32,
+    is_odd: bool,
+    /// The commands that agents were to run.
+    commands: Vec<protocol::Exec>,
 }
 
 pub struct Daemon {
@@ -61,6 +72,20 @@ impl Daemon {
         self
     }
 
+    /// Whose agents say what none says.
+    pub fn odd(self) -> Daemon {
+        self.inner.lock().unwrap().is_odd = true;
+        self
+    }
+
+    /// That may be asked by everybody.
+    pub fn open(self) -> Daemon {
+        for path in [self.directory.path().to_owned(), self.socket()] {
+            fs::set_permissions(path, Permissions::from_mode(0o777)).unwrap();
+        }
+        self
+    }
+
     /// Whose agents say a few times that they have no root yet.
     pub fn slow(self) -> Daemon {
         self.inner.lock().unwrap().boots = 3;
@@ -74,6 +99,22 @@ impl Daemon {
     /// What it was asked, without looks that change nothing.
     pub fn asked(&self) -> Vec<String> {
         self.inner.lock().unwrap().asked.clone()
+    }
+
+    /// Waits until it is asked this.
+    #[track_caller]
+    pub fn is_asked(&self, what: &str) {
+        for _ in 0..3000 {
+            if self.asked().iter().any(|asked| asked == what) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("not asked {what:?} but {:?}", self.asked());
+    }
+
+    pub fn commands(&self) -> Vec<protocol::Exec> {
+        self.inner.lock().unwrap().commands.clone()
     }
 
     pub fn parts(&self) -> BTreeMap<String, usize> {
@@ -125,6 +166,11 @@ fn made(number: usize, new: &NewGuest) -> Guest {
     }
 }
 
+/// A guest for which everything takes its time.
+fn is_late(name: &str) -> bool {
+    name == "late"
+}
+
 fn fault(status: u16, message: &str) -> Answer<'static> {
     Fault { status, message: message.into() }.into()
 }
@@ -141,6 +187,10 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
             let guest = made(inner.guests.len(), &new);
             inner.asked.push(format!("create {}", guest.name));
             inner.guests.insert(guest.id.clone(), guest.clone());
+            if is_late(&guest.name) {
+                drop(inner);
+                thread::sleep(LATE);
+            }
             Answer::json(&guest)
         }
         Request::AllStats => {
@@ -172,7 +222,9 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
         Request::PutPart(image, part) => {
             drop(inner);
             let mut file = Vec::new();
-            body.read_to_end(&mut file).unwrap();
+            if body.read_to_end(&mut file).is_err() {
+                return fault(400, "The part is not whole.");
+            }
             shared.lock().unwrap().parts.insert(format!("{image}/{}", part.as_str()), file.len());
             Answer::Empty
         }
@@ -191,7 +243,15 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
             })
         }
         Request::GetGuest(name) => with(&mut inner, &name, |guest| Answer::json(guest)),
-        Request::StartGuest(name) => change(&mut inner, "start", &name, State::Running),
+        Request::StartGuest(name) => {
+            if inner.guests.values().any(|guest| guest.id == name && is_late(&guest.name)) {
+                inner.asked.push("late start".into());
+                drop(inner);
+                thread::sleep(LATE);
+                inner = shared.lock().unwrap();
+            }
+            change(&mut inner, "start", &name, State::Running)
+        }
         Request::StopGuest(name, stop) => {
             let what = format!("stop {}", stop.seconds);
             let answer = change(&mut inner, &what, &name, State::Stopped);
@@ -207,8 +267,19 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
         Request::RemoveGuest { guest: name, force } => {
             inner.asked.push(format!("remove {name} {force}"));
             let found = with(&mut inner, &name, |_| Answer::Empty);
-            inner.guests.retain(|_, guest| guest.name != name);
+            inner.guests.retain(|id, guest| guest.name != name && *id != name);
             found
+        }
+        Request::Logs { guest: name, .. } if name == "talkative" => {
+            let shared = shared.clone();
+            Answer::Stream(
+                "text/plain",
+                Box::new(move |stream| {
+                    stream.tell(&vec![b'x'; MUCH])?;
+                    shared.lock().unwrap().asked.push("told".into());
+                    Ok(())
+                }),
+            )
         }
         Request::Logs { guest: name, of, follow } => with(&mut inner, &name, |_| {
             let log: &[u8] = if of == Log::Vmm { b"of the vmm\n" } else { b"one\ntwo\nthree\n" };
@@ -273,6 +344,9 @@ fn change(inner: &mut Inner, what: &str, name: &str, state: State) -> Answer<'st
 fn agent(shared: &Mutex<Inner>, id: &str, mut stream: UnixStream) {
     let Ok(request) = protocol::read_line::<protocol::Request>("request", &mut stream) else { return };
     match request {
+        protocol::Request::Ping {} if shared.lock().unwrap().is_odd => {
+            let _ = stream.write_all(b"welcome\n");
+        }
         protocol::Request::Ping {} => {
             let mut inner = shared.lock().unwrap();
             let root_is_ready = inner.boots == 0;
@@ -283,6 +357,7 @@ fn agent(shared: &Mutex<Inner>, id: &str, mut stream: UnixStream) {
             Some(user) => say(&mut stream, Reply::<Done>::Error(format!("no user {user:?}"))),
             None => {
                 say(&mut stream, Reply::Ok(Done {}));
+                shared.lock().unwrap().commands.push(command.clone());
                 match command.argv[0].as_str() {
                     "play-power-off" => {
                         let mut inner = shared.lock().unwrap();
@@ -307,7 +382,7 @@ fn agent(shared: &Mutex<Inner>, id: &str, mut stream: UnixStream) {
             say(&mut stream, Reply::Ok(Found { kind }));
         }
         protocol::Request::Look { path } => {
-            let kind = match std::fs::metadata(path) {
+            let kind = match fs::metadata(path) {
                 Ok(found) if found.is_dir() => Kind::Directory,
                 Ok(_) => Kind::File,
                 Err(_) => Kind::Nothing,
@@ -321,7 +396,7 @@ fn agent(shared: &Mutex<Inner>, id: &str, mut stream: UnixStream) {
             }
             say(&mut stream, Reply::Ok(Done {}));
             let name = name.map_or_else(|| files::name_of(path), Into::into);
-            let _ = files::pack(path, Path::new(&name), &stream);
+            let _ = files::pack(path, Path::new(&name), Owners::Kept, &stream);
         }
         protocol::Request::Unpack { path } => {
             say(&mut stream, Reply::Ok(Done {}));

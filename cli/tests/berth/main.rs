@@ -4,8 +4,10 @@
 mod daemon;
 mod terminal;
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -150,6 +152,18 @@ fn logs_are_shown_whole_or_their_last_lines_and_what_comes() {
     assert_eq!(log(&["logs", "--vmm", "web"]), "of the vmm\n");
 }
 
+/// As in a pager: berthd waits for who reads for some seconds only.
+#[test]
+fn a_log_is_with_who_reads_it_before_it_is_read() {
+    for words in [vec!["logs", "talkative"], vec!["logs", "-f", "talkative"]] {
+        let daemon = Daemon::new();
+        let mut child = daemon.berth(&words).stdout(Stdio::piped()).spawn().unwrap();
+        daemon.is_asked("told");
+        let output = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
+        assert_eq!((output.len(), child.wait().unwrap().code()), (daemon::MUCH, Some(0)));
+    }
+}
+
 #[test]
 fn stats_and_events_are_for_people_and_programs() {
     let daemon = web();
@@ -196,6 +210,11 @@ fn an_image_is_sent_in_parts() {
     let (code, _, error) =
         says(daemon.berth(&["image", "import", "--name", "x", "--kernel", &kernel, "/nowhere/disk"]));
     assert!(code == 1 && error.starts_with("berth: cannot read /nowhere/disk: No such file"), "{error}");
+    let directory = here.path().to_str().unwrap();
+    let (code, _, error) =
+        says(daemon.berth(&["image", "import", "--name", "x", "--kernel", directory, &disk]));
+    let expected = format!("berth: cannot read {directory}: Is a directory");
+    assert!(code == 1 && error.starts_with(&expected), "{error}");
     assert_eq!(daemon.asked().len(), 1);
 }
 
@@ -239,6 +258,13 @@ fn our_own_failures_are_125_whatever_the_command_would_have_been() {
 }
 
 #[test]
+fn what_is_no_agent_is_not_waited_for_as_one_that_still_comes() {
+    let daemon = web().odd();
+    let (code, _, error) = says(daemon.berth(&["exec", "web", "true"]));
+    assert!(code == 125 && error.starts_with("berth: web: the guest's agent: malformed answer"), "{error}");
+}
+
+#[test]
 fn a_signal_goes_to_the_command() {
     let daemon = web();
     let mut child = daemon.berth(&["exec", "web", "sleep", "60"]).spawn().unwrap();
@@ -272,6 +298,51 @@ fn run_leaves_nothing_where_nothing_is_to_be_kept() {
     assert_eq!((code, error.as_str()), (125, "berth: stuck: It is stuck; its log: berth logs --vmm stuck\n"));
 }
 
+/// A program that was asked this of the daemon when a signal comes.
+fn interrupted(daemon: &Daemon, line: &str, when: &str) -> i32 {
+    let words: Vec<_> = line.split(' ').collect();
+    let mut child = daemon.berth(&words).spawn().unwrap();
+    daemon.is_asked(when);
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::INT).unwrap();
+    child.wait().unwrap().code().unwrap()
+}
+
+#[test]
+fn a_guest_that_is_interrupted_while_it_is_made_is_not_left() {
+    for line in
+        ["run --rm --name late debian true", "run --name late debian true", "run -d --name late debian"]
+    {
+        let daemon = Daemon::new();
+        assert_eq!(interrupted(&daemon, line, "create late"), 130);
+        assert_eq!((daemon.state("late"), daemon.asked().len()), (None, 2), "{line}: {:?}", daemon.asked());
+    }
+}
+
+#[test]
+fn a_guest_that_is_interrupted_while_it_starts_does_not_run_afterwards() {
+    let daemon = Daemon::new();
+    assert_eq!(interrupted(&daemon, "run --rm --name late debian true", "late start"), 130);
+    assert_eq!(daemon.state("late"), None);
+    let daemon = Daemon::new();
+    assert_eq!(interrupted(&daemon, "run --name late debian true", "late start"), 130);
+    assert_eq!(daemon.state("late"), Some(State::Stopped));
+}
+
+#[test]
+fn a_person_sees_how_long_a_guest_is_being_made() {
+    let daemon = Daemon::new();
+    for (line, shown) in [
+        (vec!["create", "--name", "late", "debian"], "making a guest from debian"),
+        (vec!["run", "-d", "--name", "late", "debian"], "starting debian"),
+    ] {
+        let mut terminal = Terminal::run(daemon.berth(&line));
+        terminal.shows(shown);
+        terminal.shows(" 0s");
+        terminal.shows("abc00000000");
+        assert_eq!(terminal.ends(), 0);
+    }
+}
+
 #[test]
 fn run_in_the_background_prints_the_id_and_leaves_the_guest_running() {
     let daemon = Daemon::new();
@@ -280,6 +351,24 @@ fn run_in_the_background_prints_the_id_and_leaves_the_guest_running() {
     let (code, output, error) = says(daemon.berth(&["run", "-d", "--name", "four", "debian", "--", "true"]));
     assert_eq!((code, output.as_str()), (0, "abc000000001\n"), "{error}");
     assert_eq!((daemon.state("three"), daemon.state("four")), (Some(State::Running), Some(State::Running)));
+}
+
+/// A terminal's end would be that of what is on it, and the command is to outlive us.
+#[test]
+fn a_command_in_the_background_has_no_terminal_and_no_input_of_ours() {
+    let daemon = Daemon::new();
+    for (name, flags) in [("one", "-d"), ("two", "-dti")] {
+        let mut terminal =
+            Terminal::run(daemon.berth(&["run", flags, "--name", name, "debian", "--", "true"]));
+        terminal.shows("abc00000000");
+        assert_eq!(terminal.ends(), 0);
+    }
+    assert_eq!(daemon.commands().iter().map(|command| command.terminal).collect::<Vec<_>>(), [None, None]);
+    // An input that does not end.
+    let mut command = daemon.berth(&["run", "-d", "--name", "three", "debian", "--", "true"]);
+    let (input, _open) = std::io::pipe().unwrap();
+    command.stdin(input);
+    assert_eq!(says(command), (0, "abc000000002\n".into(), "".into()));
 }
 
 #[test]
@@ -336,6 +425,20 @@ fn a_terminal_is_given_back_when_the_daemon_goes_or_a_signal_comes() {
     terminal.signal(Signal::TERM);
     assert_eq!(terminal.ends(), 143);
     assert!(terminal.is_as_before());
+}
+
+#[test]
+fn a_console_that_nobody_reads_is_left_by_a_signal() {
+    let daemon = web();
+    let mut child = daemon.berth(&["console", "web"]);
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut typed = child.stdin.take().unwrap();
+    // Until nothing goes on any more: what it hears it says.
+    let full = std::thread::spawn(move || while typed.write_all(&[b'a'; 4096]).is_ok() {});
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    full.join().unwrap();
 }
 
 #[test]
@@ -404,10 +507,81 @@ fn files_go_in_and_come_out() {
     names.sort_unstable();
     assert_eq!(names, ["again", "file", "renamed", "tree"]);
 
+    let other = std::os::unix::net::UnixListener::bind(here.path().join("other")).unwrap();
+    let (code, _, error) = copy(&guest("file"), &at(&here, "other"));
+    assert!(
+        code == 1
+            && error.ends_with("other: it is neither a file nor a directory, and is not written over\n")
+    );
+    drop(other);
+
     let (code, _, error) = copy(&guest("none"), &at(&here, ""));
     assert!(code == 1 && error.contains("no such file"), "{error}");
     let (code, _, error) = copy("/nowhere/file", &guest(""));
     assert!(code == 1 && error.starts_with("berth: cannot read /nowhere/file: "), "{error}");
+}
+
+#[test]
+fn what_cannot_be_copied_does_not_keep_the_rest_from_it() {
+    let daemon = web();
+    let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let deep = "d/".repeat(300);
+    for side in [&here, &there] {
+        fs::create_dir_all(side.path().join("tree").join(&deep)).unwrap();
+        fs::write(side.path().join("tree/file"), "contents").unwrap();
+    }
+    let at = |side: &tempfile::TempDir, path: &str| side.path().join(path).to_str().unwrap().to_string();
+    for (from, to) in [
+        (format!("web:{}", at(&there, "tree")), at(&here, "copy")),
+        (at(&here, "tree"), format!("web:{}", at(&there, "copy"))),
+    ] {
+        let (code, _, error) = says(daemon.berth(&["cp", &from, &to]));
+        assert!(code == 1 && error.contains("directories deep, and what is in it is left out"), "{error}");
+    }
+    for side in [&here, &there] {
+        assert_eq!(fs::read_to_string(side.path().join("copy/file")).unwrap(), "contents");
+    }
+    let _socket = std::os::unix::net::UnixListener::bind(here.path().join("other")).unwrap();
+    let (code, _, error) =
+        says(daemon.berth(&["cp", &at(&here, "other"), &format!("web:{}", at(&there, ""))]));
+    assert!(code == 1 && error.ends_with("is a device, pipe or socket and cannot be copied\n"), "{error}");
+    assert!(!there.path().join("other").exists());
+}
+
+/// Root may write where nobody may, so it is somebody else who copies.
+#[test]
+fn a_directory_that_may_not_be_written_is_copied_too_and_nothing_else_is_left() {
+    const NOBODY: u32 = 65534;
+    let daemon = web().open();
+    let there = tempfile::tempdir().unwrap();
+    let here = tempfile::tempdir().unwrap();
+    let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    mode(here.path(), 0o777);
+    mode(there.path(), 0o755);
+    fs::create_dir_all(there.path().join("closed/deep")).unwrap();
+    fs::write(there.path().join("closed/deep/file"), "contents").unwrap();
+    mode(&there.path().join("closed/deep"), 0o555);
+    mode(&there.path().join("closed"), 0o555);
+    let from = format!("web:{}/closed", there.path().display());
+    // A second time into what is there, which fails where that may not be written.
+    for (time, expected) in [("first", 0), ("second", 1)] {
+        let mut command = daemon.berth(&["cp", &from, here.path().to_str().unwrap()]);
+        if rustix::process::geteuid().is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let (code, _, error) = says(command);
+        assert_eq!(code, expected, "{time}: {error}");
+        assert_eq!(fs::read_to_string(here.path().join("closed/deep/file")).unwrap(), "contents");
+        for path in ["closed", "closed/deep"] {
+            let mode = fs::metadata(here.path().join(path)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o555, "{time}: {path}");
+        }
+        assert_eq!(fs::read_dir(&here).unwrap().count(), 1, "{time}");
+    }
+    for directory in [here, there] {
+        mode(&directory.path().join("closed"), 0o755);
+        mode(&directory.path().join("closed/deep"), 0o755);
+    }
 }
 
 #[test]
@@ -434,14 +608,69 @@ fn archives_go_in_and_come_out() {
 }
 
 #[test]
+fn what_a_guest_says_is_no_command_to_the_terminal() {
+    let daemon = web();
+    let (code, _, error) = says(daemon.berth(&["cp", "web:/none\x1b[2J\r", "."]));
+    assert_eq!(
+        (code, error.as_str()),
+        (1, "berth: web:/none\\u{1b}[2J\\r: /none\\u{1b}[2J\\r: no such file\n")
+    );
+}
+
+#[test]
+fn a_full_disk_is_told_and_is_not_a_reader_that_has_enough() {
+    let daemon = web();
+    let there = tempfile::tempdir().unwrap();
+    fs::write(there.path().join("file"), "contents").unwrap();
+    let file = format!("web:{}/file", there.path().display());
+    for (words, code) in [
+        (vec!["exec", "web", "echo", "hi"], 125),
+        (vec!["run", "debian", "echo", "hi"], 125),
+        (vec!["cp", &file, "-"], 1),
+        (vec!["ps"], 1),
+    ] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let mut command = daemon.berth(&words);
+        let child = command.stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+        let output = child.wait_with_output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {error}");
+        assert!(error.starts_with("berth: standard output: No space left on device"), "{words:?}: {error}");
+    }
+}
+
+/// Whoever reads from it is gone.
+fn unread() -> std::io::PipeWriter {
+    std::io::pipe().unwrap().1
+}
+
+#[test]
+fn an_error_that_nobody_hears_has_its_code() {
+    let daemon = web();
+    for (line, code) in [("inspect none", 1), ("fly", 2)] {
+        let words: Vec<_> = line.split(' ').collect();
+        let mut command = daemon.berth(&words);
+        assert_eq!(command.stderr(unread()).status().unwrap().code(), Some(code), "{line}");
+    }
+}
+
+#[test]
+fn who_reads_only_the_first_name_has_all_of_them_removed() {
+    let names: Vec<_> = (0..40).map(|number| format!("g{number}")).collect();
+    let daemon = names.iter().fold(Daemon::new(), |daemon, name| daemon.with(name, State::Stopped));
+    let words: Vec<_> = ["rm"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    let mut command = daemon.berth(&words);
+    assert_eq!(command.stdout(unread()).status().unwrap().code(), Some(141));
+    assert_eq!(daemon.asked().len(), 40);
+}
+
+#[test]
 fn a_reader_that_has_enough_is_no_failure_to_tell_of() {
     let daemon = web();
     for line in ["ps", "exec web -- head -c 1000000 /dev/zero"] {
         let words: Vec<_> = line.split(' ').collect();
-        let (end, output) = std::io::pipe().unwrap();
-        drop(end);
         let mut command = daemon.berth(&words);
-        let child = command.stdout(output).stderr(Stdio::piped()).spawn().unwrap();
+        let child = command.stdout(unread()).stderr(Stdio::piped()).spawn().unwrap();
         drop(command);
         let output = child.wait_with_output().unwrap();
         assert_eq!((output.status.code(), output.stderr.len()), (Some(141), 0), "{line}");

@@ -116,7 +116,7 @@ fn agent() -> Vec<Seed> {
     let archive = |path: &str, name: &str| {
         let mut archive = Vec::new();
         // One of what is missing says so.
-        let _ = agent::files::pack(Path::new(path), Path::new(name), &mut archive);
+        let _ = agent::files::pack(Path::new(path), Path::new(name), agent::files::Owners::Kept, &mut archive);
         archive
     };
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/src/input.rs");

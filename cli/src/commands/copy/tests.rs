@@ -68,6 +68,29 @@ fn what_was_unpacked_is_merged_with_what_is_there_and_no_link_is_followed() {
 }
 
 #[test]
+fn what_is_neither_a_file_nor_a_directory_is_not_replaced() {
+    let here = tempfile::tempdir().unwrap();
+    let at = |path: &str| here.path().join(path);
+    fs::create_dir(at("to")).unwrap();
+    let socket = std::os::unix::net::UnixListener::bind(at("to/other")).unwrap();
+    symlink(at("to/other"), at("link")).unwrap();
+    symlink(at("nowhere"), at("dangling")).unwrap();
+    for refused in ["to/other", "link"] {
+        assert_eq!(may_replace(&at(refused)), Err(OTHER), "{refused}");
+    }
+    for allowed in ["to", "dangling", "none"] {
+        assert_eq!(may_replace(&at(allowed)), Ok(()), "{allowed}");
+    }
+    // Nor inside of a directory that is merged.
+    fs::create_dir(at("from")).unwrap();
+    fs::write(at("from/other"), "").unwrap();
+    let error = put(&at("from"), &at("to"), 10).unwrap_err().to_string();
+    assert!(error.contains("to/other: it is neither"), "{error}");
+    assert!(!fs::symlink_metadata(at("to/other")).unwrap().is_file());
+    drop(socket);
+}
+
+#[test]
 fn directories_are_merged_to_a_depth() {
     let here = tempfile::tempdir().unwrap();
     for side in ["from", "to"] {
@@ -88,7 +111,7 @@ fn of_what_a_guest_sends_only_what_was_asked_for_comes_to_lie_here() {
     for name in ["wanted", ".bashrc"] {
         // The end of an archive is two blocks of zeros.
         archive.truncate(archive.len().saturating_sub(1024));
-        files::pack(&sent.path().join(name), Path::new(name), &mut archive).unwrap();
+        files::pack(&sent.path().join(name), Path::new(name), Owners::Kept, &mut archive).unwrap();
     }
     {
         let staging = Staging::make(here.path()).unwrap();

@@ -1,59 +1,32 @@
 //! Looking at an archive that goes by, whether it is whole: one that could not be finished has an entry that says why, and
-//! one that was cut off has no end. Pure; ustar's header is in POSIX, pax.
+//! one that was cut off has no end.
 
-/// A block of an archive, and where in a header there is what is looked at.
-const BLOCK: usize = 512;
-const SIZE: std::ops::Range<usize> = 124..136;
-const KIND: usize = 156;
-/// The agent's entry that says why.
-const BROKEN: u8 = b'E';
+use agent::files::BROKEN;
+use agent::files::entries::{Entries, Piece};
+
 /// How much of the reason is kept.
 const MAX_REASON: usize = 4096;
 
 /// What has been seen of an archive.
 #[derive(Default)]
 pub struct Watch {
-    /// Of the header that is coming.
-    header: Vec<u8>,
-    /// Bytes of an entry before the next header.
-    left: u64,
-    /// Of these, bytes of a reason.
+    entries: Entries,
+    /// Bytes of a reason that are still to come.
     telling: u64,
     reason: Option<Vec<u8>>,
-    is_over: bool,
 }
 
 impl Watch {
     pub fn see(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() && !self.is_over {
-            if self.left > 0 {
-                let count = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
-                let (seen, rest) = bytes.split_at(count);
-                self.hear(seen);
-                self.left -= count as u64;
-                bytes = rest;
-                continue;
+        while let Some(piece) = self.entries.next(&mut bytes) {
+            match piece {
+                Piece::Entry { kind: BROKEN, size } => {
+                    self.reason = Some(Vec::new());
+                    self.telling = size;
+                }
+                Piece::Entry { .. } => {}
+                Piece::Contents(bytes) => self.hear(bytes),
             }
-            let (seen, rest) = bytes.split_at((BLOCK - self.header.len()).min(bytes.len()));
-            self.header.extend_from_slice(seen);
-            bytes = rest;
-            if self.header.len() == BLOCK {
-                let header = std::mem::take(&mut self.header);
-                self.enter(&header);
-            }
-        }
-    }
-
-    fn enter(&mut self, header: &[u8]) {
-        if header.iter().all(|byte| *byte == 0) {
-            self.is_over = true;
-            return;
-        }
-        let size = size(header.get(SIZE).unwrap_or_default());
-        self.left = size.div_ceil(BLOCK as u64).saturating_mul(BLOCK as u64);
-        if header.get(KIND) == Some(&BROKEN) {
-            self.reason = Some(Vec::new());
-            self.telling = size;
         }
     }
 
@@ -72,20 +45,9 @@ impl Watch {
     pub fn verdict(self) -> Result<(), String> {
         match self.reason {
             Some(reason) => Err(String::from_utf8_lossy(&reason).into_owned()),
-            None if self.is_over => Ok(()),
+            None if self.entries.is_over() => Ok(()),
             None => Err("the archive is cut off: the connection ended early".into()),
         }
-    }
-}
-
-/// Octal digits, or where those do not do, a big-endian number behind a byte that says so.
-fn size(field: &[u8]) -> u64 {
-    match field {
-        [128..=255, .., a, b, c, d, e, f, g, h] => u64::from_be_bytes([*a, *b, *c, *d, *e, *f, *g, *h]),
-        digits => digits
-            .iter()
-            .filter(|byte| (b'0'..=b'7').contains(byte))
-            .fold(0, |sum: u64, byte| sum.saturating_mul(8).saturating_add(u64::from(byte - b'0'))),
     }
 }
 
@@ -98,7 +60,7 @@ mod tests {
     /// An archive of some files, or of what cannot be packed.
     fn archive(of: &Path) -> Vec<u8> {
         let mut bytes = Vec::new();
-        let _ = agent::files::pack(of, Path::new("copy"), &mut bytes);
+        let _ = agent::files::pack(of, Path::new("copy"), agent::files::Owners::Own, &mut bytes);
         bytes
     }
 
@@ -131,13 +93,5 @@ mod tests {
             let why = verdict(&bytes, cut).unwrap_err();
             assert!(why.contains("/nowhere/at/all: No such file"), "{why}");
         }
-    }
-
-    #[test]
-    fn sizes_are_octal_or_large() {
-        assert_eq!(size(b"00000000017\0"), 15);
-        assert_eq!(size(b"         17 "), 15);
-        assert_eq!(size(&[0x80, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 1]), (2 << 32) + 1);
-        assert_eq!(size(b""), 0);
     }
 }
