@@ -10,6 +10,8 @@ pub mod attack;
 pub mod berthd;
 pub mod calls;
 pub mod cell;
+#[cfg(test)]
+mod contents;
 pub mod filters;
 pub mod footprint;
 pub mod guest;
