@@ -8,6 +8,7 @@
 pub mod assets;
 pub mod attack;
 pub mod berthd;
+pub mod book;
 pub mod calls;
 pub mod cell;
 #[cfg(test)]
