@@ -519,7 +519,7 @@ pub struct Import {
     /// The initial RAM disk that goes with it
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line; console=ttyS0 root=/dev/vda rw if not given
+    /// The kernel's command line; console=ttyS0 root=/dev/vda rw panic=1 if not given
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
     /// The disk: a raw image

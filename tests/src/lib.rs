@@ -8,8 +8,11 @@
 pub mod assets;
 pub mod attack;
 pub mod berthd;
+pub mod book;
 pub mod calls;
 pub mod cell;
+#[cfg(test)]
+mod contents;
 pub mod filters;
 pub mod footprint;
 pub mod guest;

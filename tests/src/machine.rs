@@ -69,7 +69,7 @@ impl Machine {
 
     /// What a command of root's in there comes to, in a shell.
     pub fn shell(&self, command: &str) -> Output {
-        self.command(&["sh", "-c", command])
+        self.command(&["sh", "-c", command]).stdin(Stdio::null()).output().unwrap()
     }
 
     /// The output of a command that must succeed.
@@ -86,17 +86,21 @@ impl Machine {
 
     /// As [`Machine::shell`], of another user's.
     pub fn shell_as(&self, user: &str, command: &str) -> Output {
-        self.command(&["setpriv", "--reuid", user, "--regid", user, "--init-groups", "sh", "-c", command])
+        self.command_as(user, &["sh", "-c", command]).stdin(Stdio::null()).output().unwrap()
     }
 
-    fn command(&self, argv: &[&str]) -> Output {
-        Command::new("nsenter")
-            .args(["--target", &self.init.to_string(), "--all", "env", "-i", "HOME=/root", "LC_ALL=C"])
-            .arg("PATH=/usr/sbin:/usr/bin:/sbin:/bin")
-            .args(argv)
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
+    /// A command in there as another user, with the groups that this one has when it starts.
+    pub fn command_as(&self, user: &str, argv: &[&str]) -> Command {
+        let mut command = self.command(&["setpriv", "--reuid", user, "--regid", user, "--init-groups"]);
+        command.args(argv);
+        command
+    }
+
+    fn command(&self, argv: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.init.to_string(), "--all", "env", "-i", "HOME=/root", "LC_ALL=C"]);
+        command.arg("PATH=/usr/sbin:/usr/bin:/sbin:/bin").args(argv);
+        command
     }
 
     /// Waits until a command of root's succeeds.
