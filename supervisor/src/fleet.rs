@@ -198,7 +198,7 @@ impl Fleet {
         let mut guests = self.guests();
         if guests.len() >= config.max_guests as usize {
             return Err(full(format!(
-                "There are {} guests, which is max_guests; remove one, or allow more in the configuration.",
+                "There are as many guests as max_guests, {}; remove one, or allow more in the configuration.",
                 guests.len()
             )));
         }
@@ -394,7 +394,9 @@ impl Fleet {
         let _images = self.images_are_counted();
         let guests = self.image(user, name)?.guests;
         if guests > 0 {
-            let message = format!("{guests} guests boot from the kernel of image {name}; remove them first.");
+            let those =
+                if guests == 1 { "1 guest boots".to_owned() } else { format!("{guests} guests boot") };
+            let message = format!("{those} from the kernel of image {name}; remove what needs it first.");
             return Err(Fault { status: 409, message });
         }
         self.images.remove(name, user)

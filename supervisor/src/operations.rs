@@ -229,7 +229,11 @@ impl Fleet {
         } else {
             self.see_to(guest, action);
         }
-        self.wait_for_end(guest, time, ends)
+        self.wait_for_end(guest, time, ends)?;
+        // Of one that is removed with its end nothing is left: whoever makes another may give it the same name.
+        guest
+            .wait(CLEARING, |inner| inner.record.state != State::Removing || self.by_id(&guest.id).is_none());
+        Ok(())
     }
 
     /// Somebody wants the guest forgotten. Returns when it is.
