@@ -8,12 +8,11 @@
 //! With the synchronous engine a request is done before the next is looked at. With the asynchronous one the ring keeps
 //! requests, which end in any order (5.2.6.2 asks for none), and stopping waits for them.
 //!
-//! Several queues spare a driver's CPUs waiting for one another; here one thread serves all of them, in turns (`turns.rs`).
+//! Several queues spare a driver's CPUs waiting for one another; here one thread serves all of them, in [`Turns`].
 //! One ring does for all: rings for each would be filled and emptied by this same thread, with a call for each and no
 //! request done earlier, and how much one guest may have under way would grow with its queues.
 
 mod trouble;
-mod turns;
 
 use std::fs::File;
 use std::io;
@@ -40,9 +39,9 @@ use crate::virtio::device::{
 };
 use crate::virtio::queue::{Chain, Queue, QueueError, Segments};
 use crate::virtio::running::{Running, Step, count};
+use crate::virtio::turns::{Turn, Turns};
 
 use trouble::Troubles;
-use turns::{Turn, Turns};
 
 /// The unit of every sector number, whatever the disk's own is (5.2.4).
 pub const SECTOR_BYTES: u64 = 512;

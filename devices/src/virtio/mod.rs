@@ -22,5 +22,6 @@ pub mod running;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;
+mod turns;
 pub mod vhost_user;
 pub mod vsock;
