@@ -392,7 +392,7 @@ struct Answer {
     /// Bytes that the driver left for data.
     room: u32,
     what: What,
-    /// Bytes between the disk and the driver's buffers.
+    /// Bytes of the disk that are read or written.
     bytes: u64,
     /// Where on the disk, in bytes.
     at: u64,
@@ -741,7 +741,7 @@ impl Worker {
 }
 
 impl Request {
-    /// What it is, its bytes between the disk and the driver's buffers, and where on the disk.
+    /// What it is, the bytes of the disk that it reads or writes, and where they are.
     fn kind(&self, cache: Cache) -> (What, u64, u64) {
         match self {
             Request::Disk(Operation::Read { buffers, offset }) => {
@@ -754,7 +754,10 @@ impl Request {
             Request::Disk(Operation::Discard(ranges)) => {
                 (What::Discard, 0, ranges.first().map_or(0, |range| range.offset))
             }
-            Request::Disk(Operation::WriteZeroes { range, .. }) => (What::WriteZeroes, 0, range.offset),
+            // What is a note in the host's maps on one disk is written on another.
+            Request::Disk(Operation::WriteZeroes { range, .. }) => {
+                (What::WriteZeroes, range.len, range.offset)
+            }
             Request::Disk(Operation::Flush) | Request::Id(_) => (What::Other, 0, 0),
         }
     }
