@@ -12,8 +12,7 @@
 //! One ring does for all: rings for each would be filled and emptied by this same thread, with a call for each and no
 //! request done earlier, and how much one guest may have under way would grow with its queues.
 
-mod trouble;
-
+use std::fmt::{self, Display};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
@@ -39,9 +38,8 @@ use crate::virtio::device::{
 };
 use crate::virtio::queue::{Chain, Queue, QueueError, Segments};
 use crate::virtio::running::{Running, Step, count};
+use crate::virtio::trouble::{Failure, Troubles};
 use crate::virtio::turns::{Turn, Turns};
-
-use trouble::Troubles;
 
 /// The unit of every sector number, whatever the disk's own is (5.2.4).
 pub const SECTOR_BYTES: u64 = 512;
@@ -293,10 +291,10 @@ impl VirtioDevice for Blk {
             }
         }
         self.turns.take(|queue| worker.serve(running, queue));
+        worker.settle();
         if worker.ring.as_ref().is_some_and(|ring| !ring.is_empty()) || !worker.ended.is_empty() {
             worker.turn(running);
         }
-        worker.settle();
         // One turn for each call, for the sake of other devices: the next queue is called for. Also when all that was in the
         // ring has just come back, as no signal of it is left.
         if worker.may_go_on()
@@ -371,18 +369,6 @@ enum Request {
     Id(Segments),
 }
 
-/// Why a request is answered with a status other than OK.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    /// A type or flag that was not offered.
-    #[error("request type or flag {0:#x} is not supported")]
-    Unsupported(u32),
-    #[error("the driver's request {0}")]
-    Driver(&'static str),
-    #[error("{0}")]
-    Host(#[from] io::Error),
-}
-
 /// What a request needs to be answered when it is done.
 #[derive(Clone, Copy, Debug)]
 struct Answer {
@@ -399,9 +385,9 @@ struct Answer {
     begin: Instant,
 }
 
-/// What a request was, for the counters.
+/// What a request was, for the counters and the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum What {
+pub(super) enum What {
     Read,
     Write,
     Flush,
@@ -411,6 +397,19 @@ enum What {
     Other,
 }
 
+impl Display for What {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            What::Read => "reading",
+            What::Write => "writing",
+            What::Flush => "flushing",
+            What::Discard => "discarding",
+            What::WriteZeroes => "writing zeroes",
+            What::Other => "requests",
+        })
+    }
+}
+
 /// What serves requests; the device is its shell.
 struct Worker {
     disk: Disk,
@@ -418,9 +417,10 @@ struct Worker {
     ring: Option<Ring<Answer>>,
     /// What the first queue in line waits for.
     waits: Option<Wait>,
-    /// Requests that have left the ring and are to be given back, never more than it holds.
+    /// Requests that are done and to be given back: what has left the ring, never more than that holds, or what a turn has
+    /// changed in an image.
     ended: Vec<(Answer, io::Result<()>)>,
-    troubles: Troubles,
+    troubles: Troubles<What>,
     read_only: bool,
     cache: Cache,
     serial: [u8; ID_BYTES],
@@ -520,10 +520,18 @@ impl Worker {
             self.ended.extend(ring.drain()?);
         }
         self.disk.perform(memory, &operation)?;
-        if self.write_through && !matches!(operation, Operation::Read { .. } | Operation::Flush) {
+        if matches!(operation, Operation::Read { .. } | Operation::Flush) {
+            return Ok(Some(answer.written()));
+        }
+        if self.write_through {
             self.disk.perform(memory, &Operation::Flush)?;
         }
-        Ok(Some(answer.written()))
+        if self.disk.is_raw() {
+            return Ok(Some(answer.written()));
+        }
+        // Done when the image's tables say so, which is once for all of a turn.
+        self.ended.push((answer, Ok(())));
+        Ok(None)
     }
 
     /// Counts a request, writes its status and says how many bytes of its buffers are used.
@@ -583,11 +591,13 @@ impl Worker {
         }
     }
 
-    /// What the driver has been told is done must not be lost with this process, whatever flushes are worth to it.
-    fn settle(&self) {
-        if let Err(error) = self.disk.settle() {
-            count(&self.counters.execute_fails, 1);
-            log::error!("{}: its image's tables cannot be written: {error}", self.name());
+    /// What the driver will be told is done must not be lost with this process, whatever flushes are worth to it: what is not
+    /// in the image's tables has failed. That of earlier turns has failed before.
+    fn settle(&mut self) {
+        let Err(error) = self.disk.settle() else { return };
+        for (_, result) in &mut self.ended {
+            let text = format!("the image's tables cannot be written: {error}");
+            *result = Err(io::Error::new(error.kind(), text));
         }
     }
 

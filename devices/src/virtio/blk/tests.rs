@@ -1,4 +1,5 @@
 mod direct;
+mod image;
 mod queues;
 
 use std::os::unix::fs::FileExt;
