@@ -274,8 +274,12 @@ impl Slots {
         let range = files
             .map(&file, settings.read_only)
             .map_err(|error| SlotsError::File { path: settings.path_on_host.clone(), error })?;
-        let config =
-            pmem::Config { file, range: range.clone(), limits: limits(settings.rate_limiter.as_ref()) };
+        let config = pmem::Config {
+            name: settings.id.clone(),
+            file,
+            range: range.clone(),
+            limits: limits(settings.rate_limiter.as_ref()),
+        };
         // A guest that gets no device must not have its memory.
         self.plug_pmem(settings.id, config, host, board).inspect_err(|_| files.unmap(&range))
     }

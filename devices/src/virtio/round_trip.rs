@@ -229,7 +229,12 @@ fn rng_that_is_held_back() {
 pub fn pmem_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Pmem {
     let file = tempfile::tempfile().unwrap();
     move |state| {
-        let config = pmem::Config { file: file.try_clone().unwrap(), range: 1 << 32..1 << 33, limits };
+        let config = pmem::Config {
+            name: "data".into(),
+            file: file.try_clone().unwrap(),
+            range: 1 << 32..1 << 33,
+            limits,
+        };
         let state = state.map(|state| match state {
             DeviceState::PersistentMemory(state) => state,
             other => panic!("{other:?}"),

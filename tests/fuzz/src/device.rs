@@ -210,7 +210,12 @@ pub fn pmem(data: &[u8]) {
     drive(
         data.get(1..).unwrap_or_default(),
         |state| {
-            let config = pmem::Config { file: file.try_clone().unwrap(), range: 0..0, limits: limits(flags) };
+            let config = pmem::Config {
+                name: String::new(),
+                file: file.try_clone().unwrap(),
+                range: 0..0,
+                limits: limits(flags),
+            };
             let state = state.map(|state| match state {
                 DeviceState::PersistentMemory(state) => state,
                 other => panic!("{other:?}"),

@@ -157,5 +157,6 @@ pub fn mem(state: Option<mem::State>) -> Result<Mem, NewError> {
 
 pub fn pmem(state: Option<pmem::State>) -> Pmem {
     let file = tempfile::tempfile().unwrap();
-    Pmem::new(pmem::Config { file, range: 0..0, limits: Limits::default() }, state).unwrap()
+    let config = pmem::Config { name: String::new(), file, range: 0..0, limits: Limits::default() };
+    Pmem::new(config, state).unwrap()
 }
