@@ -882,6 +882,9 @@ impl Config {
     }
 
     fn put_vsock(&mut self, settings: api_socket::Vsock) -> Result<(), Fault> {
+        if self.vsock.is_none() {
+            self.check_room("the socket device")?;
+        }
         self.vsock = Some(match self.vsock.take() {
             Some(before) => before.replace(settings).map_err(|(before, fault)| {
                 self.vsock = Some(before);

@@ -658,8 +658,22 @@ fn a_device_that_has_no_slot_is_refused_at_once_and_by_its_name() {
         let one_too_many = fixture.drive("last", false);
         let room = format!("room for {room}");
         fixture.refuse(Request::PutDrive(one_too_many), &["`drive_id`", "\"last\"", &room, advice]);
-        let refused = console(&fixture);
-        fixture.refuse(refused, &["the console", &room, advice]);
+        let interface =
+            NetworkInterface { iface_id: "last".into(), host_dev_name: "tap0".into(), ..Default::default() };
+        let pmem = Pmem { id: "last".into(), path_on_host: fixture.file("last"), ..Pmem::default() };
+        let socket = fixture.path("v.sock");
+        let vsock = api_socket::Vsock { guest_cid: 3, uds_path: socket.clone(), ..Default::default() };
+        for (request, name) in [
+            (Request::PutNetworkInterface(interface), "`iface_id`"),
+            (Request::PutPmem(pmem), "`id`"),
+            (Request::PutVsock(vsock), "the socket device"),
+            (Request::PutBalloon(balloon(1)), "the balloon"),
+            (Request::PutMemoryHotplug(plug(1024, 128, 2)), "the memory device"),
+            (console(&fixture), "the console"),
+        ] {
+            fixture.refuse(request, &[name, &room, advice]);
+        }
+        assert!(!socket.exists(), "who calls would wait for a guest that has no such device");
         // What is there may change.
         let again = fixture.drive("more", false);
         fixture.accept(Request::PutDrive(again));
