@@ -540,6 +540,19 @@ fn enabled_queue_pairs_are_saved_and_forgotten_at_reset() {
 }
 
 #[test]
+fn queue_pairs_that_the_driver_has_not_agreed_on_cannot_be_enabled() {
+    let one = 1 << spec::VIRTIO_NET_F_CTRL_VQ;
+    for (features, most) in [(0, 0), (one, 0), (1 << spec::VIRTIO_NET_F_MQ, 0), (SEVERAL, 3)] {
+        let mut rig = rig(features, 3);
+        for pairs in 0..5 {
+            let is_refused = u8::from(!(1..=most).contains(&pairs));
+            assert_eq!(rig.set_pairs(pairs), is_refused, "{pairs} with {features:#x}");
+        }
+        assert_eq!(rig.slot.device.control.pairs(), usize::from(most.max(1)));
+    }
+}
+
+#[test]
 fn a_receive_buffer_without_room_for_a_header_breaks_the_device_and_nothing_spins() {
     let mut rig = rig(MERGEABLE, 1);
     rig.make_room(1, 11);
