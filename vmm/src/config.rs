@@ -221,6 +221,7 @@ impl Config {
         let others = [
             self.vsock.as_ref().and_then(|vsock| vsock.settings.io_thread),
             self.balloon.and_then(|balloon| balloon.io_thread),
+            self.memory_hotplug.and_then(|memory| memory.settings.io_thread),
             self.entropy.and_then(|entropy| entropy.io_thread),
             self.console_settings.as_ref().and_then(|console| console.io_thread),
         ];

@@ -383,9 +383,15 @@ impl Slots {
     }
 
     /// The device by which memory comes and goes.
-    pub fn add_memory(&mut self, config: mem::Config, board: &Board) -> Result<Option<usize>, SlotsError> {
+    pub fn add_memory(
+        &mut self,
+        config: mem::Config,
+        io_thread: Option<u8>,
+        board: &Board,
+    ) -> Result<Option<usize>, SlotsError> {
+        let host = board.hosts.of(io_thread)?;
         let device = Arc::new(Mutex::new(Mem::new(config, None)?));
-        let slot = self.plug(device.clone(), board.hosts.of(None)?, board)?;
+        let slot = self.plug(device.clone(), host, board)?;
         self.memory = Some(device);
         Ok(slot)
     }

@@ -1004,6 +1004,7 @@ fn io_threads_are_those_that_devices_name_and_the_first() {
                 ..Default::default()
             }),
             Request::PutBalloon(Balloon { io_thread, ..balloon(1) }),
+            Request::PutMemoryHotplug(MemoryHotplugConfig { io_thread, ..plug(1024, 128, 2) }),
             Request::PutEntropy(Entropy { io_thread, ..Entropy::default() }),
             Request::PutConsole(api_socket::Console {
                 io_thread,
@@ -1154,7 +1155,7 @@ fn the_metadata_service_and_the_kernels_back_end_are_not_on_one_interface() {
 }
 
 fn plug(total_size_mib: u64, slot_size_mib: u64, block_size_mib: u64) -> MemoryHotplugConfig {
-    MemoryHotplugConfig { total_size_mib, slot_size_mib, block_size_mib }
+    MemoryHotplugConfig { total_size_mib, slot_size_mib, block_size_mib, io_thread: None }
 }
 
 #[test]
