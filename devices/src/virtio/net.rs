@@ -167,6 +167,10 @@ impl Net {
             }
             // The first pair is the one that every driver uses.
             let mut beside = self.beside.as_mut().filter(|_| index == 0);
+            if pairs > 1 {
+                // Called for and kicked alike: left in place, it would put a pair in line that has had its turn, for ever.
+                running.clear_kick(receive_queue(index));
+            }
             let mut end = Turn::Over;
             running.turn(receive_queue(index), |turn| {
                 end = receiver.take_turn(turn, tap, limiter, beside.as_deref_mut())?;

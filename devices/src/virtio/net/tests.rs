@@ -432,7 +432,8 @@ fn pairs_that_wait_for_a_limit_take_turns_at_sending() {
         }
         while rig.on_the_wire(pair).is_some() {}
     });
-    assert!(done.iter().all(|&done| done >= 10), "{done:?}");
+    // A turn is for one to four.
+    assert!(done.iter().all(|&done| done > 4), "{done:?}");
 }
 
 #[test]
@@ -448,7 +449,9 @@ fn pairs_that_wait_for_a_limit_take_turns_at_receiving() {
         rig.wires[pair].set_nonblocking(true).unwrap();
         while rig.wires[pair].send(&with_header(&frame(pair, 60))).is_ok() {}
     });
-    assert!(done.iter().all(|&done| done >= 10), "{done:?}");
+    // A turn is for one to four.
+    assert!(done.iter().all(|&done| done > 4), "{done:?}");
+    // Whoever has room receives without a limit, and then all rest.
     rig.slot.device.set_limits(Some(Limits::default()), None);
     rig.settle();
 }
