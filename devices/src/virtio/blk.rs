@@ -248,7 +248,7 @@ impl VirtioDevice for Blk {
         bits.extend((self.queues > 1).then_some(spec::VIRTIO_BLK_F_MQ));
         let features = bits.into_iter().map(|bit| 1 << bit).sum();
         let queue_sizes = vec![QUEUE_SIZE; self.queues.into()];
-        Identity { device_type: DeviceType::Block, features, queue_sizes }
+        Identity { device_type: DeviceType::Block, features, queue_sizes, config_bytes: CONFIG_BYTES as u64 }
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {
@@ -357,6 +357,8 @@ const TIMER: u32 = 0x8000;
 /// The token of the asynchronous engine's ring.
 const RING: u32 = 0x8001;
 
+/// Up to the last field that is offered.
+const CONFIG_BYTES: usize = 60;
 const HEADER_BYTES: usize = 16;
 /// One range of a discard or of zeroes.
 const RANGE_BYTES: usize = 16;
@@ -807,8 +809,8 @@ impl Counters {
 }
 
 /// The configuration space (5.2.4), up to the last field that is offered; zeros elsewhere.
-fn config_space(sectors: u64, queues: u16, blocks: Option<Blocks>) -> [u8; 60] {
-    let mut space = [0; 60];
+fn config_space(sectors: u64, queues: u16, blocks: Option<Blocks>) -> [u8; CONFIG_BYTES] {
+    let mut space = [0; CONFIG_BYTES];
     let mut put = |offset: usize, value: &[u8]| {
         for (byte, value) in space.iter_mut().skip(offset).zip(value) {
             *byte = *value;

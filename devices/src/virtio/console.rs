@@ -206,7 +206,7 @@ impl VirtioDevice for Console {
             features |= 1 << F_MULTIPORT;
         }
         let queue_sizes = vec![QUEUE_SIZE; queues(self.ports.len())];
-        Identity { device_type: DeviceType::Console, features, queue_sizes }
+        Identity { device_type: DeviceType::Console, features, queue_sizes, config_bytes: 8 }
     }
 
     /// Columns and rows of the first port and, if there are several, how many; what is behind them is not offered (5.3.4).

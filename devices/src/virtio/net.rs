@@ -275,12 +275,17 @@ impl VirtioDevice for Net {
             bits.retain(|&feature| !OF_RINGS.contains(&feature) || kernel.knows(bit(feature)));
         }
         let features = bits.into_iter().map(bit).sum();
-        Identity { device_type: DeviceType::Network, features, queue_sizes }
+        Identity {
+            device_type: DeviceType::Network,
+            features,
+            queue_sizes,
+            config_bytes: CONFIG_BYTES as u64,
+        }
     }
 
     /// The address, the link's state (not offered), the number of queue pairs and the MTU (5.1.4).
     fn config(&self, offset: u64, data: &mut [u8]) {
-        let mut space = [0; 12];
+        let mut space = [0; CONFIG_BYTES];
         let pairs = self.tap.queues() as u16;
         let fields = [
             &self.mac.unwrap_or_default()[..],
@@ -481,6 +486,9 @@ const OFFERED: [u32; 13] = [
 /// Of these, those about rings and what is in them: the kernel must know them if it serves the queues.
 const OF_RINGS: [u32; 3] =
     [spec::VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX];
+
+/// Of the configuration space, up to the last field that is offered.
+const CONFIG_BYTES: usize = 12;
 
 /// Tokens. Queues have their index; what the kernel says of them is in `kernel.rs`; the tap's queues have theirs from here on.
 const TAP: u32 = 0x1_0000;

@@ -82,7 +82,12 @@ impl Pmem {
 impl VirtioDevice for Pmem {
     fn identity(&self) -> Identity {
         let features = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
-        Identity { device_type: DeviceType::PersistentMemory, features, queue_sizes: vec![QUEUE_SIZE] }
+        Identity {
+            device_type: DeviceType::PersistentMemory,
+            features,
+            queue_sizes: vec![QUEUE_SIZE],
+            config_bytes: 16,
+        }
     }
 
     /// `struct virtio_pmem_config` (5.19.4).
