@@ -71,6 +71,11 @@ impl Disk {
         self.qcow2.is_none()
     }
 
+    /// The least part of the disk that is a step of its own; a raw disk has none.
+    pub fn cluster_bytes(&self) -> Option<u64> {
+        self.qcow2.as_ref().map(|qcow2| qcow2.cluster_bytes())
+    }
+
     /// Nothing that was written is in this process alone afterwards.
     pub fn settle(&self) -> io::Result<()> {
         #[cfg(test)]

@@ -62,6 +62,9 @@ const DISCARD_ALIGNMENT_SECTORS: u32 = 8;
 /// Bounded more tightly, as some hosts can only do it by writing.
 const MAX_WRITE_ZEROES_SECTORS: u32 = ((64 << 20) / SECTOR_BYTES) as u32;
 const MAX_WRITE_ZEROES_SEGMENTS: u32 = 1;
+/// Most clusters that one discard or one request for zeroes names in an image, where each is a step of its own: with those of
+/// 64 KiB, which are usual, 64 MiB. Some ten milliseconds, of which other devices wait as they do for a large write.
+const MAX_CLUSTERS: u64 = 1024;
 
 /// What a block device is made of.
 pub struct Config {
@@ -156,6 +159,33 @@ impl Blocks {
     }
 }
 
+/// What the driver is told of discards and zeroes (5.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ranges {
+    discard_sectors: u32,
+    discard_segments: u32,
+    zeroes_sectors: u32,
+}
+
+impl Ranges {
+    const RAW: Ranges = Ranges {
+        discard_sectors: MAX_DISCARD_SECTORS,
+        discard_segments: MAX_DISCARD_SEGMENTS,
+        zeroes_sectors: MAX_WRITE_ZEROES_SECTORS,
+    };
+
+    fn of(disk: &Disk) -> Ranges {
+        let Some(cluster) = disk.cluster_bytes() else { return Ranges::RAW };
+        let sectors = MAX_CLUSTERS.saturating_mul(cluster) / SECTOR_BYTES;
+        let most = u32::try_from(sectors).unwrap_or(u32::MAX);
+        Ranges {
+            discard_sectors: MAX_DISCARD_SECTORS.min(most),
+            discard_segments: 1,
+            zeroes_sectors: MAX_WRITE_ZEROES_SECTORS.min(most),
+        }
+    }
+}
+
 /// The block device.
 pub struct Blk {
     worker: Worker,
@@ -182,6 +212,7 @@ impl Blk {
             read_only,
             cache,
             serial: serial_bytes(&serial),
+            ranges: Ranges::of(&disk),
             counters: Arc::default(),
             limiter: RateLimiter::new(limits, state.as_ref().map(|state| &state.limiter))?,
             write_through: false,
@@ -252,7 +283,11 @@ impl VirtioDevice for Blk {
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {
-        read_space(&config_space(self.worker.sectors(), self.queues, self.blocks), offset, data);
+        read_space(
+            &config_space(self.worker.sectors(), self.queues, self.blocks, self.worker.ranges),
+            offset,
+            data,
+        );
     }
 
     fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError> {
@@ -426,6 +461,8 @@ struct Worker {
     read_only: bool,
     cache: Cache,
     serial: [u8; ID_BYTES],
+    /// Of the disk that was there at the beginning: a driver reads it once.
+    ranges: Ranges,
     /// A write has to be stable when it is done: by choice, or as this driver knows no flushes.
     write_through: bool,
     limiter: RateLimiter,
@@ -638,7 +675,8 @@ impl Worker {
                 return Ok(Request::Id(std::mem::take(writable)));
             }
             spec::VIRTIO_BLK_T_DISCARD => {
-                let ranges = self.ranges(memory, readable, MAX_DISCARD_SEGMENTS, MAX_DISCARD_SECTORS)?;
+                let Ranges { discard_segments, discard_sectors, .. } = self.ranges;
+                let ranges = self.ranges(memory, readable, discard_segments, discard_sectors)?;
                 // A discard has no flags.
                 let plain = ranges.into_iter().map(|(range, flags)| match flags {
                     0 => Ok(range),
@@ -648,7 +686,7 @@ impl Worker {
             }
             spec::VIRTIO_BLK_T_WRITE_ZEROES => {
                 let limit = MAX_WRITE_ZEROES_SEGMENTS;
-                match *self.ranges(memory, readable, limit, MAX_WRITE_ZEROES_SECTORS)? {
+                match *self.ranges(memory, readable, limit, self.ranges.zeroes_sectors)? {
                     [(range, 0)] => Operation::WriteZeroes { range, unmap: false },
                     [(range, spec::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)] => {
                         Operation::WriteZeroes { range, unmap: true }
@@ -809,7 +847,7 @@ impl Counters {
 }
 
 /// The configuration space (5.2.4), up to the last field that is offered; zeros elsewhere.
-fn config_space(sectors: u64, queues: u16, blocks: Option<Blocks>) -> [u8; CONFIG_BYTES] {
+fn config_space(sectors: u64, queues: u16, blocks: Option<Blocks>, ranges: Ranges) -> [u8; CONFIG_BYTES] {
     let mut space = [0; CONFIG_BYTES];
     let mut put = |offset: usize, value: &[u8]| {
         for (byte, value) in space.iter_mut().skip(offset).zip(value) {
@@ -825,10 +863,10 @@ fn config_space(sectors: u64, queues: u16, blocks: Option<Blocks>) -> [u8; CONFI
         put(26, &(ratio as u16).to_le_bytes()); // min_io_size
     }
     put(34, &queues.to_le_bytes());
-    put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
-    put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());
+    put(36, &ranges.discard_sectors.to_le_bytes());
+    put(40, &ranges.discard_segments.to_le_bytes());
     put(44, &DISCARD_ALIGNMENT_SECTORS.to_le_bytes());
-    put(48, &MAX_WRITE_ZEROES_SECTORS.to_le_bytes());
+    put(48, &ranges.zeroes_sectors.to_le_bytes());
     put(52, &MAX_WRITE_ZEROES_SEGMENTS.to_le_bytes());
     put(56, &[1]); // write_zeroes_may_unmap
     space

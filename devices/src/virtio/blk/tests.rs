@@ -504,7 +504,7 @@ fn a_driver_that_finds_another_size_after_a_restore_is_told() {
 #[test]
 fn the_configuration_space_ends_and_may_be_read_in_any_piece() {
     let rig = rig();
-    let space = config_space(SECTORS, 1, None);
+    let space = config_space(SECTORS, 1, None, Ranges::RAW);
     for (offset, len) in [(0, 60), (12, 4), (34, 2), (56, 8), (59, 1), (60, 4), (u64::MAX, 4)] {
         let mut data = vec![0xee; len];
         rig.slot.device.config(offset, &mut data);

@@ -57,3 +57,27 @@ fn what_changes_an_image_comes_back_with_one_call_to_the_driver_for_all_of_a_tur
     assert_eq!(rig.driver.reap_all().len(), 8);
     assert_eq!(rig.slot.calls.take_queue(), 1);
 }
+
+#[test]
+fn a_discard_and_zeroes_are_for_a_limited_number_of_clusters() {
+    for (cluster_bits, discard, zeroes) in
+        [(9, 1 << 10, 1 << 10), (16, 1 << 17, 1 << 17), (21, 1 << 21, 1 << 17)]
+    {
+        let mut rig = blank(cluster_bits, 1 << (cluster_bits + 17).min(32));
+        let told = |offset| {
+            let mut field = [0; 4];
+            rig.slot.device.config(offset, &mut field);
+            u32::from_le_bytes(field)
+        };
+        assert_eq!([told(36), told(40), told(48)], [discard, 1, zeroes], "{cluster_bits}");
+        for (kind, most) in [(spec::VIRTIO_BLK_T_DISCARD, discard), (spec::VIRTIO_BLK_T_WRITE_ZEROES, zeroes)]
+        {
+            assert_eq!(rig.ranges(kind, &[range(0, most, 0)]), OK);
+            assert_eq!(rig.ranges(kind, &[range(0, most + 1, 0)]), IOERR);
+            assert_eq!(rig.ranges(kind, &[range(0, 8, 0), range(8, 8, 0)]), IOERR);
+        }
+    }
+    let mut raw = [0; 8];
+    rig().slot.device.config(36, &mut raw);
+    assert_eq!(raw, [0, 0, 0x20, 0, 16, 0, 0, 0], "16 times 1 GiB of a raw disk");
+}
