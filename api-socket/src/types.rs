@@ -724,6 +724,9 @@ pub struct Console {
     /// Lines, as the guest is told.
     #[serde(default = "default_rows")]
     pub rows: u16,
+    /// Of what the guest writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
     /// As [`Drive::io_thread`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_thread: Option<u8>,
@@ -751,6 +754,9 @@ pub struct ConsolePort {
     /// Of a terminal only; absent is [`DEFAULT_CONSOLE_ROWS`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<u16>,
+    /// As that of the console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// Body of `PATCH /console`.

@@ -329,13 +329,15 @@ impl Slots {
         let ports = settings.ports.iter().zip(&console.ports).map(|(port, connected)| {
             let (input, output) = ends(connected)?;
             let (name, size) = (port.name.clone(), config::console::size(port));
-            Ok(console::PortConfig { name, size, input, output })
+            let limits = limits(port.rate_limiter.as_ref());
+            Ok(console::PortConfig { name, size, input, output, limits })
         });
         let (input, output) = ends(&console.ends)?;
         let config = console::Config {
             input,
             output,
             size: console::Size { columns: settings.columns, rows: settings.rows },
+            limits: limits(settings.rate_limiter.as_ref()),
             ports: ports.collect::<io::Result<_>>()?,
         };
         let device = Arc::new(Mutex::new(Console::new(config, None)?));

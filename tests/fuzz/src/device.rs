@@ -128,6 +128,7 @@ pub fn console(data: &[u8]) {
         size,
         input: Some(input()),
         output: Box::new(Moody(0)),
+        limits: limits(flags),
     };
     let size = Size { columns: 80, rows: 25 };
     drive_with(
@@ -138,6 +139,7 @@ pub fn console(data: &[u8]) {
                 input: Some(input()),
                 output: Box::new(Moody(0)),
                 size,
+                limits: limits(flags),
                 ports: if several {
                     vec![port("second", Some(size)), port("stream", None)]
                 } else {

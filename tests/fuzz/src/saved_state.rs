@@ -112,10 +112,10 @@ pub fn blk(state: Option<blk::State>) -> Blk {
 pub fn console(state: Option<console::State>) -> Console {
     let size = Size { columns: 80, rows: 25 };
     let input = Some(File::open("/dev/zero").unwrap().into());
-    let port =
-        console::PortConfig { name: "p".into(), size: None, input: None, output: Box::new(std::io::sink()) };
-    let output = Box::new(std::io::sink());
-    let config = console::Config { input, output, size, ports: vec![port] };
+    let limits = Limits::default();
+    let output = || Box::new(std::io::sink());
+    let port = console::PortConfig { name: "p".into(), size: None, input: None, output: output(), limits };
+    let config = console::Config { input, output: output(), size, limits, ports: vec![port] };
     Console::new(config, state).unwrap()
 }
 

@@ -831,6 +831,7 @@ fn every_field_of_the_console_arrives_and_is_told_back() {
         input_path: Some(input.clone()),
         columns: 132,
         rows: 43,
+        rate_limiter: Some(RateLimiter { bandwidth: Some(bucket(1)), ops: Some(bucket(2)) }),
         io_thread: Some(2),
         ports: Vec::new(),
     };
@@ -870,6 +871,10 @@ fn a_console_that_cannot_be_opened_is_named_and_the_one_before_stays() {
     assert_eq!(fixture.config.console.unwrap().settings.output_path, output);
 }
 
+fn bucket(size: u64) -> api_socket::TokenBucket {
+    api_socket::TokenBucket { size, one_time_burst: None, refill_time: 1000 }
+}
+
 fn console_of(fixture: &Fixture, ports: Vec<ConsolePort>) -> api_socket::Console {
     api_socket::Console {
         output_path: fixture.path("out"),
@@ -891,7 +896,11 @@ fn every_port_of_the_console_is_opened_and_told_back() {
     make_fifo(&input);
     let ports = vec![
         ConsolePort { is_console: true, columns: Some(1), rows: Some(2), ..port(&fixture, "second") },
-        ConsolePort { input_path: Some(input), ..port(&fixture, "org.test.stream-1_0") },
+        ConsolePort {
+            input_path: Some(input),
+            rate_limiter: Some(RateLimiter { bandwidth: Some(bucket(3)), ops: None }),
+            ..port(&fixture, "org.test.stream-1_0")
+        },
     ];
     let settings = console_of(&fixture, ports);
     fixture.accept(Request::PutConsole(settings.clone()));
