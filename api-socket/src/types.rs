@@ -637,7 +637,7 @@ pub struct BalloonHintingStatus {
     pub guest_cmd: Option<u32>,
 }
 
-/// Body of `PUT /hotplug/memory`. All in MiB.
+/// Body of `PUT /hotplug/memory`. Sizes are in MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryHotplugConfig {
@@ -649,6 +649,9 @@ pub struct MemoryHotplugConfig {
     /// What the guest plugs and unplugs.
     #[serde(default = "MemoryHotplugConfig::block_size_mib")]
     pub block_size_mib: u64,
+    /// As [`Drive::io_thread`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_thread: Option<u8>,
 }
 
 impl MemoryHotplugConfig {
@@ -664,7 +667,7 @@ impl MemoryHotplugConfig {
 impl Default for MemoryHotplugConfig {
     fn default() -> MemoryHotplugConfig {
         let (slot_size_mib, block_size_mib) = (Self::slot_size_mib(), Self::block_size_mib());
-        MemoryHotplugConfig { total_size_mib: slot_size_mib, slot_size_mib, block_size_mib }
+        MemoryHotplugConfig { total_size_mib: slot_size_mib, slot_size_mib, block_size_mib, io_thread: None }
     }
 }
 
@@ -721,6 +724,9 @@ pub struct Console {
     /// Lines, as the guest is told.
     #[serde(default = "default_rows")]
     pub rows: u16,
+    /// Of what the guest writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
     /// As [`Drive::io_thread`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_thread: Option<u8>,
@@ -748,6 +754,9 @@ pub struct ConsolePort {
     /// Of a terminal only; absent is [`DEFAULT_CONSOLE_ROWS`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<u16>,
+    /// As that of the console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// Body of `PATCH /console`.

@@ -219,6 +219,7 @@ fn one_of_each() -> Vec<Request> {
             total_size_mib: 1024,
             slot_size_mib: 256,
             block_size_mib: 4,
+            io_thread: Some(1),
         }),
         Request::PatchMemoryHotplug(MemoryHotplugSizeUpdate { requested_size_mib: 512 }),
         Request::PutVsock(Vsock {

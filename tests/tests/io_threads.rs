@@ -7,7 +7,10 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
-use api_socket::{ActionType, Balloon, Console, Drive, Entropy, Pmem, Request, Vsock};
+use api_socket::{
+    ActionType, Balloon, Console, Drive, Entropy, MemoryHotplugConfig, MemoryHotplugSizeUpdate, Pmem,
+    Request, Vsock,
+};
 use berth_tests::guest::setup::{VSOCK, disk_drive};
 use berth_tests::guest::tap::Tap;
 use berth_tests::guest::{Guest, Name, Setup, blank_disk, debian_drive, program_drive, times};
@@ -230,6 +233,7 @@ fn every_device_may_have_a_thread_of_its_own() {
         interfaces: vec![interface],
         pmems: vec![pmem],
         balloon: Some(Balloon { amount_mib: 0, io_thread: Some(5), ..Balloon::default() }),
+        memory_hotplug: Some(MemoryHotplugConfig { io_thread: Some(7), ..MemoryHotplugConfig::default() }),
         ..Setup::default()
     };
     let mut guest = Guest::configured(setup);
@@ -245,7 +249,7 @@ fn every_device_may_have_a_thread_of_its_own() {
     guest.apply(Request::PutConsole(Console { output_path, io_thread: Some(15), ..Console::default() }));
     guest.boot();
     let mut names = vec!["fc_io".to_string()];
-    names.extend([1, 15, 2, 3, 4, 5, 6].map(|number| format!("fc_io {number}")));
+    names.extend([1, 15, 2, 3, 4, 5, 6, 7].map(|number| format!("fc_io {number}")));
     assert_eq!(io_threads(&guest), names);
     guest.run("modprobe virtio_pmem; modprobe nd_pmem");
     guest.take_program("/dev/vdb", "berth-vsock");
@@ -278,6 +282,13 @@ fn every_device_may_have_a_thread_of_its_own() {
     while turns(&guest, "fc_io 5") == before {
         sleep(Duration::from_millis(100));
     }
+    let before = turns(&guest, "fc_io 7");
+    let update = MemoryHotplugSizeUpdate { requested_size_mib: 128 };
+    guest.apply(Request::PatchMemoryHotplug(update));
+    while guest.api.memory_hotplug().unwrap().plugged_size_mib < 128 {
+        sleep(Duration::from_millis(100));
+    }
+    assert!(turns(&guest, "fc_io 7") > before);
     guest.pause();
     guest.resume();
     guest.power_off();

@@ -275,8 +275,7 @@ fn requests_that_make_no_sense_are_refused_and_change_nothing() {
         refused(&mut guest, Request::PutMemoryHotplug(bad), "must be");
     }
     // More than any CPU reaches.
-    let much =
-        MemoryHotplugConfig { slot_size_mib: 1 << 15, block_size_mib: 1 << 10, total_size_mib: 1 << 25 };
+    let much = MemoryHotplugConfig { slot_size_mib: 1 << 15, block_size_mib: 1 << 10, ..plug(1 << 25) };
     guest.apply(Request::PutMemoryHotplug(much));
     refused(&mut guest, Request::Action(ActionType::InstanceStart), "total_size_mib");
     guest.apply(Request::PutMemoryHotplug(plug(TOTAL)));

@@ -240,6 +240,7 @@ impl Config {
         let others = [
             self.vsock.as_ref().and_then(|vsock| vsock.settings.io_thread),
             self.balloon.and_then(|balloon| balloon.io_thread),
+            self.memory_hotplug.and_then(|memory| memory.settings.io_thread),
             self.entropy.and_then(|entropy| entropy.io_thread),
             self.console_settings.as_ref().and_then(|console| console.io_thread),
         ];
@@ -902,6 +903,9 @@ impl Config {
     }
 
     fn put_vsock(&mut self, settings: api_socket::Vsock) -> Result<(), Fault> {
+        if self.vsock.is_none() {
+            self.check_room("the socket device")?;
+        }
         self.vsock = Some(match self.vsock.take() {
             Some(before) => before.replace(settings).map_err(|(before, fault)| {
                 self.vsock = Some(before);

@@ -132,7 +132,8 @@ pub fn build(
         virtio.add_balloon(balloon, &board)?;
     }
     if let Some(memory) = memory {
-        virtio.add_memory(memory, &board)?;
+        let io_thread = config.memory_hotplug().ok().and_then(|memory| memory.settings.io_thread);
+        virtio.add_memory(memory, io_thread, &board)?;
     }
     if let Some(entropy) = &config.entropy {
         virtio.add_entropy(entropy, &board)?;

@@ -207,6 +207,16 @@ impl Metrics {
         self.add("interrupts", None, Box::new(move |tell| tell("triggers", shared.interrupts())));
     }
 
+    /// Adds what went wrong between a virtio device and its driver.
+    pub fn add_transport(&mut self, group: &'static str, id: Option<&str>, shared: Arc<Shared>) {
+        let source = move |tell: &mut dyn FnMut(&'static str, u64)| {
+            tell("activate_fails", shared.start_fails());
+            // Where Firecracker has no such key, ours.
+            tell("cfg_fails", shared.config_fails());
+        };
+        self.add(group, id, Box::new(source));
+    }
+
     /// Adds the changes of message-signalled interrupts.
     pub fn add_routes(&mut self, interrupts: Arc<Interrupts>) {
         self.add("interrupts", None, Box::new(move |tell| tell("config_updates", interrupts.updates())));
@@ -709,8 +719,11 @@ pub fn clock_us(clock: libc::clockid_t) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use devices::virtio::rng::Rng;
+    use devices::virtio::transport::SharedDevice;
     use serde_json::{Value, json};
     use std::path::{Path, PathBuf};
+    use std::sync::Mutex;
     use std::time::{Duration, Instant};
 
     struct Fixture {
@@ -795,6 +808,11 @@ mod tests {
         metrics.add_vsock(Arc::default());
         metrics.add_balloon(Arc::default());
         metrics.add_memory_hotplug(Arc::default());
+        let device: SharedDevice =
+            Arc::new(Mutex::new(Rng::new(rng::Config { limits: Default::default() }, None).unwrap()));
+        for (group, id) in [("block", Some("vda")), ("entropy", None), ("vsock", None), ("balloon", None)] {
+            metrics.add_transport(group, id, Shared::of(&device));
+        }
     }
 
     #[test]
@@ -830,6 +848,7 @@ mod tests {
             [
                 "api_connections.refused_connections",
                 "api_connections.unknown_requests",
+                "balloon.cfg_fails",
                 "block.discard_count",
                 "block.write_zeroes_count",
                 "block_vda.discard_count",
@@ -840,6 +859,7 @@ mod tests {
                 "delete_api_requests.network_fails",
                 "delete_api_requests.pmem_count",
                 "delete_api_requests.pmem_fails",
+                "entropy.cfg_fails",
                 "get_api_requests.balloon_count",
                 "get_api_requests.balloon_hinting_status_count",
                 "get_api_requests.balloon_stats_count",

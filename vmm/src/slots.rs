@@ -19,6 +19,7 @@ use devices::pci::root::{AddError, Root, Windows};
 use devices::virtio::balloon::{self, Balloon, Ram};
 use devices::virtio::blk::{Blk, Cache, Config as BlkConfig};
 use devices::virtio::console::{self, Console};
+use devices::virtio::device::DeviceType;
 use devices::virtio::mem::{self, Mem};
 use devices::virtio::mmio::{self, Mmio};
 use devices::virtio::net::{self, Net};
@@ -95,6 +96,8 @@ enum Place {
 struct Named<D> {
     id: String,
     slot: Option<usize>,
+    /// Of its transport.
+    shared: Arc<Shared>,
     device: Arc<Mutex<D>>,
 }
 
@@ -203,8 +206,8 @@ impl Slots {
             },
             None,
         )?));
-        let slot = self.plug(blk.clone(), host, board)?;
-        self.drives.push(Named { id: settings.drive_id, slot, device: blk });
+        let (slot, shared) = self.plug(blk.clone(), host, board)?;
+        self.drives.push(Named { id: settings.drive_id, slot, shared, device: blk });
         Ok(slot)
     }
 
@@ -233,8 +236,8 @@ impl Slots {
             VhostUserBlk::new(config, None).map_err(|error| SlotsError::Backend { path: socket, error })?;
         store_us(&blk.counters().init_time_us, begin);
         let blk = Arc::new(Mutex::new(blk));
-        let slot = self.plug(blk.clone(), host, board)?;
-        self.vhost_user_drives.push(Named { id: settings.drive_id, slot, device: blk });
+        let (slot, shared) = self.plug(blk.clone(), host, board)?;
+        self.vhost_user_drives.push(Named { id: settings.drive_id, slot, shared, device: blk });
         Ok(slot)
     }
 
@@ -257,8 +260,8 @@ impl Slots {
             room: board.room.clone(),
         };
         let net = Arc::new(Mutex::new(Net::new(config, None)?));
-        let slot = self.plug(net.clone(), host, board)?;
-        self.interfaces.push(Named { id: settings.iface_id, slot, device: net });
+        let (slot, shared) = self.plug(net.clone(), host, board)?;
+        self.interfaces.push(Named { id: settings.iface_id, slot, shared, device: net });
         Ok(slot)
     }
 
@@ -274,8 +277,12 @@ impl Slots {
         let range = files
             .map(&file, settings.read_only)
             .map_err(|error| SlotsError::File { path: settings.path_on_host.clone(), error })?;
-        let config =
-            pmem::Config { file, range: range.clone(), limits: limits(settings.rate_limiter.as_ref()) };
+        let config = pmem::Config {
+            name: settings.id.clone(),
+            file,
+            range: range.clone(),
+            limits: limits(settings.rate_limiter.as_ref()),
+        };
         // A guest that gets no device must not have its memory.
         self.plug_pmem(settings.id, config, host, board).inspect_err(|_| files.unmap(&range))
     }
@@ -288,8 +295,8 @@ impl Slots {
         board: &Board,
     ) -> Result<Option<usize>, SlotsError> {
         let device = Arc::new(Mutex::new(Pmem::new(config, None)?));
-        let slot = self.plug(device.clone(), host, board)?;
-        self.pmems.push(Named { id, slot, device });
+        let (slot, shared) = self.plug(device.clone(), host, board)?;
+        self.pmems.push(Named { id, slot, shared, device });
         Ok(slot)
     }
 
@@ -302,7 +309,7 @@ impl Slots {
         let host = board.hosts.of(entropy.io_thread)?;
         let config = RngConfig { limits: limits(entropy.rate_limiter.as_ref()) };
         let rng = Arc::new(Mutex::new(Rng::new(config, None)?));
-        let slot = self.plug(rng.clone(), host, board)?;
+        let (slot, _) = self.plug(rng.clone(), host, board)?;
         self.entropy = Some(rng);
         Ok(slot)
     }
@@ -322,17 +329,19 @@ impl Slots {
         let ports = settings.ports.iter().zip(&console.ports).map(|(port, connected)| {
             let (input, output) = ends(connected)?;
             let (name, size) = (port.name.clone(), config::console::size(port));
-            Ok(console::PortConfig { name, size, input, output })
+            let limits = limits(port.rate_limiter.as_ref());
+            Ok(console::PortConfig { name, size, input, output, limits })
         });
         let (input, output) = ends(&console.ends)?;
         let config = console::Config {
             input,
             output,
             size: console::Size { columns: settings.columns, rows: settings.rows },
+            limits: limits(settings.rate_limiter.as_ref()),
             ports: ports.collect::<io::Result<_>>()?,
         };
         let device = Arc::new(Mutex::new(Console::new(config, None)?));
-        let slot = self.plug(device.clone(), host, board)?;
+        let (slot, _) = self.plug(device.clone(), host, board)?;
         self.console = Some(device);
         Ok(slot)
     }
@@ -342,7 +351,7 @@ impl Slots {
         let Socket { io_thread, config } = socket;
         let host = board.hosts.of(io_thread)?;
         let device = Arc::new(Mutex::new(Vsock::new(config, None)?));
-        let slot = self.plug(device.clone(), host, board)?;
+        let (slot, _) = self.plug(device.clone(), host, board)?;
         self.vsock = Some(device);
         Ok(slot)
     }
@@ -368,7 +377,7 @@ impl Slots {
             ram: Ram { regions: regions.collect(), page: board.ram_page },
         };
         let device = Arc::new(Mutex::new(Balloon::new(config, None)?));
-        let slot = self.plug(device.clone(), host, board)?;
+        let (slot, _) = self.plug(device.clone(), host, board)?;
         self.balloon = Some(device);
         Ok(slot)
     }
@@ -379,9 +388,15 @@ impl Slots {
     }
 
     /// The device by which memory comes and goes.
-    pub fn add_memory(&mut self, config: mem::Config, board: &Board) -> Result<Option<usize>, SlotsError> {
+    pub fn add_memory(
+        &mut self,
+        config: mem::Config,
+        io_thread: Option<u8>,
+        board: &Board,
+    ) -> Result<Option<usize>, SlotsError> {
+        let host = board.hosts.of(io_thread)?;
         let device = Arc::new(Mutex::new(Mem::new(config, None)?));
-        let slot = self.plug(device.clone(), board.hosts.of(None)?, board)?;
+        let (slot, _) = self.plug(device.clone(), host, board)?;
         self.memory = Some(device);
         Ok(slot)
     }
@@ -517,6 +532,17 @@ impl Slots {
         if let Some(vsock) = &self.vsock {
             metrics.add_vsock(lock(vsock).counters());
         }
+        let places = || self.places.iter().map(Place::shared);
+        for (group, device) in [
+            ("entropy", DeviceType::Entropy),
+            ("balloon", DeviceType::Balloon),
+            ("memory_hotplug", DeviceType::Memory),
+            ("vsock", DeviceType::Socket),
+        ] {
+            if let Some(shared) = places().find(|shared| shared.device_type() == device) {
+                metrics.add_transport(group, None, shared);
+            }
+        }
     }
 
     /// Adds the counters of the device in `slot`.
@@ -530,15 +556,18 @@ impl Slots {
         }
         for drive in self.drives.iter().filter(|drive| is_meant(drive.slot)) {
             metrics.at(drive.slot).add_block(&drive.id, lock(&drive.device).counters());
+            metrics.add_transport("block", Some(&drive.id), drive.shared.clone());
         }
         for drive in self.vhost_user_drives.iter().filter(|drive| is_meant(drive.slot)) {
             metrics.at(drive.slot).add_vhost_user_block(&drive.id, lock(&drive.device).counters());
         }
         for net in self.interfaces.iter().filter(|net| is_meant(net.slot)) {
             metrics.at(net.slot).add_net(&net.id, lock(&net.device).counters());
+            metrics.add_transport("net", Some(&net.id), net.shared.clone());
         }
         for pmem in self.pmems.iter().filter(|pmem| is_meant(pmem.slot)) {
             metrics.at(pmem.slot).add_pmem(&pmem.id, lock(&pmem.device).counters());
+            metrics.add_transport("pmem", Some(&pmem.id), pmem.shared.clone());
         }
         metrics.at(None);
     }
@@ -548,7 +577,7 @@ impl Slots {
         device: SharedDevice,
         host: Arc<KvmHost>,
         board: &Board,
-    ) -> Result<Option<usize>, SlotsError> {
+    ) -> Result<(Option<usize>, Arc<Shared>), SlotsError> {
         let ram = board.ram.clone();
         let place = match &mut self.way {
             Way::Pci { root, .. } => {
@@ -563,9 +592,9 @@ impl Slots {
                 Place::Mmio { base: at.base, registers }
             }
         };
-        let slot = place.slot();
+        let plugged = (place.slot(), place.shared());
         self.places.push(place);
-        Ok(slot)
+        Ok(plugged)
     }
 }
 

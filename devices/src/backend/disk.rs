@@ -28,6 +28,8 @@ pub struct Disk {
     alignment: Option<Alignment>,
     /// A raw disk has none.
     qcow2: Option<Box<Qcow2>>,
+    #[cfg(test)]
+    is_full: bool,
 }
 
 /// What is in a disk's file.
@@ -46,7 +48,14 @@ impl Disk {
         // Unlike the metadata's length, this is also right for a block device.
         let bytes = file.seek(SeekFrom::End(0))?;
         let alignment = Alignment::of(&file)?;
-        Ok(Disk { file, bytes, alignment, qcow2: None })
+        Ok(Disk {
+            file,
+            bytes,
+            alignment,
+            qcow2: None,
+            #[cfg(test)]
+            is_full: false,
+        })
     }
 
     /// The same for one with a format.
@@ -54,7 +63,7 @@ impl Disk {
         let Format::Qcow2(backing) = format else { return Disk::new(file) };
         let image = file.try_clone()?;
         let qcow2 = Qcow2::open(image, backing, read_only).map_err(io::Error::other)?;
-        Ok(Disk { file, bytes: qcow2.bytes(), alignment: None, qcow2: Some(Box::new(qcow2)) })
+        Ok(Disk { bytes: qcow2.bytes(), qcow2: Some(Box::new(qcow2)), alignment: None, ..Disk::new(file)? })
     }
 
     /// Whether what is in the file is the disk, byte for byte.
@@ -62,8 +71,17 @@ impl Disk {
         self.qcow2.is_none()
     }
 
+    /// The least part of the disk that is a step of its own; a raw disk has none.
+    pub fn cluster_bytes(&self) -> Option<u64> {
+        self.qcow2.as_ref().map(|qcow2| qcow2.cluster_bytes())
+    }
+
     /// Nothing that was written is in this process alone afterwards.
     pub fn settle(&self) -> io::Result<()> {
+        #[cfg(test)]
+        if self.is_full {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
         self.qcow2.as_ref().map_or(Ok(()), |qcow2| qcow2.settle())
     }
 
@@ -84,6 +102,12 @@ impl Disk {
     #[cfg(test)]
     pub(crate) fn pretend(&mut self, alignment: Alignment) {
         self.alignment = Some(alignment);
+    }
+
+    /// Makes the host refuse to take an image's tables.
+    #[cfg(test)]
+    pub(crate) fn pretend_full(&mut self, is_full: bool) {
+        self.is_full = is_full;
     }
 
     /// The file takes this as it is. Other operations are [`Disk::perform`]'s, while nothing else is under way: a part of a

@@ -70,6 +70,8 @@ pub struct Qcow2 {
     bytes: u64,
     /// Most memory for its tables.
     metadata_bytes: u64,
+    /// Of the smallest clusters that there are in the chain.
+    cluster_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -85,9 +87,16 @@ impl Qcow2 {
     pub fn open(file: File, backing: Vec<Backing>, read_only: bool) -> Result<Qcow2, OpenError> {
         let layers = layers(file, backing, read_only)?;
         let metadata_bytes = metadata_bytes(&layers);
+        let clusters = layers.iter().filter_map(|layer| Some(layer.header?.cluster_bytes()));
+        let cluster_bytes = clusters.min().unwrap_or(u64::MAX);
         let access = open(layers, read_only)?;
         let bytes = access.size();
-        Ok(Qcow2 { image: Mutex::new(Image { access, is_dirty: false }), bytes, metadata_bytes })
+        Ok(Qcow2 {
+            image: Mutex::new(Image { access, is_dirty: false }),
+            bytes,
+            metadata_bytes,
+            cluster_bytes,
+        })
     }
 
     /// Whether they can be opened so.
@@ -98,6 +107,11 @@ impl Qcow2 {
     /// Most memory that the tables of its images take.
     pub fn metadata_bytes(&self) -> u64 {
         self.metadata_bytes
+    }
+
+    /// Of the smallest clusters of its images: whoever goes through a part of the disk takes no smaller steps.
+    pub fn cluster_bytes(&self) -> u64 {
+        self.cluster_bytes
     }
 
     /// The size of the disk, which is not that of the file.

@@ -242,7 +242,12 @@ impl VirtioDevice for Balloon {
         let optional = [F_STATS_VQ, F_FREE_PAGE_HINT, F_PAGE_REPORTING];
         let queues = 2 + optional.iter().filter(|bit| self.features & **bit != 0).count();
         let features = self.features | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
-        Identity { device_type: DeviceType::Balloon, features, queue_sizes: vec![QUEUE_SIZE; queues] }
+        Identity {
+            device_type: DeviceType::Balloon,
+            features,
+            queue_sizes: vec![QUEUE_SIZE; queues],
+            config_bytes: 16,
+        }
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {

@@ -8,13 +8,11 @@
 //! With the synchronous engine a request is done before the next is looked at. With the asynchronous one the ring keeps
 //! requests, which end in any order (5.2.6.2 asks for none), and stopping waits for them.
 //!
-//! Several queues spare a driver's CPUs waiting for one another; here one thread serves all of them, in turns (`turns.rs`).
+//! Several queues spare a driver's CPUs waiting for one another; here one thread serves all of them, in [`Turns`].
 //! One ring does for all: rings for each would be filled and emptied by this same thread, with a call for each and no
 //! request done earlier, and how much one guest may have under way would grow with its queues.
 
-mod trouble;
-mod turns;
-
+use std::fmt::{self, Display};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
@@ -40,9 +38,8 @@ use crate::virtio::device::{
 };
 use crate::virtio::queue::{Chain, Queue, QueueError, Segments};
 use crate::virtio::running::{Running, Step, count};
-
-use trouble::Troubles;
-use turns::{Turn, Turns};
+use crate::virtio::trouble::{Failure, Troubles};
+use crate::virtio::turns::{Turn, Turns};
 
 /// The unit of every sector number, whatever the disk's own is (5.2.4).
 pub const SECTOR_BYTES: u64 = 512;
@@ -65,6 +62,9 @@ const DISCARD_ALIGNMENT_SECTORS: u32 = 8;
 /// Bounded more tightly, as some hosts can only do it by writing.
 const MAX_WRITE_ZEROES_SECTORS: u32 = ((64 << 20) / SECTOR_BYTES) as u32;
 const MAX_WRITE_ZEROES_SEGMENTS: u32 = 1;
+/// Most clusters that one discard or one request for zeroes names in an image, where each is a step of its own: with those of
+/// 64 KiB, which are usual, 64 MiB. Some ten milliseconds, of which other devices wait as they do for a large write.
+const MAX_CLUSTERS: u64 = 1024;
 
 /// What a block device is made of.
 pub struct Config {
@@ -159,6 +159,33 @@ impl Blocks {
     }
 }
 
+/// What the driver is told of discards and zeroes (5.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ranges {
+    discard_sectors: u32,
+    discard_segments: u32,
+    zeroes_sectors: u32,
+}
+
+impl Ranges {
+    const RAW: Ranges = Ranges {
+        discard_sectors: MAX_DISCARD_SECTORS,
+        discard_segments: MAX_DISCARD_SEGMENTS,
+        zeroes_sectors: MAX_WRITE_ZEROES_SECTORS,
+    };
+
+    fn of(disk: &Disk) -> Ranges {
+        let Some(cluster) = disk.cluster_bytes() else { return Ranges::RAW };
+        let sectors = MAX_CLUSTERS.saturating_mul(cluster) / SECTOR_BYTES;
+        let most = u32::try_from(sectors).unwrap_or(u32::MAX);
+        Ranges {
+            discard_sectors: MAX_DISCARD_SECTORS.min(most),
+            discard_segments: 1,
+            zeroes_sectors: MAX_WRITE_ZEROES_SECTORS.min(most),
+        }
+    }
+}
+
 /// The block device.
 pub struct Blk {
     worker: Worker,
@@ -185,6 +212,7 @@ impl Blk {
             read_only,
             cache,
             serial: serial_bytes(&serial),
+            ranges: Ranges::of(&disk),
             counters: Arc::default(),
             limiter: RateLimiter::new(limits, state.as_ref().map(|state| &state.limiter))?,
             write_through: false,
@@ -251,11 +279,15 @@ impl VirtioDevice for Blk {
         bits.extend((self.queues > 1).then_some(spec::VIRTIO_BLK_F_MQ));
         let features = bits.into_iter().map(|bit| 1 << bit).sum();
         let queue_sizes = vec![QUEUE_SIZE; self.queues.into()];
-        Identity { device_type: DeviceType::Block, features, queue_sizes }
+        Identity { device_type: DeviceType::Block, features, queue_sizes, config_bytes: CONFIG_BYTES as u64 }
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {
-        read_space(&config_space(self.worker.sectors(), self.queues, self.blocks), offset, data);
+        read_space(
+            &config_space(self.worker.sectors(), self.queues, self.blocks, self.worker.ranges),
+            offset,
+            data,
+        );
     }
 
     fn start(&mut self, active: Active) -> Result<Vec<Source>, StartError> {
@@ -294,10 +326,10 @@ impl VirtioDevice for Blk {
             }
         }
         self.turns.take(|queue| worker.serve(running, queue));
+        worker.settle();
         if worker.ring.as_ref().is_some_and(|ring| !ring.is_empty()) || !worker.ended.is_empty() {
             worker.turn(running);
         }
-        worker.settle();
         // One turn for each call, for the sake of other devices: the next queue is called for. Also when all that was in the
         // ring has just come back, as no signal of it is left.
         if worker.may_go_on()
@@ -360,6 +392,8 @@ const TIMER: u32 = 0x8000;
 /// The token of the asynchronous engine's ring.
 const RING: u32 = 0x8001;
 
+/// Up to the last field that is offered.
+const CONFIG_BYTES: usize = 60;
 const HEADER_BYTES: usize = 16;
 /// One range of a discard or of zeroes.
 const RANGE_BYTES: usize = 16;
@@ -372,18 +406,6 @@ enum Request {
     Id(Segments),
 }
 
-/// Why a request is answered with a status other than OK.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    /// A type or flag that was not offered.
-    #[error("request type or flag {0:#x} is not supported")]
-    Unsupported(u32),
-    #[error("the driver's request {0}")]
-    Driver(&'static str),
-    #[error("{0}")]
-    Host(#[from] io::Error),
-}
-
 /// What a request needs to be answered when it is done.
 #[derive(Clone, Copy, Debug)]
 struct Answer {
@@ -393,16 +415,16 @@ struct Answer {
     /// Bytes that the driver left for data.
     room: u32,
     what: What,
-    /// Bytes between the disk and the driver's buffers.
+    /// Bytes of the disk that are read or written.
     bytes: u64,
     /// Where on the disk, in bytes.
     at: u64,
     begin: Instant,
 }
 
-/// What a request was, for the counters.
+/// What a request was, for the counters and the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum What {
+pub(super) enum What {
     Read,
     Write,
     Flush,
@@ -412,6 +434,19 @@ enum What {
     Other,
 }
 
+impl Display for What {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            What::Read => "reading",
+            What::Write => "writing",
+            What::Flush => "flushing",
+            What::Discard => "discarding",
+            What::WriteZeroes => "writing zeroes",
+            What::Other => "requests",
+        })
+    }
+}
+
 /// What serves requests; the device is its shell.
 struct Worker {
     disk: Disk,
@@ -419,12 +454,15 @@ struct Worker {
     ring: Option<Ring<Answer>>,
     /// What the first queue in line waits for.
     waits: Option<Wait>,
-    /// Requests that have left the ring and are to be given back, never more than it holds.
+    /// Requests that are done and to be given back: what has left the ring, never more than that holds, or what a turn has
+    /// changed in an image.
     ended: Vec<(Answer, io::Result<()>)>,
-    troubles: Troubles,
+    troubles: Troubles<What>,
     read_only: bool,
     cache: Cache,
     serial: [u8; ID_BYTES],
+    /// Of the disk that was there at the beginning: a driver reads it once.
+    ranges: Ranges,
     /// A write has to be stable when it is done: by choice, or as this driver knows no flushes.
     write_through: bool,
     limiter: RateLimiter,
@@ -521,10 +559,18 @@ impl Worker {
             self.ended.extend(ring.drain()?);
         }
         self.disk.perform(memory, &operation)?;
-        if self.write_through && !matches!(operation, Operation::Read { .. } | Operation::Flush) {
+        if matches!(operation, Operation::Read { .. } | Operation::Flush) {
+            return Ok(Some(answer.written()));
+        }
+        if self.write_through {
             self.disk.perform(memory, &Operation::Flush)?;
         }
-        Ok(Some(answer.written()))
+        if self.disk.is_raw() {
+            return Ok(Some(answer.written()));
+        }
+        // Done when the image's tables say so, which is once for all of a turn.
+        self.ended.push((answer, Ok(())));
+        Ok(None)
     }
 
     /// Counts a request, writes its status and says how many bytes of its buffers are used.
@@ -584,11 +630,13 @@ impl Worker {
         }
     }
 
-    /// What the driver has been told is done must not be lost with this process, whatever flushes are worth to it.
-    fn settle(&self) {
-        if let Err(error) = self.disk.settle() {
-            count(&self.counters.execute_fails, 1);
-            log::error!("{}: its image's tables cannot be written: {error}", self.name());
+    /// What the driver will be told is done must not be lost with this process, whatever flushes are worth to it: what is not
+    /// in the image's tables has failed. That of earlier turns has failed before.
+    fn settle(&mut self) {
+        let Err(error) = self.disk.settle() else { return };
+        for (_, result) in &mut self.ended {
+            let text = format!("the image's tables cannot be written: {error}");
+            *result = Err(io::Error::new(error.kind(), text));
         }
     }
 
@@ -627,7 +675,8 @@ impl Worker {
                 return Ok(Request::Id(std::mem::take(writable)));
             }
             spec::VIRTIO_BLK_T_DISCARD => {
-                let ranges = self.ranges(memory, readable, MAX_DISCARD_SEGMENTS, MAX_DISCARD_SECTORS)?;
+                let Ranges { discard_segments, discard_sectors, .. } = self.ranges;
+                let ranges = self.ranges(memory, readable, discard_segments, discard_sectors)?;
                 // A discard has no flags.
                 let plain = ranges.into_iter().map(|(range, flags)| match flags {
                     0 => Ok(range),
@@ -637,7 +686,7 @@ impl Worker {
             }
             spec::VIRTIO_BLK_T_WRITE_ZEROES => {
                 let limit = MAX_WRITE_ZEROES_SEGMENTS;
-                match *self.ranges(memory, readable, limit, MAX_WRITE_ZEROES_SECTORS)? {
+                match *self.ranges(memory, readable, limit, self.ranges.zeroes_sectors)? {
                     [(range, 0)] => Operation::WriteZeroes { range, unmap: false },
                     [(range, spec::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)] => {
                         Operation::WriteZeroes { range, unmap: true }
@@ -742,7 +791,7 @@ impl Worker {
 }
 
 impl Request {
-    /// What it is, its bytes between the disk and the driver's buffers, and where on the disk.
+    /// What it is, the bytes of the disk that it reads or writes, and where they are.
     fn kind(&self, cache: Cache) -> (What, u64, u64) {
         match self {
             Request::Disk(Operation::Read { buffers, offset }) => {
@@ -755,7 +804,10 @@ impl Request {
             Request::Disk(Operation::Discard(ranges)) => {
                 (What::Discard, 0, ranges.first().map_or(0, |range| range.offset))
             }
-            Request::Disk(Operation::WriteZeroes { range, .. }) => (What::WriteZeroes, 0, range.offset),
+            // What is a note in the host's maps on one disk is written on another.
+            Request::Disk(Operation::WriteZeroes { range, .. }) => {
+                (What::WriteZeroes, range.len, range.offset)
+            }
             Request::Disk(Operation::Flush) | Request::Id(_) => (What::Other, 0, 0),
         }
     }
@@ -795,8 +847,8 @@ impl Counters {
 }
 
 /// The configuration space (5.2.4), up to the last field that is offered; zeros elsewhere.
-fn config_space(sectors: u64, queues: u16, blocks: Option<Blocks>) -> [u8; 60] {
-    let mut space = [0; 60];
+fn config_space(sectors: u64, queues: u16, blocks: Option<Blocks>, ranges: Ranges) -> [u8; CONFIG_BYTES] {
+    let mut space = [0; CONFIG_BYTES];
     let mut put = |offset: usize, value: &[u8]| {
         for (byte, value) in space.iter_mut().skip(offset).zip(value) {
             *byte = *value;
@@ -811,10 +863,10 @@ fn config_space(sectors: u64, queues: u16, blocks: Option<Blocks>) -> [u8; 60] {
         put(26, &(ratio as u16).to_le_bytes()); // min_io_size
     }
     put(34, &queues.to_le_bytes());
-    put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
-    put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());
+    put(36, &ranges.discard_sectors.to_le_bytes());
+    put(40, &ranges.discard_segments.to_le_bytes());
     put(44, &DISCARD_ALIGNMENT_SECTORS.to_le_bytes());
-    put(48, &MAX_WRITE_ZEROES_SECTORS.to_le_bytes());
+    put(48, &ranges.zeroes_sectors.to_le_bytes());
     put(52, &MAX_WRITE_ZEROES_SEGMENTS.to_le_bytes());
     put(56, &[1]); // write_zeroes_may_unmap
     space

@@ -4,7 +4,7 @@
 //! Without further ports there are no control queues: a device of one port (no VIRTIO_CONSOLE_F_MULTIPORT), always open.
 //! Ports do not come and go. Not line-buffered, and no terminal: what comes in goes out. A terminal never makes the guest wait
 //! for a reader: Linux holds a lock while it waits for its output to be taken, so what a slow reader leaves is kept up to
-//! [`OUTPUT_LIMIT`], and what is more is lost and counted. A stream loses nothing: beyond the limit its output stays in the
+//! [`OUTPUT_LIMIT`], as is what a rate limit holds back, and what is more is lost and counted. A stream loses nothing: beyond the limit its output stays in the
 //! queue, and in Linux the program that writes waits, which can be ended. Input of a port that no program of the guest has
 //! open waits outside.
 
@@ -21,6 +21,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use self::control::Said;
 use self::port::Port;
+use crate::backend::rate_limiter::Limits;
 use crate::host::Source;
 use crate::virtio::device::{
     Active, DeviceState, DeviceType, Identity, StartError, VirtioDevice, read_space,
@@ -50,6 +51,8 @@ pub struct Config {
     /// be written.
     pub output: Box<dyn Write + Send>,
     pub size: Size,
+    /// Of the output, in bytes and in writes to the writer, each of at most [`OUTPUT_LIMIT`].
+    pub limits: Limits,
     /// At most [`MAX_FURTHER_PORTS`]; those beyond it are not made.
     pub ports: Vec<PortConfig>,
 }
@@ -61,6 +64,7 @@ pub struct PortConfig {
     pub size: Option<Size>,
     pub input: Option<OwnedFd>,
     pub output: Box<dyn Write + Send>,
+    pub limits: Limits,
 }
 
 /// The size of the terminal, in characters.
@@ -86,12 +90,12 @@ impl Console {
     /// written.
     pub fn new(config: Config, state: Option<State>) -> io::Result<Console> {
         let counters = Arc::<Counters>::default();
-        let first = (None, Some(config.size), config.input, config.output);
+        let first = (None, Some(config.size), config.input, config.output, config.limits);
         let further = config.ports.into_iter().take(MAX_FURTHER_PORTS);
-        let further = further.map(|port| (Some(port.name), port.size, port.input, port.output));
+        let further = further.map(|port| (Some(port.name), port.size, port.input, port.output, port.limits));
         let mut states = state.map(|state| state.ports).unwrap_or_default().into_iter();
-        let ports = [first].into_iter().chain(further).map(|(name, size, input, output)| {
-            Port::new(name, size, input, output, counters.clone(), states.next())
+        let ports = [first].into_iter().chain(further).map(|(name, size, input, output, limits)| {
+            Port::new(name, size, input, output, limits, counters.clone(), states.next())
         });
         let ports = ports.collect::<io::Result<_>>()?;
         Ok(Console { ports, counters, running: None, multiport: false, resized: false })
@@ -206,7 +210,7 @@ impl VirtioDevice for Console {
             features |= 1 << F_MULTIPORT;
         }
         let queue_sizes = vec![QUEUE_SIZE; queues(self.ports.len())];
-        Identity { device_type: DeviceType::Console, features, queue_sizes }
+        Identity { device_type: DeviceType::Console, features, queue_sizes, config_bytes: 8 }
     }
 
     /// Columns and rows of the first port and, if there are several, how many; what is behind them is not offered (5.3.4).
@@ -223,6 +227,7 @@ impl VirtioDevice for Console {
         let (running, mut sources) = Running::start(active, queues(self.ports.len()))?;
         for (index, port) in (0..).zip(&self.ports) {
             sources.push(Source { fd: port.output.timer.as_raw_fd(), token: RETRY_TIMER + index });
+            sources.push(Source { fd: port.output.limiter.fd(), token: LIMIT_TIMER + index });
             sources.extend(port.input.fd().map(|fd| Source { fd, token: INPUT + index }));
         }
         self.running = Some(running);
@@ -235,6 +240,12 @@ impl VirtioDevice for Console {
     fn handle(&mut self, token: u32) {
         let index = |first: u32| (token - first) as usize;
         match token {
+            LIMIT_TIMER.. => {
+                if let Some(port) = self.ports.get_mut(index(LIMIT_TIMER)) {
+                    port.output.admitted();
+                }
+                self.transmit(index(LIMIT_TIMER));
+            }
             INPUT.. => {
                 if let Some(port) = self.ports.get_mut(index(INPUT)) {
                     port.input.readable();
@@ -297,6 +308,7 @@ const CONTROL_TRANSMIT: u16 = 3;
 /// Tokens of the ports' own descriptors, those of the first port; a queue's token is its index.
 const RETRY_TIMER: u32 = 0x100;
 const INPUT: u32 = 0x200;
+const LIMIT_TIMER: u32 = 0x300;
 
 const _: () = assert!(queues(MAX_FURTHER_PORTS + 1) < RETRY_TIMER as usize);
 

@@ -66,6 +66,8 @@ pub struct Identity {
     pub features: u64,
     /// The greatest size of each queue, a power of two; its length is the number of queues.
     pub queue_sizes: Vec<u16>,
+    /// How much of a configuration space it has.
+    pub config_bytes: u64,
 }
 
 /// Device numbers (VIRTIO 1.3, section 5).

@@ -54,7 +54,12 @@ impl Echo {
 
 impl VirtioDevice for Echo {
     fn identity(&self) -> Identity {
-        Identity { device_type: DeviceType::Block, features: self.features, queue_sizes: vec![8, 4] }
+        Identity {
+            device_type: DeviceType::Block,
+            features: self.features,
+            queue_sizes: vec![8, 4],
+            config_bytes: 8,
+        }
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {

@@ -208,7 +208,13 @@ fn console() -> Subject {
 
 fn console_with_ports() -> Subject {
     let (name, output_of_it) = ("second".into(), Box::new(std::io::sink()));
-    let port = console::PortConfig { name, size: None, input: None, output: output_of_it };
+    let port = console::PortConfig {
+        name,
+        size: None,
+        input: None,
+        output: output_of_it,
+        limits: Limits::default(),
+    };
     // Both say that they are there, and that the first is open.
     let ready = |driver: &mut Driver| vec![driver.data(&[0, 0, 0, 0, 3, 0, 1, 0])];
     let open = |driver: &mut Driver| vec![driver.data(&[0, 0, 0, 0, 6, 0, 1, 0])];
@@ -225,6 +231,7 @@ fn console_with(ports: Vec<console::PortConfig>, requests: Requests) -> Subject 
         input: Some(input.into()),
         output: Box::new(std::io::sink()),
         size: Size { columns: 80, rows: 25 },
+        limits: Limits::default(),
         ports,
     };
     let device = Arc::new(Mutex::new(Console::new(config, None).unwrap()));

@@ -150,7 +150,12 @@ impl VirtioDevice for Mem {
     fn identity(&self) -> Identity {
         let features =
             F_UNPLUGGED_INACCESSIBLE | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
-        Identity { device_type: DeviceType::Memory, features, queue_sizes: vec![QUEUE_SIZE] }
+        Identity {
+            device_type: DeviceType::Memory,
+            features,
+            queue_sizes: vec![QUEUE_SIZE],
+            config_bytes: 56,
+        }
     }
 
     /// `struct virtio_mem_config` (5.15.4). All of the region is usable; the node has no meaning.

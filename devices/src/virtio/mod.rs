@@ -22,5 +22,7 @@ pub mod running;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;
+mod trouble;
+mod turns;
 pub mod vhost_user;
 pub mod vsock;

@@ -30,7 +30,8 @@ use crate::host::Source;
 use crate::times::Times;
 use crate::virtio::device::{Active, DeviceState, DeviceType, Identity, StartError, VirtioDevice};
 use crate::virtio::queue::Queue;
-use crate::virtio::running::{Running, count};
+use crate::virtio::running::{Running, Step, count};
+use crate::virtio::turns::{Turn, Turns};
 
 pub use neighbour::{LOOK, Neighbour};
 
@@ -81,6 +82,9 @@ pub struct Net {
     receivers: Vec<Receiver>,
     receive_limiter: RateLimiter,
     transmitter: Transmitter,
+    /// Pairs that have something to receive or to send: each direction has one limiter for all of them.
+    receiving: Turns,
+    sending: Turns,
     control: Control,
     beside: Option<Beside>,
     kernel: Option<Kernel>,
@@ -107,6 +111,8 @@ impl Net {
                 RateLimiter::new(transmit_limits, state.transmit_limiter.as_ref())?,
                 counters.clone(),
             ),
+            receiving: Turns::default(),
+            sending: Turns::default(),
             tap,
             mac,
             mtu,
@@ -136,26 +142,88 @@ impl Net {
         let (Some(running), Some(receiver)) = (&mut self.running, self.receivers.get_mut(pair)) else {
             return;
         };
-        let queue = receive_queue(pair);
-        if pair >= self.control.pairs() || !running.is_ready(queue) {
+        if pair >= self.control.pairs() || !running.is_ready(receive_queue(pair)) {
             return receiver.rest(&self.tap);
         }
-        let (tap, limiter) = (&self.tap, &mut self.receive_limiter);
-        // The first pair is the one that every driver uses.
-        let mut beside = self.beside.as_mut().filter(|_| pair == 0);
-        running.turn(queue, |turn| receiver.take_turn(turn, tap, limiter, beside.as_deref_mut()));
-        beside.into_iter().for_each(Beside::rearm);
+        self.receiving.kicked(pair as u16);
+        if self.receiving.next() != Some(pair as u16) {
+            // What the tap has for it must not call again and again before its turn comes.
+            receiver.rest(&self.tap);
+        }
+        self.receive_next();
+    }
+
+    /// The pair whose turn it is receives. The one after it is called for, unless all wait for the limiter.
+    fn receive_next(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        let (tap, limiter, pairs) = (&self.tap, &mut self.receive_limiter, self.control.pairs());
+        let mut is_held_back = false;
+        self.receiving.take(|pair| {
+            let index = usize::from(pair);
+            let Some(receiver) = self.receivers.get_mut(index) else { return Turn::Over };
+            if index >= pairs {
+                receiver.rest(tap);
+                return Turn::Over;
+            }
+            // The first pair is the one that every driver uses.
+            let mut beside = self.beside.as_mut().filter(|_| index == 0);
+            if pairs > 1 {
+                // Called for and kicked alike: left in place, it would put a pair in line that has had its turn, for ever.
+                running.clear_kick(receive_queue(index));
+            }
+            let mut end = Turn::Over;
+            running.turn(receive_queue(index), |turn| {
+                end = receiver.take_turn(turn, tap, limiter, beside.as_deref_mut())?;
+                Ok(())
+            });
+            beside.into_iter().for_each(Beside::rearm);
+            is_held_back = end != Turn::Over;
+            end
+        });
+        if !is_held_back && let Some(next) = self.receiving.next() {
+            running.ring(receive_queue(next.into()));
+        }
     }
 
     fn transmit(&mut self, pair: usize) {
         let Some(running) = &mut self.running else { return };
         let queue = receive_queue(pair) + 1;
-        if pair >= self.control.pairs() {
+        if pair >= self.control.pairs() || !running.is_ready(queue) {
             return running.clear_kick(queue);
         }
-        running.serve(queue, |memory, chain| {
-            self.transmitter.send(memory, chain, &self.tap, pair, self.beside.as_mut())
+        self.sending.kicked(pair as u16);
+        if self.sending.next() != Some(pair as u16) {
+            running.clear_kick(queue);
+        }
+        self.transmit_next();
+    }
+
+    /// The same for sending.
+    fn transmit_next(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        let pairs = self.control.pairs();
+        let mut is_held_back = false;
+        self.sending.take(|pair| {
+            let index = usize::from(pair);
+            if index >= pairs {
+                return Turn::Over;
+            }
+            let mut has_had = false;
+            running.serve(receive_queue(index) + 1, |memory, chain| {
+                let step = self.transmitter.send(memory, chain, &self.tap, index, self.beside.as_mut())?;
+                is_held_back = step == Step::Later;
+                has_had |= !is_held_back;
+                Ok(step)
+            });
+            match (is_held_back, has_had) {
+                (false, _) => Turn::Over,
+                (true, true) => Turn::Partly,
+                (true, false) => Turn::Waits,
+            }
         });
+        if !is_held_back && let Some(next) = self.sending.next() {
+            running.ring(receive_queue(next.into()) + 1);
+        }
         self.hear_neighbour();
     }
 
@@ -207,12 +275,17 @@ impl VirtioDevice for Net {
             bits.retain(|&feature| !OF_RINGS.contains(&feature) || kernel.knows(bit(feature)));
         }
         let features = bits.into_iter().map(bit).sum();
-        Identity { device_type: DeviceType::Network, features, queue_sizes }
+        Identity {
+            device_type: DeviceType::Network,
+            features,
+            queue_sizes,
+            config_bytes: CONFIG_BYTES as u64,
+        }
     }
 
     /// The address, the link's state (not offered), the number of queue pairs and the MTU (5.1.4).
     fn config(&self, offset: u64, data: &mut [u8]) {
-        let mut space = [0; 12];
+        let mut space = [0; CONFIG_BYTES];
         let pairs = self.tap.queues() as u16;
         let fields = [
             &self.mac.unwrap_or_default()[..],
@@ -277,12 +350,13 @@ impl VirtioDevice for Net {
             RECEIVE_TIMER => {
                 self.receive_limiter.clear();
                 count(&counters.rx_event_rate_limiter_count, 1);
+                // It is also the clock of who waits for something else.
                 (0..pairs).for_each(|pair| self.receive(pair));
             }
             TRANSMIT_TIMER => {
                 self.transmitter.limiter.clear();
                 count(&counters.tx_rate_limiter_event_count, 1);
-                (0..pairs).for_each(|pair| self.transmit(pair));
+                self.transmit_next();
             }
             NEIGHBOUR_TIMER => {
                 self.beside.iter_mut().for_each(Beside::woken);
@@ -321,6 +395,8 @@ impl VirtioDevice for Net {
         if let Some(kernel) = &mut self.kernel {
             kernel.stop(&mut running);
         }
+        self.receiving.clear();
+        self.sending.clear();
         for (pair, receiver) in self.receivers.iter_mut().enumerate() {
             running.undo_pops(receive_queue(pair), receiver.stop(&self.tap));
         }
@@ -410,6 +486,9 @@ const OFFERED: [u32; 13] = [
 /// Of these, those about rings and what is in them: the kernel must know them if it serves the queues.
 const OF_RINGS: [u32; 3] =
     [spec::VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX];
+
+/// Of the configuration space, up to the last field that is offered.
+const CONFIG_BYTES: usize = 12;
 
 /// Tokens. Queues have their index; what the kernel says of them is in `kernel.rs`; the tap's queues have theirs from here on.
 const TAP: u32 = 0x1_0000;

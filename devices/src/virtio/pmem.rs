@@ -3,11 +3,13 @@
 //!
 //! Does not map the file: the guest reaches its bytes without us, and whoever builds the device has put them there.
 
+use std::fmt::{self, Display};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -20,6 +22,7 @@ use crate::virtio::device::{
 };
 use crate::virtio::queue::{Chain, Queue, QueueError};
 use crate::virtio::running::{Running, Step, count};
+use crate::virtio::trouble::{Failure, Troubles};
 
 const QUEUE_SIZE: u16 = 256;
 
@@ -32,6 +35,8 @@ const FAILED: u32 = 1;
 
 /// What a persistent memory device is made of.
 pub struct Config {
+    /// What the log calls it.
+    pub name: String,
     /// What lies in the guest's memory. Written to only through that memory.
     pub file: File,
     /// Where it lies: guest-physical, 2 MiB aligned.
@@ -49,14 +54,16 @@ pub struct Pmem {
 impl Pmem {
     /// A stopped device, or, with a state, the one that was saved.
     pub fn new(config: Config, state: Option<State>) -> io::Result<Pmem> {
-        let Config { file, range, limits } = config;
+        let Config { name, file, range, limits } = config;
         let limiter = RateLimiter::new(limits, state.as_ref().map(|state| &state.limiter))?;
-        let bytes = file.metadata()?.len();
-        Ok(Pmem { range, worker: Worker { file, bytes, limiter, counters: Arc::default() }, running: None })
+        let bytes = range.end.saturating_sub(range.start);
+        let worker =
+            Worker { file, name, bytes, limiter, troubles: Troubles::default(), counters: Arc::default() };
+        Ok(Pmem { range, worker, running: None })
     }
 
-    /// New limits from now on. A flush costs one request, and the file's size in bytes: how much of it was written is
-    /// known to nobody.
+    /// New limits from now on. A flush costs one request, and as many bytes as the guest sees: how many of them it has written
+    /// is known to nobody.
     pub fn set_limits(&mut self, limits: Limits) {
         self.worker.limiter.set_limits(limits);
     }
@@ -75,7 +82,12 @@ impl Pmem {
 impl VirtioDevice for Pmem {
     fn identity(&self) -> Identity {
         let features = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
-        Identity { device_type: DeviceType::PersistentMemory, features, queue_sizes: vec![QUEUE_SIZE] }
+        Identity {
+            device_type: DeviceType::PersistentMemory,
+            features,
+            queue_sizes: vec![QUEUE_SIZE],
+            config_bytes: 16,
+        }
     }
 
     /// `struct virtio_pmem_config` (5.19.4).
@@ -105,6 +117,7 @@ impl VirtioDevice for Pmem {
     }
 
     fn stop(&mut self) -> Vec<Queue> {
+        self.worker.forget_troubles();
         self.running.take().map(Running::stop).unwrap_or_default()
     }
 
@@ -135,10 +148,23 @@ const QUEUE: u16 = 0;
 /// The token of the rate limiter's timer; queues have their index.
 const TIMER: u32 = 1;
 
+/// What may fail for the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Flush;
+
+impl Display for Flush {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("flushing")
+    }
+}
+
 /// What serves requests; the device is its shell.
 struct Worker {
     file: File,
+    name: String,
+    /// What a flush costs.
     bytes: u64,
+    troubles: Troubles<Flush>,
     limiter: RateLimiter,
     counters: Arc<Counters>,
 }
@@ -163,13 +189,32 @@ impl Worker {
         }
     }
 
-    fn flush(&self) -> bool {
+    fn flush(&mut self) -> bool {
         // This also writes what was changed through mappings of the file, as the guest's is.
-        let result = self.file.sync_data();
-        if let Err(error) = &result {
-            log::error!("pmem: the host cannot flush the file: {error}");
+        match self.file.sync_data() {
+            Ok(()) => {
+                if !self.troubles.is_empty() {
+                    let lines = self.troubles.worked(Flush, Instant::now());
+                    lines.iter().for_each(|line| self.warn(line));
+                }
+                true
+            }
+            Err(error) => {
+                if let Some(line) = self.troubles.failed(Flush, &Failure::Host(error), Instant::now()) {
+                    log::error!("persistent memory {}: flushing: {line}", self.name);
+                }
+                false
+            }
         }
-        result.is_ok()
+    }
+
+    fn forget_troubles(&mut self) {
+        let lines = self.troubles.clear();
+        lines.iter().for_each(|line| self.warn(line));
+    }
+
+    fn warn(&self, line: &str) {
+        log::warn!("persistent memory {}: {line}", self.name);
     }
 }
 
@@ -185,7 +230,7 @@ mod tests {
     const RANGE: Range<u64> = 0x1_2345_0000_0000..0x1_2345_0040_0000;
 
     fn device(file: File, limits: Limits) -> Pmem {
-        Pmem::new(Config { file, range: RANGE, limits }, None).unwrap()
+        Pmem::new(Config { name: "data".into(), file, range: RANGE, limits }, None).unwrap()
     }
 
     fn rig(file: File, limits: Limits) -> (Slot<Pmem>, Driver) {
@@ -242,6 +287,25 @@ mod tests {
         assert_eq!(ask(&mut slot, &mut driver, FLUSH), (4, FAILED));
         assert_eq!(slot.device.counters().event_fails.load(Ordering::Relaxed), 1);
         assert!(!slot.calls.broken());
+        // Told once, however often the guest tries.
+        for _ in 0..30 {
+            assert_eq!(ask(&mut slot, &mut driver, FLUSH), (4, FAILED));
+        }
+        let told = slot.device.worker.troubles.clear();
+        assert_eq!(told, ["30 more: flushing: Invalid argument (os error 22)"]);
+    }
+
+    #[test]
+    fn a_flush_costs_as_many_bytes_as_the_guest_sees_whatever_the_file_says_of_its_size() {
+        let bucket = Bucket { size: RANGE.end - RANGE.start, one_time_burst: 0, refill_ms: 3_600_000 };
+        // A device's file has a length of 0.
+        let (mut slot, mut driver) =
+            rig(tempfile::tempfile().unwrap(), Limits { bandwidth: Some(bucket), ops: None });
+        assert_eq!(ask(&mut slot, &mut driver, FLUSH), (4, DONE));
+        let (request, room) = (driver.data(&FLUSH.to_le_bytes()), driver.room(4));
+        driver.add(&[request, room]);
+        slot.run(10);
+        assert_eq!(driver.reap(), None, "nothing is left of the bucket");
     }
 
     #[test]

@@ -54,7 +54,12 @@ impl Rng {
 impl VirtioDevice for Rng {
     fn identity(&self) -> Identity {
         let features = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
-        Identity { device_type: DeviceType::Entropy, features, queue_sizes: vec![QUEUE_SIZE] }
+        Identity {
+            device_type: DeviceType::Entropy,
+            features,
+            queue_sizes: vec![QUEUE_SIZE],
+            config_bytes: 0,
+        }
     }
 
     fn config(&self, _offset: u64, data: &mut [u8]) {

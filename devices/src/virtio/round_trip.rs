@@ -229,7 +229,12 @@ fn rng_that_is_held_back() {
 pub fn pmem_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Pmem {
     let file = tempfile::tempfile().unwrap();
     move |state| {
-        let config = pmem::Config { file: file.try_clone().unwrap(), range: 1 << 32..1 << 33, limits };
+        let config = pmem::Config {
+            name: "data".into(),
+            file: file.try_clone().unwrap(),
+            range: 1 << 32..1 << 33,
+            limits,
+        };
         let state = state.map(|state| match state {
             DeviceState::PersistentMemory(state) => state,
             other => panic!("{other:?}"),
@@ -258,7 +263,10 @@ fn console(state: Option<DeviceState>) -> Console {
 
 fn console_of_two_ports(state: Option<DeviceState>) -> Console {
     let (name, size, output) = ("second".into(), None, Box::new(std::io::sink()));
-    console_with(vec![console::PortConfig { name, size, input: None, output }], state)
+    console_with(
+        vec![console::PortConfig { name, size, input: None, output, limits: Limits::default() }],
+        state,
+    )
 }
 
 fn console_with(ports: Vec<console::PortConfig>, state: Option<DeviceState>) -> Console {
@@ -266,6 +274,7 @@ fn console_with(ports: Vec<console::PortConfig>, state: Option<DeviceState>) -> 
         input: Some(File::open("/dev/zero").unwrap().into()),
         output: Box::new(std::io::sink()),
         size: Size { columns: 80, rows: 25 },
+        limits: Limits::default(),
         ports,
     };
     let state = state.map(|state| match state {

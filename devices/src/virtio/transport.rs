@@ -19,6 +19,7 @@ use crate::memory::Memory;
 use crate::state::StateError;
 use crate::virtio::device::{Active, DeviceState, DeviceType, Identity, Interrupt, VirtioDevice};
 use crate::virtio::queue::{Queue, QueueState};
+use crate::virtio::running::count;
 
 /// Bits of the device status register (VIRTIO 1.3, section 2.1).
 pub mod status {
@@ -54,6 +55,9 @@ pub struct Shared {
     generation: AtomicU8,
     /// Interrupts since the start, for the metrics.
     raised: AtomicU64,
+    /// For the metrics too: the device did not start; the driver looked or wrote beyond the configuration space.
+    start_fails: AtomicU64,
+    config_fails: AtomicU64,
     device_type: DeviceType,
 }
 
@@ -61,8 +65,14 @@ impl Shared {
     /// As after reset, of the device that will be behind the transport.
     pub fn of(device: &SharedDevice) -> Arc<Self> {
         let device_type = lock(device).identity().device_type;
-        let (status, generation) = (AtomicU8::new(0), AtomicU8::new(0));
-        Arc::new(Self { status, generation, raised: AtomicU64::new(0), device_type })
+        Arc::new(Self {
+            status: AtomicU8::new(0),
+            generation: AtomicU8::new(0),
+            raised: AtomicU64::new(0),
+            start_fails: AtomicU64::new(0),
+            config_fails: AtomicU64::new(0),
+            device_type,
+        })
     }
 
     /// Counts an interrupt that is raised.
@@ -73,6 +83,21 @@ impl Shared {
     /// The interrupts that were counted.
     pub fn interrupts(&self) -> u64 {
         self.raised.load(Ordering::Relaxed)
+    }
+
+    /// Times that the device did not start when its driver was done.
+    pub fn start_fails(&self) -> u64 {
+        self.start_fails.load(Ordering::Relaxed)
+    }
+
+    /// Reads that began beyond the configuration space's end, and writes that reached beyond it.
+    pub fn config_fails(&self) -> u64 {
+        self.config_fails.load(Ordering::Relaxed)
+    }
+
+    /// What is behind the transport.
+    pub fn device_type(&self) -> DeviceType {
+        self.device_type
     }
 
     /// The configuration space has changed: a driver that reads it now sees another generation.
@@ -210,11 +235,14 @@ impl Transport {
 
     /// Reads the device's configuration space.
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        count(&self.shared.config_fails, u64::from(offset >= self.identity.config_bytes));
         lock(&self.device).config(offset, data);
     }
 
     /// Writes to the device's configuration space.
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let end = offset.saturating_add(data.len() as u64);
+        count(&self.shared.config_fails, u64::from(end > self.identity.config_bytes));
         lock(&self.device).write_config(offset, data);
     }
 
@@ -298,6 +326,7 @@ impl Transport {
             Ok(watch) => self.running = Some(watch),
             Err(error) => {
                 lock(&self.device).stop();
+                count(&self.shared.start_fails, 1);
                 self.interrupt.needs_reset(&format_args!("cannot start: {error}"));
             }
         }

@@ -130,7 +130,7 @@ impl VirtioDevice for Vsock {
     fn identity(&self) -> Identity {
         let features = 1 << F_STREAM | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
         let queue_sizes = vec![QUEUE_SIZE, QUEUE_SIZE, EVENT_QUEUE_SIZE];
-        Identity { device_type: DeviceType::Socket, features, queue_sizes }
+        Identity { device_type: DeviceType::Socket, features, queue_sizes, config_bytes: 8 }
     }
 
     /// `guest_cid` (5.10.4).

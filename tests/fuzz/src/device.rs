@@ -128,6 +128,7 @@ pub fn console(data: &[u8]) {
         size,
         input: Some(input()),
         output: Box::new(Moody(0)),
+        limits: limits(flags),
     };
     let size = Size { columns: 80, rows: 25 };
     drive_with(
@@ -138,6 +139,7 @@ pub fn console(data: &[u8]) {
                 input: Some(input()),
                 output: Box::new(Moody(0)),
                 size,
+                limits: limits(flags),
                 ports: if several {
                     vec![port("second", Some(size)), port("stream", None)]
                 } else {
@@ -210,7 +212,12 @@ pub fn pmem(data: &[u8]) {
     drive(
         data.get(1..).unwrap_or_default(),
         |state| {
-            let config = pmem::Config { file: file.try_clone().unwrap(), range: 0..0, limits: limits(flags) };
+            let config = pmem::Config {
+                name: String::new(),
+                file: file.try_clone().unwrap(),
+                range: 0..0,
+                limits: limits(flags),
+            };
             let state = state.map(|state| match state {
                 DeviceState::PersistentMemory(state) => state,
                 other => panic!("{other:?}"),

@@ -112,10 +112,10 @@ pub fn blk(state: Option<blk::State>) -> Blk {
 pub fn console(state: Option<console::State>) -> Console {
     let size = Size { columns: 80, rows: 25 };
     let input = Some(File::open("/dev/zero").unwrap().into());
-    let port =
-        console::PortConfig { name: "p".into(), size: None, input: None, output: Box::new(std::io::sink()) };
-    let output = Box::new(std::io::sink());
-    let config = console::Config { input, output, size, ports: vec![port] };
+    let limits = Limits::default();
+    let output = || Box::new(std::io::sink());
+    let port = console::PortConfig { name: "p".into(), size: None, input: None, output: output(), limits };
+    let config = console::Config { input, output: output(), size, limits, ports: vec![port] };
     Console::new(config, state).unwrap()
 }
 
@@ -157,5 +157,6 @@ pub fn mem(state: Option<mem::State>) -> Result<Mem, NewError> {
 
 pub fn pmem(state: Option<pmem::State>) -> Pmem {
     let file = tempfile::tempfile().unwrap();
-    Pmem::new(pmem::Config { file, range: 0..0, limits: Limits::default() }, state).unwrap()
+    let config = pmem::Config { name: String::new(), file, range: 0..0, limits: Limits::default() };
+    Pmem::new(config, state).unwrap()
 }

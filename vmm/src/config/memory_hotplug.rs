@@ -4,6 +4,7 @@
 use api_socket::{Fault, MemoryHotplugConfig};
 use devices::virtio::mem::MAX_BLOCKS;
 
+use super::check_io_thread;
 use crate::memory::ByteSize;
 
 /// Least MiB of a block: a huge page, so that no page is half plugged.
@@ -26,8 +27,13 @@ pub struct MemoryHotplug {
 impl MemoryHotplug {
     /// Checks what a client wants.
     pub fn new(settings: MemoryHotplugConfig) -> Result<MemoryHotplug, Fault> {
-        let MemoryHotplugConfig { total_size_mib: total, slot_size_mib: slot, block_size_mib: block } =
-            settings;
+        let MemoryHotplugConfig {
+            total_size_mib: total,
+            slot_size_mib: slot,
+            block_size_mib: block,
+            io_thread,
+        } = settings;
+        check_io_thread(io_thread)?;
         if !block.is_power_of_two() || block < MIN_BLOCK_MIB {
             return refuse("block_size_mib", block, &format!("a power of two, and at least {MIN_BLOCK_MIB}"));
         }

@@ -658,8 +658,22 @@ fn a_device_that_has_no_slot_is_refused_at_once_and_by_its_name() {
         let one_too_many = fixture.drive("last", false);
         let room = format!("room for {room}");
         fixture.refuse(Request::PutDrive(one_too_many), &["`drive_id`", "\"last\"", &room, advice]);
-        let refused = console(&fixture);
-        fixture.refuse(refused, &["the console", &room, advice]);
+        let interface =
+            NetworkInterface { iface_id: "last".into(), host_dev_name: "tap0".into(), ..Default::default() };
+        let pmem = Pmem { id: "last".into(), path_on_host: fixture.file("last"), ..Pmem::default() };
+        let socket = fixture.path("v.sock");
+        let vsock = api_socket::Vsock { guest_cid: 3, uds_path: socket.clone(), ..Default::default() };
+        for (request, name) in [
+            (Request::PutNetworkInterface(interface), "`iface_id`"),
+            (Request::PutPmem(pmem), "`id`"),
+            (Request::PutVsock(vsock), "the socket device"),
+            (Request::PutBalloon(balloon(1)), "the balloon"),
+            (Request::PutMemoryHotplug(plug(1024, 128, 2)), "the memory device"),
+            (console(&fixture), "the console"),
+        ] {
+            fixture.refuse(request, &[name, &room, advice]);
+        }
+        assert!(!socket.exists(), "who calls would wait for a guest that has no such device");
         // What is there may change.
         let again = fixture.drive("more", false);
         fixture.accept(Request::PutDrive(again));
@@ -817,6 +831,7 @@ fn every_field_of_the_console_arrives_and_is_told_back() {
         input_path: Some(input.clone()),
         columns: 132,
         rows: 43,
+        rate_limiter: Some(RateLimiter { bandwidth: Some(bucket(1)), ops: Some(bucket(2)) }),
         io_thread: Some(2),
         ports: Vec::new(),
     };
@@ -856,6 +871,10 @@ fn a_console_that_cannot_be_opened_is_named_and_the_one_before_stays() {
     assert_eq!(fixture.config.console.unwrap().settings.output_path, output);
 }
 
+fn bucket(size: u64) -> api_socket::TokenBucket {
+    api_socket::TokenBucket { size, one_time_burst: None, refill_time: 1000 }
+}
+
 fn console_of(fixture: &Fixture, ports: Vec<ConsolePort>) -> api_socket::Console {
     api_socket::Console {
         output_path: fixture.path("out"),
@@ -877,7 +896,11 @@ fn every_port_of_the_console_is_opened_and_told_back() {
     make_fifo(&input);
     let ports = vec![
         ConsolePort { is_console: true, columns: Some(1), rows: Some(2), ..port(&fixture, "second") },
-        ConsolePort { input_path: Some(input), ..port(&fixture, "org.test.stream-1_0") },
+        ConsolePort {
+            input_path: Some(input),
+            rate_limiter: Some(RateLimiter { bandwidth: Some(bucket(3)), ops: None }),
+            ..port(&fixture, "org.test.stream-1_0")
+        },
     ];
     let settings = console_of(&fixture, ports);
     fixture.accept(Request::PutConsole(settings.clone()));
@@ -990,6 +1013,7 @@ fn io_threads_are_those_that_devices_name_and_the_first() {
                 ..Default::default()
             }),
             Request::PutBalloon(Balloon { io_thread, ..balloon(1) }),
+            Request::PutMemoryHotplug(MemoryHotplugConfig { io_thread, ..plug(1024, 128, 2) }),
             Request::PutEntropy(Entropy { io_thread, ..Entropy::default() }),
             Request::PutConsole(api_socket::Console {
                 io_thread,
@@ -1140,7 +1164,7 @@ fn the_metadata_service_and_the_kernels_back_end_are_not_on_one_interface() {
 }
 
 fn plug(total_size_mib: u64, slot_size_mib: u64, block_size_mib: u64) -> MemoryHotplugConfig {
-    MemoryHotplugConfig { total_size_mib, slot_size_mib, block_size_mib }
+    MemoryHotplugConfig { total_size_mib, slot_size_mib, block_size_mib, io_thread: None }
 }
 
 #[test]

@@ -156,6 +156,11 @@ impl Header {
         Ok(header)
     }
 
+    /// The size of a cluster.
+    pub fn cluster_bytes(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
     /// Most memory that the library takes for the tables of this image.
     pub fn metadata_bytes(&self, is_writable: bool) -> u64 {
         let l2 = self.l1_entries.min(CACHED_L2_TABLES) << self.cluster_bits;

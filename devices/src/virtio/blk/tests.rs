@@ -1,4 +1,5 @@
 mod direct;
+mod image;
 mod queues;
 
 use std::os::unix::fs::FileExt;
@@ -453,6 +454,22 @@ fn a_limited_disk_is_slow_but_gets_done() {
 }
 
 #[test]
+fn zeroes_cost_as_many_bytes_as_they_cover_and_a_discard_costs_none() {
+    let hour = Bucket { size: 8 * SECTOR_BYTES, one_time_burst: 0, refill_ms: 3_600_000 };
+    for unmap in [0, 1] {
+        let mut rig = rig_with(|config| config.limits.bandwidth = Some(hour));
+        assert_eq!(rig.ranges(spec::VIRTIO_BLK_T_DISCARD, &[range(0, 64, 0)]), OK);
+        assert_eq!(rig.ranges(spec::VIRTIO_BLK_T_WRITE_ZEROES, &[range(0, 8, unmap)]), OK);
+        let room = rig.driver.room(512);
+        rig.submit(spec::VIRTIO_BLK_T_IN, 0, &[room]);
+        rig.slot.run(10);
+        assert_eq!(rig.driver.reap(), None, "nothing is left of the bucket");
+        rig.slot.device.set_limits(Limits::default());
+        rig.reap(1);
+    }
+}
+
+#[test]
 fn another_file_has_another_content_and_size_and_the_driver_hears_of_it() {
     for engine in BOTH {
         let mut rig = rig_with(|config| config.engine = engine);
@@ -487,7 +504,7 @@ fn a_driver_that_finds_another_size_after_a_restore_is_told() {
 #[test]
 fn the_configuration_space_ends_and_may_be_read_in_any_piece() {
     let rig = rig();
-    let space = config_space(SECTORS, 1, None);
+    let space = config_space(SECTORS, 1, None, Ranges::RAW);
     for (offset, len) in [(0, 60), (12, 4), (34, 2), (56, 8), (59, 1), (60, 4), (u64::MAX, 4)] {
         let mut data = vec![0xee; len];
         rig.slot.device.config(offset, &mut data);

@@ -15,6 +15,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::control::{Event, Message};
 use super::{Counters, OUTPUT_LIMIT, Size};
+use crate::backend::rate_limiter::{Limits, RateLimiter, RateLimiterState};
 use crate::memory::GuestRam;
 use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::running::{Step, count};
@@ -52,6 +53,7 @@ pub struct State {
     /// Taken from the guest and not written yet; at most [`OUTPUT_LIMIT`].
     pub(super) output: Vec<u8>,
     driver: DriverSide,
+    pub(super) limiter: RateLimiterState,
 }
 
 /// What a driver is told of a port: bits in the order in which it is told.
@@ -68,24 +70,32 @@ impl Port {
         size: Option<Size>,
         input: Option<OwnedFd>,
         output: Box<dyn Write + Send>,
+        limits: Limits,
         counters: Arc<Counters>,
         state: Option<State>,
     ) -> io::Result<Port> {
-        let fresh = State { size, output: Vec::new(), driver: DriverSide::default() };
-        let State { size: saved, output: mut waiting, driver } = state.unwrap_or(fresh);
+        let fresh = State {
+            size,
+            output: Vec::new(),
+            driver: DriverSide::default(),
+            limiter: RateLimiterState::default(),
+        };
+        let State { size: saved, output: mut waiting, driver, limiter } = state.unwrap_or(fresh);
+        let limiter = RateLimiter::new(limits, Some(&limiter))?;
         waiting.truncate(OUTPUT_LIMIT);
         Ok(Port {
             name,
             // Whether it is a terminal is not the state's to say.
             size: size.map(|configured| saved.unwrap_or(configured)),
             input: Input::new(input)?,
-            output: Output::new(output, waiting, counters)?,
+            output: Output::new(output, waiting, limiter, counters)?,
             driver,
         })
     }
 
     pub fn save(&self) -> State {
-        State { size: self.size, output: self.output.waiting.clone(), driver: self.driver }
+        let Output { waiting, limiter, .. } = &self.output;
+        State { size: self.size, output: waiting.clone(), driver: self.driver, limiter: limiter.save() }
     }
 
     /// A program of the guest has it open, or a terminal is there: what is sent to it now is not lost.
@@ -250,6 +260,8 @@ pub struct Output {
     pub(super) writer: Box<dyn Write + Send>,
     waiting: Vec<u8>,
     pub(super) timer: TimerFd,
+    /// Of what goes to the writer.
+    pub(super) limiter: RateLimiter,
     counters: Arc<Counters>,
 }
 
@@ -257,9 +269,10 @@ impl Output {
     pub fn new(
         writer: Box<dyn Write + Send>,
         waiting: Vec<u8>,
+        limiter: RateLimiter,
         counters: Arc<Counters>,
     ) -> io::Result<Output> {
-        Ok(Output { writer, waiting, timer: TimerFd::new()?, counters })
+        Ok(Output { writer, waiting, timer: TimerFd::new()?, limiter, counters })
     }
 
     /// Takes what the chain holds, as far as there is room; with `patience` it is left where it is until there is enough,
@@ -287,12 +300,22 @@ impl Output {
         self.flush();
     }
 
-    /// Writes what waits, or sets the timer for what the writer does not take.
+    /// The limiter admits more.
+    pub fn admitted(&mut self) {
+        self.limiter.clear();
+        self.flush();
+    }
+
+    /// Writes what waits, or sets the timer for what the writer does not take; that of the limiter for what it holds back.
     pub fn flush(&mut self) {
         while !self.waiting.is_empty() {
+            if !self.limiter.admits() {
+                return;
+            }
             let lost = match self.writer.write(&self.waiting) {
                 Ok(bytes) if bytes > 0 => {
                     count(&self.counters.output_bytes, bytes as u64);
+                    self.limiter.pay(bytes as u64);
                     self.waiting.drain(..bytes.min(self.waiting.len()));
                     continue;
                 }

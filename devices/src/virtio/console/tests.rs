@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard};
 
 use super::*;
+use crate::backend::rate_limiter::Bucket;
 use crate::virtio::testing::{self, Buffer, Driver, EVENT_IDX, Slot, Used};
 
 /// What the writer has taken, and how much more it takes.
@@ -52,12 +53,16 @@ const SIZE: Size = Size { columns: 132, rows: 43 };
 const FOREVER: usize = 100;
 
 fn rig(input: Option<OwnedFd>) -> Rig {
+    limited(input, Limits::default())
+}
+
+fn limited(input: Option<OwnedFd>, limits: Limits) -> Rig {
     let memory = testing::ram(4 << 20);
     let receive = Driver::new(&memory, 0x1000, 32, EVENT_IDX);
     let transmit = Driver::new(&memory, 0x20_0000, 32, EVENT_IDX);
     let screen = Screen::default();
     screen.make_room(usize::MAX);
-    let config = Config { input, output: Box::new(screen.clone()), size: SIZE, ports: Vec::new() };
+    let config = Config { input, output: Box::new(screen.clone()), size: SIZE, limits, ports: Vec::new() };
     let mut slot = Slot::new(Console::new(config, None).unwrap(), &memory);
     slot.start(vec![receive.queue(0), transmit.queue(1)], EVENT_IDX);
     let mut rig = Rig { slot, receive, transmit, screen };
@@ -304,7 +309,13 @@ fn output_that_waits_is_saved_and_no_more_than_the_limit_is_taken_from_a_file() 
     assert_eq!(state.ports[0].output, b"waiting");
 
     state.ports[0].output = vec![b'x'; OUTPUT_LIMIT + 1];
-    let config = Config { input: None, output: Box::new(rig.screen.clone()), size: SIZE, ports: Vec::new() };
+    let config = Config {
+        input: None,
+        output: Box::new(rig.screen.clone()),
+        size: SIZE,
+        limits: Limits::default(),
+        ports: Vec::new(),
+    };
     let mut console = Console::new(config, Some(state)).unwrap();
     rig.screen.make_room(usize::MAX);
     console.stop();
@@ -326,7 +337,7 @@ const STREAM: usize = 2;
 const MULTIPORT: u64 = EVENT_IDX | 1 << F_MULTIPORT;
 
 /// A console of these ports as it is new, or as it was saved.
-fn device(state: Option<State>) -> (Console, [Screen; 3], [PipeWriter; 3]) {
+fn device(state: Option<State>, limits: Limits) -> (Console, [Screen; 3], [PipeWriter; 3]) {
     let screens = [(); 3].map(|()| {
         let screen = Screen::default();
         screen.make_room(usize::MAX);
@@ -340,11 +351,13 @@ fn device(state: Option<State>) -> (Console, [Screen; 3], [PipeWriter; 3]) {
         size,
         input,
         output: Box::new(screen.clone()),
+        limits,
     };
     let config = Config {
         input: first,
         output: Box::new(screens[0].clone()),
         size: SIZE,
+        limits,
         ports: vec![
             port("second", Some(Size { columns: 80, rows: 24 }), second, &screens[SECOND]),
             port("org.test.stream", None, stream, &screens[STREAM]),
@@ -358,8 +371,12 @@ fn ports() -> Ports {
 }
 
 fn ports_with(features: u64, state: Option<State>) -> Ports {
+    ports_limited(features, state, Limits::default())
+}
+
+fn ports_limited(features: u64, state: Option<State>, limits: Limits) -> Ports {
     let memory = testing::ram(16 << 20);
-    let (console, screens, keyboards) = device(state);
+    let (console, screens, keyboards) = device(state, limits);
     let mut slot = Slot::new(console, &memory);
     let count = slot.device.identity().queue_sizes.len() as u64;
     let queues: Vec<_> =
@@ -705,7 +722,44 @@ fn what_the_driver_knows_and_has_open_is_saved_and_forgotten_at_reset() {
 
     // Of another device: what does not fit is passed over.
     let fewer = State { ports: state.ports[..1].to_vec() };
-    assert_eq!(device(Some(fewer)).0.ports.len(), 3);
+    assert_eq!(device(Some(fewer), Limits::default()).0.ports.len(), 3);
     let more = State { ports: [&state.ports[..], &state.ports[..]].concat() };
-    assert_eq!(device(Some(more)).0.ports.len(), 3);
+    assert_eq!(device(Some(more), Limits::default()).0.ports.len(), 3);
+}
+
+fn bytes_per(size: u64, refill_ms: u64) -> Limits {
+    Limits { bandwidth: Some(Bucket { size, one_time_burst: 0, refill_ms }), ops: None }
+}
+
+#[test]
+fn a_terminal_with_a_limit_makes_nobody_wait_and_what_is_too_much_is_lost() {
+    let mut rig = limited(None, bytes_per(1000, 3_600_000));
+    rig.print(&[b'a'; 1000]);
+    assert_eq!(rig.screen.taken(), [b'a'; 1000]);
+    for _ in 0..OUTPUT_LIMIT / 1024 {
+        rig.print(&[b'b'; 1024]);
+    }
+    assert_eq!((rig.screen.taken().len(), rig.lost()), (1000, 0), "the rest is kept");
+    rig.print(&[b'c'; 10]);
+    assert_eq!(rig.lost(), 10);
+    let saved = rig.slot.stop().len();
+    let DeviceState::Console(State { ports }) = rig.slot.device.save() else { unreachable!() };
+    assert_eq!((saved, ports[0].output.len()), (2, OUTPUT_LIMIT), "a stop does not let it out");
+}
+
+#[test]
+fn a_stream_with_a_limit_loses_nothing_and_its_writer_waits() {
+    let mut rig = ports_limited(MULTIPORT, None, bytes_per(8 << 10, 5));
+    let queue = usize::from(transmit_queue(STREAM));
+    let pieces: Vec<Vec<u8>> = (0..30).map(|number: u8| vec![number; 8 << 10]).collect();
+    for piece in &pieces {
+        let data = rig.queues[queue].data(piece);
+        rig.queues[queue].add(&[data]);
+    }
+    rig.slot.run(1);
+    assert!(rig.queues[queue].reap_all().len() < pieces.len(), "who writes there waits");
+    let screen = rig.screens[STREAM].clone();
+    rig.slot.run_until(|_| screen.taken().len() == pieces.len() * (8 << 10));
+    assert_eq!(rig.screens[STREAM].taken(), pieces.concat());
+    assert_eq!(rig.slot.device.counters().lost_bytes.load(Ordering::Relaxed), 0);
 }

@@ -14,6 +14,8 @@ use crate::virtio::running::Step;
 /// What the driver has commanded.
 pub struct Control {
     available: usize,
+    /// As many pairs may be commanded: none by a driver that has not agreed that there are several.
+    most: usize,
     pairs: usize,
     /// Until the driver says otherwise, it is the queue after all pairs.
     queue: u16,
@@ -23,13 +25,17 @@ impl Control {
     /// For a device with so many pairs, of which `pairs` were enabled when it was saved.
     pub fn new(available: usize, pairs: u16) -> Control {
         let queue = 2 * available as u16;
-        Control { available, pairs: usize::from(pairs).clamp(1, available.max(1)), queue }
+        Control { available, most: 0, pairs: usize::from(pairs).clamp(1, available.max(1)), queue }
     }
 
     /// The device runs with these features. Its control queue is after the pairs that the driver knows of (5.1.2).
     pub fn start(&mut self, features: u64) {
-        let known = if features & bit(spec::VIRTIO_NET_F_MQ) != 0 { self.available } else { 1 };
+        let knows_several = features & bit(spec::VIRTIO_NET_F_MQ) != 0;
+        let known = if knows_several { self.available } else { 1 };
         self.queue = 2 * known as u16;
+        // A command is one of its feature (5.1.6.5.5), and that of the queue that it comes by (5.1.3.1).
+        let may_command = knows_several && features & bit(spec::VIRTIO_NET_F_CTRL_VQ) != 0;
+        self.most = if may_command { self.available } else { 0 };
         self.pairs = self.pairs.min(known);
     }
 
@@ -51,7 +57,7 @@ impl Control {
     /// Obeys one command, or says that it cannot.
     pub fn obey(&mut self, memory: &GuestRam, chain: &mut Chain, tap: &mut Tap) -> Result<Step, QueueError> {
         let done = match wanted(memory, chain)? {
-            Some(pairs) if (1..=self.available).contains(&pairs) => self.set_pairs(pairs, tap).is_ok(),
+            Some(pairs) if (1..=self.most).contains(&pairs) => self.set_pairs(pairs, tap).is_ok(),
             _ => false,
         };
         let answer = if done { spec::VIRTIO_NET_OK } else { spec::VIRTIO_NET_ERR };

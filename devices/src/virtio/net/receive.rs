@@ -21,7 +21,8 @@ use crate::backend::rate_limiter::RateLimiter;
 use crate::backend::tap::{HEADER_BYTES, MAX_SLICES, Tap};
 use crate::memory::GuestRam;
 use crate::virtio::queue::{Chain, GuestSlice, QueueError};
-use crate::virtio::running::{REQUESTS_PER_TURN, TIME_PER_TURN, Turn, count};
+use crate::virtio::running::{self, REQUESTS_PER_TURN, TIME_PER_TURN, count};
+use crate::virtio::turns::Turn;
 
 /// How long a packet waits for room before it is dropped: a driver that never makes enough must not stop the others.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -99,25 +100,31 @@ impl Receiver {
     }
 
     /// Fills the driver's buffers. Afterwards the tap is watched, or somebody else gives a reason for another turn: the
-    /// driver with a kick when it makes room, the limiter's timer in all other cases.
+    /// driver with a kick when it makes room, the limiter's timer in all other cases. Only who waits for the limiter does
+    /// not end its turn by it.
     pub fn take_turn(
         &mut self,
-        turn: &mut Turn,
+        turn: &mut running::Turn,
         tap: &Tap,
         limiter: &mut RateLimiter,
         beside: Option<&mut Beside>,
-    ) -> Result<(), QueueError> {
-        match self.fill(turn, tap, limiter, beside)? {
+    ) -> Result<Turn, QueueError> {
+        let until = self.fill(turn, tap, limiter, beside)?;
+        match until {
             Until::Readable => tap.queue(self.queue).into_iter().for_each(|source| self.gate.open(source)),
-            Until::Called => self.rest(tap),
+            Until::Called | Until::Admitted { .. } => self.rest(tap),
         }
-        Ok(())
+        Ok(match until {
+            Until::Admitted { has_had: false } => Turn::Waits,
+            Until::Admitted { has_had: true } => Turn::Partly,
+            Until::Readable | Until::Called => Turn::Over,
+        })
     }
 
     /// Takes packets until there are no more, no room, the limiter says so, or the turn is over.
     fn fill(
         &mut self,
-        turn: &mut Turn,
+        turn: &mut running::Turn,
         tap: &Tap,
         limiter: &mut RateLimiter,
         mut beside: Option<&mut Beside>,
@@ -130,7 +137,7 @@ impl Receiver {
             }
             if !limiter.admits() {
                 count(&self.counters.rx_rate_limiter_throttled, 1);
-                return Ok(Until::Called);
+                return Ok(Until::Admitted { has_had: packets > 0 });
             }
             self.make_room(turn)?;
             if self.room.chains.is_empty() {
@@ -163,7 +170,7 @@ impl Receiver {
     }
 
     /// Takes chains out of the queue until the largest packet fits. Without that many, asks for a kick when there are more.
-    fn make_room(&mut self, turn: &mut Turn) -> Result<(), QueueError> {
+    fn make_room(&mut self, turn: &mut running::Turn) -> Result<(), QueueError> {
         // One more look after asking for kicks, and no third: a driver that lays its rings over one another could keep us
         // here for ever.
         for look in 0..2 {
@@ -252,7 +259,7 @@ impl Receiver {
     }
 
     /// Gives the driver the chains that the packet at the front of the room takes.
-    fn give(&mut self, turn: &mut Turn, bytes: usize) -> Result<(), QueueError> {
+    fn give(&mut self, turn: &mut running::Turn, bytes: usize) -> Result<(), QueueError> {
         let (mut used, mut first) = (Vec::new(), None);
         let mut left = bytes as u32;
         while left > 0 {
@@ -280,6 +287,8 @@ enum Until {
     Readable,
     /// When somebody else says so.
     Called,
+    /// When the limiter admits more, and those before it have had their turn.
+    Admitted { has_had: bool },
 }
 
 /// What came of a look for a packet.

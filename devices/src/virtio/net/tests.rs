@@ -403,6 +403,59 @@ fn limits_hold_back_both_directions_and_nothing_is_lost() {
     assert!(rig.counter(|c| &c.tx_rate_limiter_event_count) > 0);
 }
 
+/// Lets three pairs do what each of them always has more of, and gives how much each has done when all have done 60.
+fn shares(rig: &mut Rig, side: usize, mut more: impl FnMut(&mut Rig, usize)) -> [usize; 3] {
+    let mut done = [0; 3];
+    while done.iter().sum::<usize>() < 60 {
+        for (pair, done) in done.iter_mut().enumerate() {
+            *done += rig.drivers[2 * pair + side].reap_all().len();
+            more(rig, pair);
+        }
+        let mut calls = 0;
+        rig.slot.run_until(|_| {
+            calls += 1;
+            calls > 1
+        });
+    }
+    done
+}
+
+#[test]
+fn pairs_that_wait_for_a_limit_take_turns_at_sending() {
+    let few = Limits { bandwidth: None, ops: Some(Bucket { size: 4, one_time_burst: 0, refill_ms: 5 }) };
+    let mut rig = limited(SEVERAL, 3, Limits::default(), few);
+    rig.set_pairs(3);
+    let frames = [1, 3, 5].map(|queue: usize| rig.drivers[queue].data(&with_header(&frame(queue, 60))));
+    let done = shares(&mut rig, 1, |rig, pair| {
+        while rig.drivers[2 * pair + 1].free_descriptors() > 0 {
+            rig.drivers[2 * pair + 1].add(&[frames[pair]]);
+        }
+        while rig.on_the_wire(pair).is_some() {}
+    });
+    // A turn is for one to four.
+    assert!(done.iter().all(|&done| done > 4), "{done:?}");
+}
+
+#[test]
+fn pairs_that_wait_for_a_limit_take_turns_at_receiving() {
+    let few = Limits { bandwidth: None, ops: Some(Bucket { size: 4, one_time_burst: 0, refill_ms: 5 }) };
+    let mut rig = limited(SEVERAL, 3, few, Limits::default());
+    rig.set_pairs(3);
+    let rooms = [0, 2, 4].map(|queue: usize| rig.drivers[queue].room(100));
+    let done = shares(&mut rig, 0, |rig, pair| {
+        while rig.drivers[2 * pair].free_descriptors() > 0 {
+            rig.drivers[2 * pair].add(&[rooms[pair]]);
+        }
+        rig.wires[pair].set_nonblocking(true).unwrap();
+        while rig.wires[pair].send(&with_header(&frame(pair, 60))).is_ok() {}
+    });
+    // A turn is for one to four.
+    assert!(done.iter().all(|&done| done > 4), "{done:?}");
+    // Whoever has room receives without a limit, and then all rest.
+    rig.slot.device.set_limits(Some(Limits::default()), None);
+    rig.settle();
+}
+
 #[test]
 fn limits_that_are_lifted_let_go_what_they_held() {
     let slow =
@@ -487,6 +540,19 @@ fn enabled_queue_pairs_are_saved_and_forgotten_at_reset() {
     rig.start();
     assert_eq!(rig.slot.device.tap.attached(), 1);
     assert_eq!(rig.slot.device.control.queue(), 2, "after the only pair that this driver knows of");
+}
+
+#[test]
+fn queue_pairs_that_the_driver_has_not_agreed_on_cannot_be_enabled() {
+    let one = 1 << spec::VIRTIO_NET_F_CTRL_VQ;
+    for (features, most) in [(0, 0), (one, 0), (1 << spec::VIRTIO_NET_F_MQ, 0), (SEVERAL, 3)] {
+        let mut rig = rig(features, 3);
+        for pairs in 0..5 {
+            let is_refused = u8::from(!(1..=most).contains(&pairs));
+            assert_eq!(rig.set_pairs(pairs), is_refused, "{pairs} with {features:#x}");
+        }
+        assert_eq!(rig.slot.device.control.pairs(), usize::from(most.max(1)));
+    }
 }
 
 #[test]

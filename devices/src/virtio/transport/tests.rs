@@ -63,6 +63,36 @@ fn a_device_that_its_driver_wants_to_run_starts_once_it_may() {
 }
 
 #[test]
+fn a_start_that_fails_is_counted_and_its_driver_told() {
+    let mut echo = Echo::default();
+    echo.refuse = true;
+    let Rig { host, mut transport, .. } = build(echo, None).unwrap();
+    agree(&mut transport, VERSION_1);
+    transport.set_status(DRIVER_OK);
+    assert_eq!(transport.shared.start_fails(), 0, "it may not yet");
+    transport.resume();
+    assert_eq!((transport.shared.start_fails(), host.watches()), (1, 0));
+}
+
+#[test]
+fn who_reads_or_writes_beyond_the_configuration_space_is_counted_and_changes_nothing() {
+    let Rig { echo, mut transport, .. } = rig();
+    transport.write_config(0, &[7; 8]);
+    let mut data = [0xee; 4];
+    // A part of it is there.
+    transport.read_config(6, &mut data);
+    assert_eq!((data, transport.shared.config_fails()), ([7, 7, 0, 0], 0));
+    for (fails, offset) in (1..).zip([8, 100, u64::MAX]) {
+        transport.read_config(offset, &mut data);
+        assert_eq!((data, transport.shared.config_fails()), ([0; 4], fails));
+    }
+    for (fails, offset) in (4..).zip([8, 1 << 20, u64::MAX >> 1]) {
+        transport.write_config(offset, &[9; 4]);
+        assert_eq!((echo.lock().unwrap().config, transport.shared.config_fails()), ([7; 8], fails));
+    }
+}
+
+#[test]
 fn a_saved_agreement_that_this_device_cannot_keep_is_refused() {
     let saved = |change: fn(&mut State)| {
         let Rig { mut transport, .. } = rig();

@@ -156,7 +156,12 @@ impl VirtioDevice for VhostUserBlk {
         // With the driver, events are ours, whatever the back-end knows of them.
         let features = self.features | 1 << VIRTIO_RING_F_EVENT_IDX;
         let queue_sizes = vec![QUEUE_SIZE; self.queues.into()];
-        Identity { device_type: DeviceType::Block, features, queue_sizes }
+        Identity {
+            device_type: DeviceType::Block,
+            features,
+            queue_sizes,
+            config_bytes: self.frontend.config().len() as u64,
+        }
     }
 
     fn config(&self, offset: u64, data: &mut [u8]) {

@@ -113,7 +113,7 @@ fn the_driver_is_told_of_the_blocks_of_a_direct_disk_alone() {
     assert_eq!(rig.slot.device.identity().features & told, told);
 
     let blocks = |logical, physical| {
-        let space = config_space(0, 1, Some(Blocks { logical, physical }));
+        let space = config_space(0, 1, Some(Blocks { logical, physical }), Ranges::RAW);
         let size = u32::from_le_bytes(*space[20..].first_chunk().unwrap());
         (size, space[24], space[25], u16::from_le_bytes(*space[26..].first_chunk().unwrap()))
     };

@@ -107,6 +107,21 @@ fn queues_that_wait_for_the_limiter_take_turns() {
     assert!(done.iter().all(|&done| done >= 10), "{done:?}");
 }
 
+#[test]
+fn queues_that_waited_come_to_rest_whatever_calls_the_device_meanwhile() {
+    let hour = Bucket { size: 1, one_time_burst: 0, refill_ms: 3_600_000 };
+    let mut many = many(|config| config.limits.ops = Some(hour));
+    let statuses: Vec<Buffer> = [0, 1, 2, 0, 1, 2]
+        .map(|queue| many.submit(queue, spec::VIRTIO_BLK_T_FLUSH, 0, &[]))
+        .into_iter()
+        .collect();
+    assert!(many.slot.run(100) < 100);
+    many.drivers[2].kick.write(1).unwrap();
+    many.slot.device.set_limits(Limits::default());
+    assert!(many.slot.run(100) < 100, "it never comes to rest");
+    assert!(statuses.iter().all(|status| many.drivers[0].read(*status) == [OK]));
+}
+
 /// Gives the ring as much as it holds from the first queue, by a driver that cannot count, without sending it off.
 fn fill_the_ring(many: &mut Many, kind: u32, data: &[Buffer]) {
     many.submit(0, kind, 0, data);

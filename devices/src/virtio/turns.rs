@@ -1,4 +1,4 @@
-//! Which of a device's queues is served next: each in its turn, one turn at a time, also after what they all waited for has
+//! Which of a device's queues is served next, where several wait for one and the same thing: each in its turn, one turn at a time, also after what they all waited for has
 //! come.
 //!
 //! Knows no requests: the device says which queues were kicked and what came of a turn. What one queue waits for, the

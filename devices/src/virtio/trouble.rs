@@ -1,13 +1,24 @@
 //! What is said of requests that fail: the first of each kind at once, further ones by their number from time to time, and
-//! that the disk works again. A disk that is full or gone fails every request of a busy guest.
+//! that it works again. A disk of the host's that is full or gone fails every request of a busy guest.
 //!
-//! Counts no metrics and writes no log: it makes the lines.
+//! Counts no metrics and writes no log: it makes the lines. What a request was for is the device's to say, by a type whose
+//! `Display` continues "7 more: ".
 
-use std::fmt::{self, Display};
+use std::fmt::Display;
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::{Failure, What};
+/// Why a request is answered with another status than that it was done.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// A type or flag that was not offered.
+    #[error("request type or flag {0:#x} is not supported")]
+    Unsupported(u32),
+    #[error("the driver's request {0}")]
+    Driver(&'static str),
+    #[error("{0}")]
+    Host(#[from] io::Error),
+}
 
 /// Between two lines about failures of one kind.
 const SUMMARY_EVERY: Duration = Duration::from_secs(60);
@@ -18,11 +29,11 @@ const OVER_AFTER: Duration = Duration::from_secs(5);
 const MAX_KINDS: usize = 8;
 
 /// The failures that there are now, by kind.
-#[derive(Debug, Default)]
-pub struct Troubles(Vec<Trouble>);
+#[derive(Debug)]
+pub struct Troubles<What>(Vec<Trouble<What>>);
 
 #[derive(Debug)]
-struct Trouble {
+struct Trouble<What> {
     what: What,
     cause: Cause,
     /// The cause in words.
@@ -51,7 +62,13 @@ impl Cause {
     }
 }
 
-impl Troubles {
+impl<What> Default for Troubles<What> {
+    fn default() -> Troubles<What> {
+        Troubles(Vec::new())
+    }
+}
+
+impl<What: Copy + PartialEq + Display> Troubles<What> {
     /// A request failed; what is to be said of it, if anything.
     pub fn failed(&mut self, what: What, failure: &Failure, now: Instant) -> Option<String> {
         let cause = Cause::of(failure);
@@ -78,7 +95,7 @@ impl Troubles {
 
     /// A request was done: what is to be said of those before it.
     pub fn worked(&mut self, what: What, now: Instant) -> Vec<String> {
-        let is_over = |trouble: &mut Trouble| {
+        let is_over = |trouble: &mut Trouble<What>| {
             trouble.what == what && now.saturating_duration_since(trouble.last) >= OVER_AFTER
         };
         self.0.extract_if(.., is_over).filter_map(Trouble::end).collect()
@@ -90,7 +107,7 @@ impl Troubles {
     }
 }
 
-impl Trouble {
+impl<What: Display> Trouble<What> {
     fn summary(&mut self) -> String {
         let Trouble { what, text, .. } = self;
         format!("{} more: {what}: {text}", std::mem::take(&mut self.untold))
@@ -109,22 +126,10 @@ impl Trouble {
     }
 }
 
-impl Display for What {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            What::Read => "reading",
-            What::Write => "writing",
-            What::Flush => "flushing",
-            What::Discard => "discarding",
-            What::WriteZeroes => "writing zeroes",
-            What::Other => "requests",
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::blk::What;
 
     fn full() -> Failure {
         Failure::Host(io::Error::from_raw_os_error(libc::ENOSPC))
