@@ -151,6 +151,28 @@ fn a_terminal_gets_a_shell_in_a_new_guest_and_is_given_back() {
     assert_eq!(daemon.traces(), nothing);
 }
 
+/// A terminal that the command had would end with `berth`, and the command with it.
+#[test]
+fn a_command_in_the_background_lives_on_when_it_was_started_at_a_terminal() {
+    let daemon = Daemon::start("");
+    import(&daemon);
+    let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&person).unwrap();
+    unlockpt(&person).unwrap();
+    let end = ioctl_tiocgptpeer(&person, OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    let clone = || end.try_clone().unwrap();
+    let mut command = berth(&daemon, &format!("run -d --name web --memory 96M {IMAGE} -- sh -c"));
+    command.arg("sleep 2; echo alive > /root/sign");
+    command.stdin(clone()).stdout(clone()).stderr(clone()).env("TERM", "vt100");
+    let mut started = process::in_session(&mut command, true).spawn().unwrap();
+    assert!(process::wait_for(&mut started, limits::BOOT), "it does not go into the background");
+    assert_eq!(started.wait().unwrap().code(), Some(0));
+    let mut look = berth(&daemon, "exec web -- sh -c");
+    look.arg("for i in $(seq 100); do [ -s /root/sign ] && break; sleep 0.1; done; cat /root/sign");
+    assert_eq!(says(look, b""), (0, "alive\n".into(), String::new()));
+    drop(person);
+}
+
 #[test]
 fn files_and_archives_go_in_and_come_out() {
     let daemon = Daemon::start("");
