@@ -13,7 +13,7 @@ use std::thread;
 use api_socket::{ActionType, Client, Drive, DriveUpdate, NetworkInterface, Request};
 use berth_tests::cell::{Cells, Vmm, output, set, tree, was_refused};
 use berth_tests::guest::setup::disk_drive;
-use berth_tests::guest::tap::Tap;
+use berth_tests::guest::tap::{Tap, host};
 use berth_tests::guest::{Console, Ended, Kernel, Setup, asset, blank_disk, limits};
 use berth_tests::host::{process, provide};
 use tempfile::TempDir;
@@ -224,6 +224,9 @@ fn as_many_descriptors_of_a_tap_are_as_many_pairs_of_queues() {
         let count = run(&format!("awk '/virtio[0-9]+-{queue}/ {{ print $2 + $3 }}' /proc/interrupts"));
         assert!(count.trim().parse::<u64>().unwrap() > 0, "{queue} has seen nothing: {count}");
     }
+    // The host's kernel has both in use, and not one of them twice.
+    let queues = host("ip", &["-details", "link", "show", &tap.name()]);
+    assert!(queues.contains("numqueues 2 numdisabled 0"), "{queues}");
     console.send(b"poweroff -f\n");
     assert_eq!(vmm.ended(), Ended::Code(0));
 }
