@@ -4,7 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -224,7 +224,18 @@ fn as_many_descriptors_of_a_tap_are_as_many_pairs_of_queues() {
         let count = run(&format!("awk '/virtio[0-9]+-{queue}/ {{ print $2 + $3 }}' /proc/interrupts"));
         assert!(count.trim().parse::<u64>().unwrap() > 0, "{queue} has seen nothing: {count}");
     }
-    // The host's kernel has both in use, and not one of them twice.
+    // What the host begins comes by either queue, and the kernel has not heard by which the guest would answer.
+    run(
+        "(nc -ll -p 4001 -e echo hello > /dev/null 2>&1 &); until netstat -ltn | grep -q 4001; do sleep 0.1; done",
+    );
+    let guest = SocketAddr::new(tap.guest().parse().unwrap(), 4001);
+    for _ in 0..16 {
+        let mut heard = String::new();
+        let mut stream = TcpStream::connect_timeout(&guest, limits::API).unwrap();
+        stream.read_to_string(&mut heard).unwrap();
+        assert_eq!(heard, "hello\n");
+    }
+    // The host's kernel has both.
     let queues = host("ip", &["-details", "link", "show", &tap.name()]);
     assert!(queues.contains("numqueues 2 numdisabled 0"), "{queues}");
     console.send(b"poweroff -f\n");
