@@ -124,9 +124,18 @@ const HUNGRY: &str = "dd if=/dev/zero of=/dev/null bs=100M count=1 2> /dev/null"
 
 #[test]
 fn a_guest_that_needs_memory_takes_it_out_of_the_balloon_if_it_may_and_else_kills() {
+    needs_memory(Name::Berth);
+}
+
+#[test]
+fn a_guest_that_needs_memory_takes_it_out_of_the_balloon_if_it_may_and_else_kills_without_pci() {
+    needs_memory(Name::Firecracker);
+}
+
+fn needs_memory(name: Name) {
     for deflate_on_oom in [true, false] {
         let balloon = Balloon { deflate_on_oom, ..plain() };
-        let mut guest = Guest::booted(setup(balloon));
+        let mut guest = Guest::booted(Setup { name, ..setup(balloon) });
         // Else a program that wants more than the guest has is refused, and not killed.
         guest.run("echo 1 > /proc/sys/vm/overcommit_memory");
         guest.run(HUNGRY);
@@ -213,7 +222,16 @@ fn a_guest_on_huge_pages_gives_whole_ones_back() {
 
 #[test]
 fn a_guest_tells_of_its_memory() {
-    let mut guest = Guest::booted(setup(plain()));
+    tells_of_memory(Name::Berth);
+}
+
+#[test]
+fn a_guest_tells_of_its_memory_without_pci() {
+    tells_of_memory(Name::Firecracker);
+}
+
+fn tells_of_memory(name: Name) {
+    let mut guest = Guest::booted(Setup { name, ..setup(plain()) });
     wait_until("the guest has told", || stats(&mut guest).total_memory.is_some());
     let first = stats(&mut guest);
     let total = first.total_memory.unwrap();

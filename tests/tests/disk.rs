@@ -8,8 +8,12 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use api_socket::{CacheType, Drive, IoEngine};
+use api_socket::{CacheType, DiskFormat, Drive, HugePages, IoEngine, Pmem};
+use berth_tests::guest::block_device::LoopDevice;
+use berth_tests::guest::huge_pages;
 use berth_tests::guest::setup::disk_drive;
+use berth_tests::guest::storage_daemon::StorageDaemon;
+use berth_tests::guest::tap::host;
 use berth_tests::guest::{Ended, Guest, Name, Setup, blank_disk, debian_drive, limits, times};
 use tempfile::TempDir;
 
@@ -117,7 +121,7 @@ fn survives_reboot(name: Name) {
     guest.power_off();
 }
 
-/// Each a disk of one guest.
+/// Each a disk of one guest, in a file.
 const WAYS: [(IoEngine, CacheType, Option<bool>, Option<u8>); 8] = [
     (IoEngine::Sync, CacheType::Writeback, None, None),
     (IoEngine::Async, CacheType::Writeback, None, None),
@@ -129,41 +133,126 @@ const WAYS: [(IoEngine, CacheType, Option<bool>, Option<u8>); 8] = [
     (IoEngine::Async, CacheType::Writethrough, Some(true), Some(2)),
 ];
 
-#[test]
-fn a_vmm_that_is_killed_loses_nothing_that_was_flushed() {
-    for round in 0..times(1, 50) {
-        a_killed_vmm_loses_nothing_flushed(Duration::from_millis((round * 37 % 500).into()));
+/// Every way to a disk: those, two images, a block device of the host and a disk that another process serves.
+struct Ways {
+    drives: Vec<Drive>,
+    images: [PathBuf; 2],
+    _device: LoopDevice,
+    _daemon: StorageDaemon,
+    _place: TempDir,
+}
+
+impl Ways {
+    const SIZE: u64 = 16 * MIB;
+
+    fn new() -> Ways {
+        let place = tempfile::tempdir().unwrap();
+        let blank = |id: &str| blank_disk(place.path().join(id), Ways::SIZE);
+        let file = |(number, way): (usize, (IoEngine, CacheType, Option<bool>, Option<u8>))| {
+            let (engine, cache_type, direct, queues) = way;
+            let (id, io_engine) = (format!("file{number}"), Some(engine));
+            Drive { io_engine, cache_type, direct, queues, ..disk_drive(&id, blank(&id)) }
+        };
+        let mut drives: Vec<Drive> = WAYS.into_iter().enumerate().map(file).collect();
+        let images = ["written_back", "written_through"].map(|id| place.path().join(id));
+        for (image, cache_type) in images.iter().zip([CacheType::Writeback, CacheType::Writethrough]) {
+            let size = Ways::SIZE.to_string();
+            host("qemu-img", &["create", "-q", "-f", "qcow2", image.to_str().unwrap(), &size]);
+            let id = image.file_name().unwrap().to_str().unwrap();
+            let format = Some(DiskFormat::Qcow2);
+            drives.push(Drive { format, cache_type, ..disk_drive(id, image.clone()) });
+        }
+        let device = LoopDevice::new(&blank("loop"), 512);
+        drives.push(disk_drive("device", device.path().into()));
+        let daemon = StorageDaemon::blank(Ways::SIZE);
+        drives.push(daemon.drive("back_end"));
+        Ways { drives, images, _device: device, _daemon: daemon, _place: place }
+    }
+
+    fn setup(&self, name: Name) -> Setup {
+        let drives = [vec![debian_drive()], self.drives.clone()].concat();
+        // Memory that another process has too is faulted in by small pages, if these are not asked for.
+        let huge_pages = HugePages::Transparent;
+        huge_pages::allow_in_shared_memory();
+        Setup { name, vcpus: 2, memory_mib: 256, huge_pages, drives, ..Setup::default() }
+    }
+
+    /// A command for each disk, which knows it as `$disk` and its file system as `$at`.
+    fn each(&self, what: &str) -> String {
+        let disks: String =
+            (b'b'..).take(self.drives.len()).map(|letter| format!(" {}", char::from(letter))).collect();
+        format!("for disk in{disks}; do at=/debian/mnt/$disk; {what} || exit 1; done")
+    }
+
+    fn mount(&self, guest: &mut Guest, before: &str) {
+        guest.mount_debian();
+        guest.run("mount -t tmpfs tmp /debian/mnt");
+        guest.run(&self.each(&format!("{before} mkdir $at && mount -t ext4 /dev/vd$disk $at")));
+    }
+
+    /// What fio has written with its checksums, on so many of the disks; `verb` says whether it writes or looks.
+    fn fio(&self, verb: &str, disks: usize) -> String {
+        let jobs: String = (b'b'..)
+            .take(disks)
+            .map(char::from)
+            .map(|at| format!(" --name={at} --filename=/mnt/{at}/checked"))
+            .collect();
+        format!(
+            "chroot /debian fio --rw=randwrite --bsrange=512-64k --size=512k --direct=1 --end_fsync=1 \
+             --verify=crc32c --verify_fatal=1 --verify_state_save=0 --randseed=7 --allrandrepeat=1 --thread --minimal {verb}{jobs}"
+        )
     }
 }
 
+#[test]
+fn a_vmm_that_is_killed_loses_nothing_that_was_flushed() {
+    for round in 0..times(1, 50) {
+        a_killed_vmm_loses_nothing_flushed(Name::Berth, after(round));
+    }
+}
+
+#[test]
+fn a_vmm_that_is_killed_loses_nothing_that_was_flushed_without_pci() {
+    for round in 0..times(1, 50) {
+        a_killed_vmm_loses_nothing_flushed(Name::Firecracker, after(round));
+    }
+}
+
+/// Not at the same moment each time.
+fn after(round: u32) -> Duration {
+    Duration::from_millis((200 + round * 37 % 500).into())
+}
+
 /// The VMM is killed so long after the flush, while the guest writes more.
-fn a_killed_vmm_loses_nothing_flushed(after: Duration) {
-    let disks = WAYS.map(|_| Disk::blank(16 * MIB));
-    let drive = |(way, disk): (&(_, _, _, _), &Disk)| {
-        let (engine, cache_type, direct, queues) = *way;
-        let io_engine = Some(engine);
-        let id = disk.path.parent().unwrap().file_name().unwrap().to_str().unwrap().replace('.', "_");
-        Drive { io_engine, cache_type, direct, queues, ..disk_drive(&id, disk.path.clone()) }
-    };
-    let drives: Vec<Drive> = WAYS.iter().zip(&disks).map(drive).collect();
-    let setup = || Setup { vcpus: 2, drives: drives.clone(), ..Setup::default() };
-    let each = |what: &str| format!("for disk in a b c d e f g h; do {what}; done");
-    let mut guest = Guest::booted(setup());
-    let caches = guest.run("cat /sys/block/vd[ab]/queue/write_cache");
-    assert_eq!(caches, "write back\n".repeat(2));
-    guest.run(&each("mke2fs /dev/vd$disk > /dev/null; mkdir /$disk; mount -t ext4 /dev/vd$disk /$disk"));
-    guest.run(&each("dd if=/dev/urandom of=/$disk/kept bs=1M count=2 conv=fsync"));
+fn a_killed_vmm_loses_nothing_flushed(name: Name, after: Duration) {
+    let ways = Ways::new();
+    let mut guest = Guest::booted(ways.setup(name));
+    let caches = guest.run("cat /sys/block/vd[bcde]/queue/write_cache");
+    assert_eq!(caches, "write back\n".repeat(2) + &"write through\n".repeat(2));
+    ways.mount(&mut guest, "mke2fs -b 4096 /dev/vd$disk > /dev/null &&");
+    guest.run(&ways.each("dd if=/dev/urandom of=$at/kept bs=1M count=1 conv=fsync"));
+    guest.run(&ways.fio("--do_verify=0", ways.drives.len()));
     guest.run("sync");
-    let sums = guest.run(&each("md5sum /$disk/kept"));
-    guest.say(&each(
-        "(while :; do dd if=/dev/urandom of=/$disk/lost bs=1M count=1; done) 2> /dev/null & true",
-    ));
+    let sums = guest.run(&ways.each("md5sum $at/kept"));
+    guest.run(
+        &ways.each("{ (while :; do dd if=/dev/urandom of=$at/lost bs=1M count=1; done) > /dev/null 2>&1 & }"),
+    );
     std::thread::sleep(after);
     guest.vmm.kill();
+    for image in &ways.images {
+        // 3 is of clusters that nothing names any more.
+        let checked =
+            Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(image).status().unwrap();
+        assert!(matches!(checked.code(), Some(0 | 3)), "{}: {checked}", image.display());
+    }
 
-    let mut guest = Guest::booted(setup());
-    guest.run(&each("mkdir /$disk; mount -t ext4 /dev/vd$disk /$disk"));
-    assert_eq!(guest.run(&each("md5sum /$disk/kept")), sums);
+    let mut guest = Guest::booted(ways.setup(name));
+    ways.mount(&mut guest, "");
+    assert_eq!(guest.run(&ways.each("md5sum $at/kept")), sums);
+    guest.run(&ways.fio("--verify_only", ways.drives.len()));
+    // What has changed is not taken for what was written.
+    guest.run("echo spoilt | dd of=/debian/mnt/b/checked bs=512 seek=100 conv=notrunc,fsync 2> /dev/null");
+    assert_ne!(guest.shell(&ways.fio("--verify_only", 1)).code, 0, "fio finds nothing wrong");
     guest.power_off();
 }
 
@@ -202,8 +291,17 @@ fn a_read_only_disk_is_not_written() {
 
 #[test]
 fn a_discard_gives_space_back_to_the_host_and_reads_as_zeros() {
+    discard_gives_back(Name::Berth);
+}
+
+#[test]
+fn a_discard_gives_space_back_to_the_host_and_reads_as_zeros_without_pci() {
+    discard_gives_back(Name::Firecracker);
+}
+
+fn discard_gives_back(name: Name) {
     let disk = Disk::blank(32 * MIB);
-    let mut guest = Guest::booted(disk.setup());
+    let mut guest = Guest::booted(Setup { name, ..disk.setup() });
     guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=32 conv=fsync");
     let full = disk.allocated();
     guest.run("blkdiscard -o 8388608 -l 16777216 /dev/vda; sync");
@@ -220,9 +318,18 @@ fn a_discard_gives_space_back_to_the_host_and_reads_as_zeros() {
 
 #[test]
 fn an_asynchronous_disk_is_discarded_trimmed_and_zeroed() {
+    asynchronous_is_discarded(Name::Berth);
+}
+
+#[test]
+fn an_asynchronous_disk_is_discarded_trimmed_and_zeroed_without_pci() {
+    asynchronous_is_discarded(Name::Firecracker);
+}
+
+fn asynchronous_is_discarded(name: Name) {
     let disk = Disk::blank(32 * MIB);
     let drives = [vec![debian_drive()], disk.with(IoEngine::Async).drives].concat();
-    let mut guest = Guest::booted(Setup { drives, memory_mib: 256, ..Setup::default() });
+    let mut guest = Guest::booted(Setup { name, drives, memory_mib: 256, ..Setup::default() });
     guest.mount_debian();
     guest.run("dd if=/dev/urandom of=/dev/vdb bs=1M count=32 iflag=fullblock conv=fsync");
     let full = disk.allocated();
@@ -251,9 +358,18 @@ fn a_file_system_is_trimmed() {
 
 #[test]
 fn zeroes_are_written_without_being_sent() {
+    zeroes_are_written(Name::Berth);
+}
+
+#[test]
+fn zeroes_are_written_without_being_sent_without_pci() {
+    zeroes_are_written(Name::Firecracker);
+}
+
+fn zeroes_are_written(name: Name) {
     let disk = Disk::blank(16 * MIB);
     let drives = vec![debian_drive(), disk_drive("disk", disk.path.clone())];
-    let mut guest = Guest::booted(Setup { drives, memory_mib: 256, ..Setup::default() });
+    let mut guest = Guest::booted(Setup { name, drives, memory_mib: 256, ..Setup::default() });
     guest.mount_debian();
     assert!(guest.number("cat /sys/block/vdb/queue/write_zeroes_max_bytes") > 0);
     guest.run("dd if=/dev/urandom of=/dev/vdb bs=1M count=16 iflag=fullblock conv=fsync");
@@ -355,12 +471,93 @@ fn verifies(name: Name, engine: IoEngine) {
 }
 
 #[test]
-fn a_drive_is_named_by_its_id_and_the_root_device_comes_first() {
-    let (one, two) = (Disk::blank(MIB), Disk::blank(2 * MIB));
-    let root = Drive { is_root_device: true, ..disk_drive("the_root", two.path.clone()) };
-    let drives = vec![disk_drive("disk_1", one.path.clone()), root];
-    // `root=/dev/vda` comes with a root device, and this disk has nothing to boot.
-    let setup = Setup { drives, command_line: "root=".into(), ..Setup::default() };
-    let mut guest = Guest::started(setup);
-    guest.console.wait_for("berth-guest:", limits::BOOT);
+fn drives_are_named_by_their_ids_and_a_guest_boots_from_its_root_device() {
+    boots_from_root(Name::Berth);
+}
+
+#[test]
+fn drives_are_named_by_their_ids_and_a_guest_boots_from_its_root_device_without_pci() {
+    boots_from_root(Name::Firecracker);
+}
+
+/// Of the disk with a partition, and where that begins, in sectors.
+const SIGNATURE: u32 = 0x00aa_10fe;
+const FIRST_SECTOR: u32 = 2048;
+
+/// A table with one partition for Linux, which has the rest of a disk of so many bytes (UEFI 2.10, 5.2.1).
+fn partition_table(bytes: u64) -> [u8; 512] {
+    let mut table = [0; 512];
+    table[440..444].copy_from_slice(&SIGNATURE.to_le_bytes());
+    table[446 + 4] = 0x83;
+    table[446 + 8..][..4].copy_from_slice(&FIRST_SECTOR.to_le_bytes());
+    table[446 + 12..][..4].copy_from_slice(&((bytes / 512) as u32 - FIRST_SECTOR).to_le_bytes());
+    table[510..].copy_from_slice(&[0x55, 0xaa]);
+    table
+}
+
+fn boots_from_root(name: Name) {
+    const SIZE: u64 = 16 * MIB;
+    let (other, whole, parted, memory) =
+        (Disk::blank(MIB), Disk::blank(SIZE), Disk::blank(2 * SIZE), Disk::blank(SIZE));
+    parted.file().write_all_at(&partition_table(2 * SIZE), 0).unwrap();
+    let plain = |id: &str, disk: &Disk| disk_drive(id, disk.path.clone());
+    let pmem = Pmem { id: "memory".into(), path_on_host: memory.path.clone(), ..Pmem::default() };
+    let mut guest = Guest::booted(Setup {
+        name,
+        drives: vec![plain("whole", &whole), plain("parted", &parted)],
+        pmems: vec![pmem.clone()],
+        ..Setup::default()
+    });
+    // Each a system whose init is a shell, and which knows what it is on.
+    guest.run(
+        "for disk in vda vdb1 pmem0; do mke2fs -b 4096 /dev/$disk > /dev/null && mkdir /$disk && \
+         mount -t ext4 /dev/$disk /$disk && cp -a /bin /$disk/ && cd /$disk && \
+         mkdir dev proc sys run && echo $disk > which && cd / && umount /$disk || exit 1; done",
+    );
+    guest.power_off();
+
+    let root = |id: &str, disk: &Disk| Drive { is_root_device: true, ..plain(id, disk) };
+    let partuuid = Some(format!("{SIGNATURE:08x}-01"));
+    let of_part = Drive { partuuid, is_read_only: Some(true), ..root("the_parted", &parted) };
+    let of_memory = Pmem { root_device: true, ..pmem.clone() };
+    // What is put after a disk of the guest comes before it if it is the root device.
+    let other = plain("disk_1", &other);
+    for (drives, pmem, argument, device, system, mode, disks) in [
+        (
+            vec![other.clone(), root("the_root", &whole)],
+            pmem.clone(),
+            "root=/dev/vda rw",
+            "/dev/vda",
+            "vda",
+            "rw",
+            vec![("the_root", SIZE), ("disk_1", MIB)],
+        ),
+        (
+            vec![other.clone(), of_part],
+            pmem,
+            "root=PARTUUID=00aa10fe-01 ro",
+            "/dev/vda1",
+            "vdb1",
+            "ro",
+            vec![("the_parted", 2 * SIZE), ("disk_1", MIB)],
+        ),
+        (vec![other], of_memory, "root=/dev/pmem0 rw", "/dev/pmem0", "pmem0", "rw", vec![("disk_1", MIB)]),
+    ] {
+        let command_line = "init=/bin/sh".into();
+        let setup = Setup { name, drives, pmems: vec![pmem], command_line, ..Setup::default() };
+        let mut guest = Guest::started(setup);
+        guest.console.wait_for("# ", limits::BOOT);
+        assert!(guest.run("cat /proc/cmdline").contains(argument), "{argument}");
+        assert_eq!(guest.run("cat /which").trim(), system, "{argument}");
+        let mounted = guest.run("grep ' / ' /proc/mounts");
+        let words: Vec<&str> = mounted.split_whitespace().collect();
+        assert_eq!((words[0], words[3].split(',').next().unwrap()), (device, mode), "{mounted}");
+        let told = guest.run(
+            "for disk in vda vdb; do [ ! -e /sys/block/$disk ] || echo $(cat /sys/block/$disk/serial) \
+             $(cat /sys/block/$disk/size); done",
+        );
+        let expected = disks.iter().map(|(id, bytes)| format!("{id} {}\n", bytes / 512));
+        assert_eq!(told, expected.collect::<String>(), "{argument}");
+        guest.power_off();
+    }
 }

@@ -3,14 +3,17 @@
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 
-use api_socket::{ActionType, Client, Drive, DriveUpdate, Request};
+use api_socket::{ActionType, Client, Drive, DriveUpdate, NetworkInterface, Request};
 use berth_tests::cell::{Cells, Vmm, output, set, tree, was_refused};
 use berth_tests::guest::setup::disk_drive;
+use berth_tests::guest::tap::{Tap, host};
 use berth_tests::guest::{Console, Ended, Kernel, Setup, asset, blank_disk, limits};
 use berth_tests::host::{process, provide};
 use tempfile::TempDir;
@@ -145,6 +148,98 @@ fn descriptors_of_the_callers_are_handed_on_and_no_others() {
     data.rewind().unwrap();
     Read::by_ref(&mut data).take(4).read_to_string(&mut kept).unwrap();
     assert_eq!(kept, "kept");
+}
+
+/// Opens the queues of a tap by its name, so many, as descriptors from 50 on, and becomes the command that follows. Python has
+/// a call for it, where Rust would need code of its own.
+const WITH_TAP: &str = "\
+import fcntl, os, struct, sys
+for number in range(int(sys.argv[2])):
+    queue = os.open('/dev/net/tun', os.O_RDWR)
+    # TUNSETIFF with IFF_TAP, IFF_NO_PI, IFF_VNET_HDR and IFF_MULTI_QUEUE
+    fcntl.ioctl(queue, 0x400454ca, struct.pack('16sH22x', sys.argv[1].encode(), 0x5102))
+    os.dup2(queue, 50 + number, inheritable=True)
+    os.close(queue)
+os.execv(sys.argv[3], sys.argv[3:])
+";
+
+#[test]
+fn as_many_descriptors_of_a_tap_are_as_many_pairs_of_queues() {
+    let (cells, images) = (Cells::new(), Images::new());
+    let tap = Tap::new(56, &["multi_queue"]);
+    let flags = [images.flag("kernel", ":ro"), images.flag("initrd", ":ro")];
+    let flags = [&flags[0], &flags[1], "--fd=a=50", "--fd=b=51"];
+    let jailer = cells.jailer(&flags);
+    let mut command = Command::new("python3");
+    command.args(["-c", WITH_TAP, &tap.name(), "2"]).arg(jailer.get_program()).args(jailer.get_args());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut vmm = Vmm { child: process::spawn_bound(&mut command, Vec::new()).unwrap() };
+    let mut console = vmm.console();
+    let mut api = cells.client();
+    let put = |names: &str| {
+        let host_dev_name = names.into();
+        Request::PutNetworkInterface(NetworkInterface {
+            host_dev_name,
+            queue_pairs: Some(2),
+            ..tap.interface()
+        })
+    };
+    let error = api.apply(&put("fd:a")).unwrap_err().to_string();
+    assert!(error.contains("names 1 descriptors, and `queue_pairs` is 2"), "{error}");
+    let setup = Setup { vcpus: 2, kernel: Kernel::Path("fd:kernel".into()), ..Setup::default() };
+    for mut request in setup.requests().into_iter().chain([put("fd:a,fd:b")]) {
+        if let Request::PutBootSource(boot) = &mut request {
+            boot.initrd_path = Some("fd:initrd".into());
+        }
+        api.apply(&request).unwrap();
+    }
+    api.apply(&Request::Action(ActionType::InstanceStart)).unwrap();
+    console.wait_for("# ", limits::BOOT);
+    let mut run = |command: &str| {
+        let (text, code) = shell(&mut console, command);
+        assert_eq!(code, 0, "{command}: {text}");
+        text
+    };
+    assert_eq!(run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l"), "2\n");
+    run(&format!("ip link set eth0 up; ip address add {}/24 dev eth0", tap.guest()));
+    // Many connections, so that each queue has some of them, and both ways.
+    let listener = TcpListener::bind((tap.host(), 4000)).unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let mut heard = Vec::new();
+                (&stream).read_to_end(&mut heard)?;
+                (&stream).write_all(&heard)
+            });
+        }
+    });
+    run("head -c 200000 /dev/urandom > /run/words");
+    run(&format!(
+        "for n in $(seq 16); do (nc {} 4000 < /run/words > /run/heard.$n; touch /run/done.$n) & done; \
+         until [ $(ls /run/done.* 2> /dev/null | wc -l) = 16 ]; do sleep 0.1; done",
+        tap.host()
+    ));
+    run("for n in $(seq 16); do cmp /run/words /run/heard.$n || exit 1; done");
+    for queue in ["input.0", "input.1", "output.0", "output.1"] {
+        let count = run(&format!("awk '/virtio[0-9]+-{queue}/ {{ print $2 + $3 }}' /proc/interrupts"));
+        assert!(count.trim().parse::<u64>().unwrap() > 0, "{queue} has seen nothing: {count}");
+    }
+    // What the host begins comes by either queue, and the kernel has not heard by which the guest would answer.
+    run(
+        "(nc -ll -p 4001 -e echo hello > /dev/null 2>&1 &); until netstat -ltn | grep -q 4001; do sleep 0.1; done",
+    );
+    let guest = SocketAddr::new(tap.guest().parse().unwrap(), 4001);
+    for _ in 0..16 {
+        let mut heard = String::new();
+        let mut stream = TcpStream::connect_timeout(&guest, limits::API).unwrap();
+        stream.read_to_string(&mut heard).unwrap();
+        assert_eq!(heard, "hello\n");
+    }
+    // The host's kernel has both.
+    let queues = host("ip", &["-details", "link", "show", &tap.name()]);
+    assert!(queues.contains("numqueues 2 numdisabled 0"), "{queues}");
+    console.send(b"poweroff -f\n");
+    assert_eq!(vmm.ended(), Ended::Code(0));
 }
 
 #[test]

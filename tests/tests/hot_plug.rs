@@ -3,13 +3,20 @@
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use api_socket::{Drive, DriveUpdate, IoEngine, NetworkInterface, Pmem, Request};
 use berth_tests::guest::setup::disk_drive;
 use berth_tests::guest::tap::{Tap, host};
-use berth_tests::guest::{Guest, Name, Setup, blank_disk, refused, times};
+use berth_tests::guest::{Ended, Guest, Name, Setup, blank_disk, debian_drive, limits, refused, times};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -115,6 +122,93 @@ fn a_disk_that_is_taken_away_under_load_is_gone_and_the_guest_and_its_other_disk
     File::open(directory.path().join("first")).unwrap().read_exact_at(&mut word, 0).unwrap();
     assert_eq!(&word, b"still here");
     guest.vmm.kill();
+}
+
+/// A guest with fio, a disk of it that stays and one that comes and goes.
+fn guest_with_fio() -> (Guest, TempDir, Drive) {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = |id: &str| disk_drive(id, blank_disk(directory.path().join(id), 32 * MIB));
+    let setup = Setup {
+        vcpus: 2,
+        memory_mib: 256,
+        drives: vec![debian_drive(), disk("stays")],
+        arguments: ["--metrics-path", "metrics"].map(String::from).into(),
+        ..Setup::default()
+    };
+    let goes = disk("goes");
+    let mut guest = Guest::booted(setup);
+    guest.mount_debian();
+    (guest, directory, goes)
+}
+
+/// Random writes of all sizes, read back and compared.
+fn fio(disk: &str, megabytes: u32) -> String {
+    format!(
+        "chroot /debian fio --name={disk} --filename=/dev/{disk} --direct=1 --rw=randrw --bsrange=512-64k --fsync=50 \
+         --ioengine=libaio --iodepth=16 --size=32m --io_size={megabytes}m --verify=crc32c --verify_fatal=1 \
+         --randrepeat=0 --verify_state_save=0"
+    )
+}
+
+/// On both disks at once, on the one that goes for longer than it is there; so many requests for the end of that.
+fn goes_under_fio(guest: &mut Guest, goes: &Drive, deletes: usize) {
+    let path = goes.path_on_host.clone().unwrap();
+    guest.apply(Request::PutDrive(goes.clone()));
+    appears(guest, "vdc");
+    for (disk, megabytes) in [("vdb", 16), ("vdc", 4096)] {
+        let fio = fio(disk, megabytes);
+        guest.run(&format!(
+            "rm -f /run/{disk}.*; ({fio}; echo $? > /run/{disk}.ended) > /run/{disk}.said 2>&1 &"
+        ));
+    }
+    let written = guest.metric("block_goes", "write_bytes");
+    while guest.metric("block_goes", "write_bytes") < written + MIB {
+        guest.run("sleep 0.1");
+    }
+    for _ in 0..deletes {
+        delete(guest, "goes");
+    }
+    while ids(guest).len() > 2 {
+        guest.run("sleep 0.1");
+    }
+    assert!(!open_files(guest).contains(&path), "its file is open");
+    guest.run("until [ -e /run/vdb.ended ]; do sleep 0.2; done");
+    let said = guest.run("tail -n 8 /run/vdb.said");
+    assert_eq!(guest.number("cat /run/vdb.ended"), 0, "the disk that stays: {said}");
+}
+
+#[test]
+fn a_disk_that_is_asked_back_while_fio_writes_is_gone_and_another_one_still_verifies() {
+    let (mut guest, _directory, goes) = guest_with_fio();
+    for round in 0..times(1, 20) {
+        goes_under_fio(&mut guest, &goes, 1);
+        guest.run("while [ -e /sys/block/vdc ] || [ ! -e /run/vdc.ended ]; do sleep 0.1; done");
+        let said = guest.run("tail -n 8 /run/vdc.said");
+        assert_ne!(
+            guest.number("cat /run/vdc.ended"),
+            0,
+            "round {round}: nobody was told that it has gone: {said}"
+        );
+    }
+    // It comes again as if nothing had been.
+    guest.apply(Request::PutDrive(goes));
+    appears(&mut guest, "vdc");
+    guest.run(&fio("vdc", 4));
+    guest.power_off();
+}
+
+#[test]
+fn a_disk_that_is_taken_away_while_fio_writes_is_gone_and_another_one_still_verifies() {
+    for _ in 0..times(1, 10) {
+        let (mut guest, _directory, goes) = guest_with_fio();
+        goes_under_fio(&mut guest, &goes, 2);
+        guest.run(&fio("vdb", 2));
+        // Who waits for the one that has gone may do so for ever, and a guest on its way down may be one of them.
+        guest.vmm.signal(Signal::TERM);
+        thread::sleep(Duration::from_secs(1));
+        guest.vmm.signal(Signal::TERM);
+        assert_eq!(guest.ended(), Ended::Code(0));
+    }
 }
 
 #[test]
@@ -228,6 +322,49 @@ fn a_network_interface_that_is_taken_away_under_load_is_gone_and_the_guest_goes_
 }
 
 #[test]
+fn an_interface_that_goes_in_the_middle_of_a_stream_is_gone_and_comes_again() {
+    let (tap, other) = (own_tap(22), own_tap(23));
+    let (mut guest, _directory) = guest(Name::Berth);
+    guest.run(NETWORK_DRIVER);
+    guest.apply(Request::PutNetworkInterface(other.interface()));
+    guest.run("until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done");
+    other.set_up(&mut guest, "eth0", None);
+    for (port, deletes) in (4000..).zip([1, 2].repeat(times(1, 10) as usize)) {
+        guest.apply(Request::PutNetworkInterface(tap.interface()));
+        guest.run("until [ -e /sys/class/net/eth1 ]; do sleep 0.1; done");
+        tap.set_up(&mut guest, "eth1", None);
+        // There and back at once, for as long as there is a way.
+        let listener = TcpListener::bind((tap.host(), port)).unwrap();
+        let heard = Arc::<AtomicU64>::default();
+        let counts = Arc::clone(&heard);
+        thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let mut buffer = [0; 65536];
+            while let Ok(bytes @ 1..) = (&stream).read(&mut buffer) {
+                counts.fetch_add(bytes as u64, Ordering::SeqCst);
+                if (&stream).write_all(&buffer[..bytes]).is_err() {
+                    break;
+                }
+            }
+        });
+        guest.run(&format!("(nc {} {port} < /dev/zero > /dev/null 2>&1 &)", tap.host()));
+        while heard.load(Ordering::SeqCst) < MIB {
+            guest.run("sleep 0.1");
+        }
+        for _ in 0..deletes {
+            guest.apply(Request::DeleteNetworkInterface(tap.name()));
+        }
+        guest.run("while [ -e /sys/class/net/eth1 ]; do sleep 0.1; done");
+        while guest.api.vm_config().unwrap().network_interfaces.len() > 1 {
+            guest.run("sleep 0.1");
+        }
+        guest.run("killall -9 nc; true");
+        host("ping", &["-c", "2", "-i", "0.1", "-W", "30", &other.guest()]);
+    }
+    guest.power_off();
+}
+
+#[test]
 fn persistent_memory_is_plugged_in_used_and_given_back() {
     let (mut guest, directory) = guest(Name::Berth);
     guest.run("modprobe virtio_pmem; modprobe nd_pmem; mkdir -p /mnt");
@@ -263,6 +400,47 @@ fn persistent_memory_is_plugged_in_used_and_given_back() {
     let none = Request::DeletePmem("none".into());
     refused(&mut guest, &none, &["`id` is \"none\"", "GET /vm/config"]);
     guest.power_off();
+}
+
+#[test]
+fn persistent_memory_that_goes_while_it_is_written_ends_at_most_the_guest() {
+    for deletes in [1, 2].repeat(times(1, 10) as usize) {
+        let (mut guest, directory) = guest(Name::Berth);
+        guest.run("modprobe virtio_pmem; modprobe nd_pmem");
+        let path = blank_disk(directory.path().join("memory"), 16 * MIB);
+        let pmem = Pmem { id: "memory".into(), path_on_host: path.clone(), ..Pmem::default() };
+        guest.apply(Request::PutPmem(pmem));
+        guest.run("until [ -b /dev/pmem0 ]; do sleep 0.1; done");
+        guest.run(
+            "(while [ -b /dev/pmem0 ]; do dd if=/dev/urandom of=/dev/pmem0 bs=64k count=64 conv=notrunc,fsync; done) \
+             > /run/said 2>&1 &",
+        );
+        let before = guest.metric("pmem", "queue_event_count");
+        while guest.metric("pmem", "queue_event_count") < before + 3 {
+            guest.run("[ -b /dev/pmem0 ]; sleep 0.1");
+        }
+        for _ in 0..deletes {
+            guest.apply(Request::DeletePmem("memory".into()));
+        }
+        let began = Instant::now();
+        // A guest that has ended with it has ended as its kernel says, and not as a fault of the VMM's.
+        let is_gone = loop {
+            match guest.api.vm_config() {
+                Ok(config) if config.pmem.is_empty() => break true,
+                Ok(_) => {}
+                Err(_) => break false,
+            }
+            assert!(began.elapsed() < limits::COMMAND, "it does not go");
+            thread::sleep(Duration::from_millis(100));
+        };
+        println!("{deletes} times DELETE: the guest {}", if is_gone { "goes on" } else { "has ended" });
+        assert!(is_gone, "{:?}", guest.ended());
+        assert!(!open_files(&guest).contains(&path));
+        guest.run(
+            "while [ -e /sys/block/pmem0 ]; do sleep 0.1; done; echo still here | dd of=/dev/vda conv=fsync",
+        );
+        guest.power_off();
+    }
 }
 
 fn find(path: &Path, word: &[u8]) -> bool {

@@ -213,6 +213,15 @@ fn turns(guest: &Guest, thread: &str) -> u64 {
 
 #[test]
 fn every_device_may_have_a_thread_of_its_own() {
+    every_device_has_a_thread(Name::Berth);
+}
+
+#[test]
+fn every_device_may_have_a_thread_of_its_own_without_pci() {
+    every_device_has_a_thread(Name::Firecracker);
+}
+
+fn every_device_has_a_thread(name: Name) {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     let tap = Tap::new(30, &[]);
@@ -228,7 +237,7 @@ fn every_device_may_have_a_thread_of_its_own() {
         ..Pmem::default()
     };
     let setup = Setup {
-        name: Name::Firecracker,
+        name,
         drives,
         interfaces: vec![interface],
         pmems: vec![pmem],
@@ -248,8 +257,9 @@ fn every_device_may_have_a_thread_of_its_own() {
     guest.apply(Request::PutEntropy(Entropy { io_thread: Some(6), ..Entropy::default() }));
     guest.apply(Request::PutConsole(Console { output_path, io_thread: Some(15), ..Console::default() }));
     guest.boot();
-    let mut names = vec!["fc_io".to_string()];
-    names.extend([1, 15, 2, 3, 4, 5, 6, 7].map(|number| format!("fc_io {number}")));
+    let first = if name == Name::Berth { "berth-io" } else { "fc_io" };
+    let mut names = vec![first.to_string()];
+    names.extend([1, 15, 2, 3, 4, 5, 6, 7].map(|number| format!("{first} {number}")));
     assert_eq!(io_threads(&guest), names);
     guest.run("modprobe virtio_pmem; modprobe nd_pmem");
     guest.take_program("/dev/vdb", "berth-vsock");
@@ -272,23 +282,23 @@ fn every_device_may_have_a_thread_of_its_own() {
         (15, "echo on the screen > /dev/hvc0".into()),
     ];
     for (number, command) in work {
-        let before = turns(&guest, &format!("fc_io {number}"));
+        let before = turns(&guest, &format!("{first} {number}"));
         guest.run(&command);
-        assert!(turns(&guest, &format!("fc_io {number}")) > before, "{command}");
+        assert!(turns(&guest, &format!("{first} {number}")) > before, "{command}");
     }
     server.join().unwrap();
-    let before = turns(&guest, "fc_io 5");
+    let before = turns(&guest, &format!("{first} 5"));
     guest.apply(Request::PatchBalloon(api_socket::BalloonUpdate { amount_mib: 8 }));
-    while turns(&guest, "fc_io 5") == before {
+    while turns(&guest, &format!("{first} 5")) == before {
         sleep(Duration::from_millis(100));
     }
-    let before = turns(&guest, "fc_io 7");
+    let before = turns(&guest, &format!("{first} 7"));
     let update = MemoryHotplugSizeUpdate { requested_size_mib: 128 };
     guest.apply(Request::PatchMemoryHotplug(update));
     while guest.api.memory_hotplug().unwrap().plugged_size_mib < 128 {
         sleep(Duration::from_millis(100));
     }
-    assert!(turns(&guest, "fc_io 7") > before);
+    assert!(turns(&guest, &format!("{first} 7")) > before);
     guest.pause();
     guest.resume();
     guest.power_off();

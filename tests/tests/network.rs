@@ -56,23 +56,50 @@ fn reach(name: Name) {
 }
 
 #[test]
-fn streams_arrive_as_they_were_sent_with_every_size_of_packet() {
+fn streams_arrive_as_they_were_sent_with_every_size_of_packet_and_whole_segments_cross() {
+    streams_arrive(Name::Berth);
+}
+
+#[test]
+fn streams_arrive_as_they_were_sent_with_every_size_of_packet_and_whole_segments_cross_without_pci() {
+    streams_arrive(Name::Firecracker);
+}
+
+/// What TCP and IP put before the data of a packet, time stamps with it.
+const HEADERS: usize = 52;
+
+/// As many packets on a wire are one between host and guest, at least: far fewer than there are, for a sender does not wait
+/// until a segment is full. With the largest MTU a packet is a segment.
+const PACKETS_IN_A_SEGMENT: [(u16, u64); 4] = [(576, 5), (1500, 5), (9000, 1), (LARGEST_MTU, 0)];
+
+fn streams_arrive(name: Name) {
     let tap = Tap::new(0, &[]);
-    let mut guest = guest_on(&tap, Setup::default());
+    let mut guest = guest_on(&tap, Setup { name, ..Setup::default() });
     guest.run(&format!("head -c {BYTES} /dev/urandom > /run/words"));
     let sum = guest.run("md5sum < /run/words");
-    for (number, mtu) in (0..).zip([576, 1500, 9000, LARGEST_MTU]) {
+    for (number, (mtu, packets_in_a_segment)) in (0..).zip(PACKETS_IN_A_SEGMENT) {
         tap.set_mtu(mtu);
         guest.run(&format!("ip link set eth0 mtu {mtu}"));
+        let on_a_wire = BYTES / (usize::from(mtu) - HEADERS);
+        let few = |guest: &mut Guest, before: u64, key: &str| {
+            let packets = guest.metric("net", key) - before;
+            println!("{key} with an MTU of {mtu}: {packets}, and {on_a_wire} on a wire");
+            assert!(
+                packets * packets_in_a_segment <= on_a_wire as u64,
+                "{key} with an MTU of {mtu}: {packets} for what would be {on_a_wire} packets on a wire"
+            );
+        };
         let port = 4000 + 2 * number;
         let server = serve(&tap, port, |mut stream| {
             let mut words = Vec::new();
             stream.read_to_end(&mut words).unwrap();
             words
         });
+        let before = guest.metric("net", "tx_packets_count");
         guest.run(&format!("nc {} {port} < /run/words", tap.host()));
         let words = server.join().unwrap();
         assert_eq!(md5(&words), sum, "to the host with an MTU of {mtu}");
+        few(&mut guest, before, "tx_packets_count");
 
         let port = port + 1;
         let server = serve(&tap, port, move |mut stream| {
@@ -81,17 +108,36 @@ fn streams_arrive_as_they_were_sent_with_every_size_of_packet() {
             // Until the guest has all of it.
             let _ = stream.read_to_end(&mut Vec::new());
         });
+        let before = guest.metric("net", "rx_packets_count");
         let heard = guest.run(&format!("nc {} {port} < /dev/null | md5sum", tap.host()));
         server.join().unwrap();
         assert_eq!(heard, sum, "to the guest with an MTU of {mtu}");
+        few(&mut guest, before, "rx_packets_count");
     }
-    // Whole segments cross the wire, and not one packet for each.
-    let packets = guest.metric("net", "tx_packets_count");
-    assert!(packets < (4 * BYTES / 576) as u64, "{packets} packets");
     for key in ["rx_fails", "tx_fails", "tx_malformed_frames", "tap_read_fails", "tap_write_fails"] {
         assert_eq!(guest.metric("net", key), 0, "{key}");
     }
     guest.power_off();
+}
+
+#[test]
+fn a_guest_has_the_mtu_that_its_interface_is_given_and_else_the_usual_one() {
+    for name in [Name::Berth, Name::Firecracker] {
+        let mtus = [Some(68), None, Some(1400), Some(9000), Some(LARGEST_MTU)];
+        let taps: Vec<Tap> = (57..).take(mtus.len()).map(|number| Tap::new(number, &[])).collect();
+        let interface = |(tap, mtu): (&Tap, Option<u16>)| {
+            // The tap's own is another matter.
+            tap.set_mtu(4000);
+            NetworkInterface { mtu, ..tap.interface() }
+        };
+        let interfaces = taps.iter().zip(mtus).map(interface).collect();
+        let mut guest = Guest::booted(Setup { name, interfaces, ..Setup::default() });
+        for (number, mtu) in mtus.into_iter().enumerate() {
+            let has = guest.number(&format!("cat /sys/class/net/eth{number}/mtu"));
+            assert_eq!(has, u64::from(mtu.unwrap_or(1500)), "{mtu:?}");
+        }
+        guest.power_off();
+    }
 }
 
 #[test]
@@ -161,18 +207,31 @@ fn wake_ups(guest: &Guest) -> u64 {
 
 #[test]
 fn a_guest_that_does_not_read_costs_the_host_no_work_and_no_memory() {
-    unread(false, 50);
+    unread(Name::Berth, false, 50);
+}
+
+#[test]
+fn a_guest_that_does_not_read_costs_the_host_no_work_and_no_memory_without_pci() {
+    unread(Name::Firecracker, false, 54);
 }
 
 #[test]
 fn a_guest_that_does_not_read_costs_the_host_no_work_and_no_memory_with_the_kernel() {
-    unread(true, 51);
+    unread(Name::Berth, true, 51);
 }
 
-fn unread(vhost: bool, number: u8) {
+#[test]
+fn a_guest_that_does_not_read_costs_the_host_no_work_and_no_memory_with_the_kernel_and_without_pci() {
+    unread(Name::Firecracker, true, 55);
+}
+
+fn unread(name: Name, vhost: bool, number: u8) {
     let tap = Tap::new(number, &[]);
     let settings = if vhost { tap.interface_with_vhost() } else { tap.interface() };
-    let mut guest = Guest::booted(Setup { interfaces: vec![settings], ..Setup::default() });
+    // Registers that a driver of the kernel has are another one's only so.
+    let command_line = "iomem=relaxed".into();
+    let mut guest =
+        Guest::booted(Setup { name, interfaces: vec![settings], command_line, ..Setup::default() });
     tap.set_up(&mut guest, "eth0", None);
     host("ping", &["-c", "1", "-W", "30", &tap.guest()]);
     let mac = tap.interface().guest_mac.unwrap().to_string();
@@ -199,9 +258,9 @@ fn unread(vhost: bool, number: u8) {
     flood(&mut guest, "the interface is down");
     tap::driver_without_buffers(&mut guest, "eth0");
     flood(&mut guest, "there are no buffers");
-    guest.run("put 0x14 8 0");
+    guest.run("status 0");
     flood(&mut guest, "there is no driver");
-    guest.run("echo $pci > /sys/bus/pci/drivers/virtio-pci/bind; until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done");
+    tap::right_driver(&mut guest, "eth0");
     tap.set_up(&mut guest, "eth0", None);
     host("ping", &["-c", "1", "-W", "30", &tap.guest()]);
     guest.power_off();

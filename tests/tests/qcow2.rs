@@ -12,7 +12,7 @@ use std::time::Duration;
 use api_socket::{BackingFile, CacheType, DiskFormat, Drive, DriveUpdate, IoEngine, Request};
 use berth_tests::footprint::Footprint;
 use berth_tests::guest::setup::disk_drive;
-use berth_tests::guest::{Guest, Setup, asset, blank_disk, debian_drive, limits, times};
+use berth_tests::guest::{Guest, Name, Setup, asset, blank_disk, debian_drive, limits, times};
 use berth_tests::host::provide;
 use tempfile::TempDir;
 
@@ -89,10 +89,20 @@ fn allocated(path: &Path) -> u64 {
 
 #[test]
 fn a_file_system_on_it_is_clean_and_the_same_as_on_its_raw_twin() {
+    file_system_is_clean(Name::Berth);
+}
+
+#[test]
+fn a_file_system_on_it_is_clean_and_the_same_as_on_its_raw_twin_without_pci() {
+    file_system_is_clean(Name::Firecracker);
+}
+
+fn file_system_is_clean(name: Name) {
     let images = Images::new();
     let image = images.create("image", 64 * MIB, &[]);
     let twin = blank_disk(images.path("twin"), 64 * MIB);
-    let mut guest = Guest::booted(with(vec![qcow2("image", &image), disk_drive("twin", twin.clone())]));
+    let mut guest =
+        Guest::booted(Setup { name, ..with(vec![qcow2("image", &image), disk_drive("twin", twin.clone())]) });
     assert_eq!(guest.number("blockdev --getsize64 /dev/vda"), 64 * MIB);
     guest.run("mke2fs /dev/vda > /dev/null; mkdir /mnt; mount -t ext4 /dev/vda /mnt");
     guest.run("dd if=/dev/urandom of=/mnt/file bs=1M count=16; mkdir /mnt/d; cp /mnt/file /mnt/d/copy");
@@ -144,7 +154,9 @@ fn a_vmm_that_is_killed_loses_nothing_that_was_flushed_and_leaves_an_image_witho
     for round in 0..times(2, 50) {
         let images = Images::new();
         let image = images.create("image", 64 * MIB, &[]);
-        let mut guest = Guest::booted(with(vec![qcow2("image", &image)]));
+        let cache_type = [CacheType::Writeback, CacheType::Writethrough][round as usize % 2];
+        let drive = Drive { cache_type, ..qcow2("image", &image) };
+        let mut guest = Guest::booted(with(vec![drive.clone()]));
         guest.run("mke2fs /dev/vda > /dev/null; mkdir /mnt; mount -t ext4 /dev/vda /mnt");
         guest.run("dd if=/dev/urandom of=/mnt/kept bs=1M count=4 conv=fsync; sync");
         let sum = guest.run("md5sum /mnt/kept");
@@ -153,7 +165,7 @@ fn a_vmm_that_is_killed_loses_nothing_that_was_flushed_and_leaves_an_image_witho
         guest.vmm.kill();
         assert!([CLEAN, LEAKS].contains(&check(&image)));
 
-        let mut guest = Guest::booted(with(vec![qcow2("image", &image)]));
+        let mut guest = Guest::booted(with(vec![drive]));
         guest.run("mkdir /mnt; mount -t ext4 /dev/vda /mnt");
         assert_eq!(guest.run("md5sum /mnt/kept"), sum);
         guest.run("dd if=/dev/urandom of=/mnt/more bs=1M count=4 conv=fsync");
@@ -182,9 +194,18 @@ fn a_killed_vmm_loses_nothing_of_an_unsafe_drive() {
 
 #[test]
 fn a_discard_gives_space_back_to_the_host_and_reads_as_zeros() {
+    discard_gives_back(Name::Berth);
+}
+
+#[test]
+fn a_discard_gives_space_back_to_the_host_and_reads_as_zeros_without_pci() {
+    discard_gives_back(Name::Firecracker);
+}
+
+fn discard_gives_back(name: Name) {
     let images = Images::new();
     let image = images.create("image", 32 * MIB, &[]);
-    let mut guest = Guest::booted(with(vec![qcow2("image", &image)]));
+    let mut guest = Guest::booted(Setup { name, ..with(vec![qcow2("image", &image)]) });
     guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=32 conv=fsync");
     let full = allocated(&image);
     guest.run("blkdiscard -o 8388608 -l 16777216 /dev/vda; sync");
@@ -235,6 +256,15 @@ fn a_full_host_is_an_error_of_the_guest_s_disk_and_nothing_else_breaks() {
 
 #[test]
 fn it_verifies_under_random_writes_of_all_sizes_with_an_image_behind_it_and_without() {
+    verifies(Name::Berth);
+}
+
+#[test]
+fn it_verifies_under_random_writes_of_all_sizes_with_an_image_behind_it_and_without_without_pci() {
+    verifies(Name::Firecracker);
+}
+
+fn verifies(name: Name) {
     let images = Images::new();
     let base = images.path("base");
     fs::write(&base, vec![0x55; 48 * MIB as usize]).unwrap();
@@ -242,7 +272,7 @@ fn it_verifies_under_random_writes_of_all_sizes_with_an_image_behind_it_and_with
     let over = images.overlay("over", &base, "raw");
     let over_drive = Drive { backing: vec![behind(&base, DiskFormat::Raw)], ..qcow2("over", &over) };
     let drives = vec![debian_drive(), qcow2("alone", &alone), over_drive];
-    let mut guest = Guest::booted(Setup { drives, memory_mib: 256, vcpus: 2, ..Setup::default() });
+    let mut guest = Guest::booted(Setup { name, drives, memory_mib: 256, vcpus: 2, ..Setup::default() });
     guest.mount_debian();
     for disk in ["vdb", "vdc"] {
         guest.run(&format!(

@@ -115,11 +115,20 @@ fn who_calls_where_nobody_listens_is_told() {
 
 #[test]
 fn hundreds_talk_at_once_and_none_hears_another() {
+    hundreds_talk(Name::Berth);
+}
+
+#[test]
+fn hundreds_talk_at_once_and_none_hears_another_without_pci() {
+    hundreds_talk(Name::Firecracker);
+}
+
+fn hundreds_talk(name: Name) {
     let calls = times(200, 1000) as usize;
     // Before the VMM starts, which inherits it.
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: Some(DESCRIPTORS), maximum }).unwrap();
-    let mut talker = talker(Name::Berth);
+    let mut talker = talker(name);
 
     talker.listening(1000, "echo 1000");
     let streams: Vec<_> = (0..calls).map(|_| talker.calling(1000)).collect();
@@ -158,7 +167,16 @@ fn held(talker: &Talker) -> u64 {
 
 #[test]
 fn who_does_not_read_makes_the_other_side_wait_and_the_vmm_keep_no_more() {
-    let mut talker = talker(Name::Berth);
+    who_does_not_read_waits(Name::Berth);
+}
+
+#[test]
+fn who_does_not_read_makes_the_other_side_wait_and_the_vmm_keep_no_more_without_pci() {
+    who_does_not_read_waits(Name::Firecracker);
+}
+
+fn who_does_not_read_waits(name: Name) {
+    let mut talker = talker(name);
     // A word each way first, so that what is allocated once is there.
     talker.listening(1000, "echo 1000");
     assert_eq!(exchange(&talker.call(1000), b"a word"), b"a word");
@@ -195,7 +213,16 @@ fn who_does_not_read_makes_the_other_side_wait_and_the_vmm_keep_no_more() {
 
 #[test]
 fn a_pause_keeps_a_conversation() {
-    let mut talker = talker(Name::Berth);
+    pause_keeps_conversation(Name::Berth);
+}
+
+#[test]
+fn a_pause_keeps_a_conversation_without_pci() {
+    pause_keeps_conversation(Name::Firecracker);
+}
+
+fn pause_keeps_conversation(name: Name) {
+    let mut talker = talker(name);
     talker.listening(1000, "echo 1000");
     let stream = talker.call(1000);
     let mut heard = [0; 5];

@@ -4,10 +4,12 @@
 //! What a device answers is not looked at; each device's own tests do that. To try another device, add it to [`DEVICES`];
 //! another attack, to [`ON_RINGS`] or [`ON_REGISTERS`]. Each pair of them runs, on a device of its own.
 
+use std::collections::VecDeque;
 use std::io::Write;
 use std::ops::Range;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use virtio_queue::desc::split::Descriptor;
@@ -15,6 +17,9 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::round_trip;
+use crate::backend::direct;
+use crate::backend::disk::Format;
+use crate::backend::qcow2::testing::Blank;
 use crate::backend::rate_limiter::Limits;
 use crate::backend::tap::Tap;
 use crate::bus::BusDevice;
@@ -22,7 +27,7 @@ use crate::memory::Memory;
 use crate::pci::Function;
 use crate::testing::FakeHost;
 use crate::virtio::balloon::{self, Balloon, Ram};
-use crate::virtio::blk::Engine;
+use crate::virtio::blk::{Blk, Engine};
 use crate::virtio::console::{self, Console, Size};
 use crate::virtio::mem;
 use crate::virtio::mmio::{self, Mmio};
@@ -84,7 +89,11 @@ const DEVICES: &[(&str, MakeDevice)] = &[
     ("blk with a ring", || blk(Engine::Async, 1)),
     ("blk with three queues", || blk(Engine::Sync, 3)),
     ("blk with a ring for three queues", || blk(Engine::Async, 3)),
+    ("blk past the host's cache", || direct_blk(Engine::Sync)),
+    ("blk past the host's cache with a ring", || direct_blk(Engine::Async)),
+    ("blk on a qcow2 image", qcow2_blk),
     ("net", || net(1)),
+    ("net with a neighbour", net_with_neighbour),
     ("net with two pairs of queues", || net(2)),
     ("vsock", vsock),
     ("balloon", balloon),
@@ -107,7 +116,27 @@ fn rng() -> Subject {
 }
 
 fn blk(engine: Engine, queues: u16) -> Subject {
-    let device = round_trip::blk_of(engine, queues, Limits::default())(None);
+    blk_that_is(round_trip::blk_of(engine, queues, Limits::default())(None), queues)
+}
+
+fn direct_blk(engine: Engine) -> Subject {
+    let path = tempfile::NamedTempFile::new().unwrap();
+    path.as_file().set_len(1 << 20).unwrap();
+    // A description of its own.
+    let file = path.reopen().unwrap();
+    direct::enable(&file).unwrap();
+    blk_that_is(round_trip::blk_on(file, || Format::Raw, engine, 1, Limits::default())(None), 1)
+}
+
+fn qcow2_blk() -> Subject {
+    let mut file = tempfile::tempfile().unwrap();
+    let image = Blank { cluster_bits: 12, size: 1 << 20, backing: None };
+    file.write_all(&image.bytes()).unwrap();
+    let format = || Format::Qcow2(Vec::new());
+    blk_that_is(round_trip::blk_on(file, format, Engine::Sync, 1, Limits::default())(None), 1)
+}
+
+fn blk_that_is(device: Blk, queues: u16) -> Subject {
     let read = |driver: &mut Driver| round_trip::blk_request(VIRTIO_BLK_T_IN)(driver);
     let requests = (0..queues.into()).map(|queue| (queue, read as fn(&mut Driver) -> Vec<Buffer>));
     quiet(Arc::new(Mutex::new(device)), requests.collect())
@@ -135,6 +164,60 @@ fn mem() -> Subject {
 }
 
 fn net(pairs: usize) -> Subject {
+    net_beside(pairs, None)
+}
+
+/// Has a word for every driver that comes, takes what is for it and answers twice, as the metadata service would that has more
+/// to say than it is asked.
+struct Echo {
+    words: VecDeque<Vec<u8>>,
+}
+
+impl Echo {
+    fn new() -> Echo {
+        Echo { words: [vec![0x33; 60]].into() }
+    }
+}
+
+/// That wait until the driver takes them.
+const MOST_WORDS: usize = 16;
+
+impl net::Neighbour for Echo {
+    /// About half of what comes.
+    fn is_for_me(&self, start: &[u8]) -> bool {
+        start.first().is_some_and(|byte| byte % 2 == 0)
+    }
+
+    fn take(&mut self, frame: &[u8]) {
+        if self.words.len() < MOST_WORDS {
+            self.words.extend([frame.to_vec(), vec![0x33; 60]]);
+        }
+    }
+
+    fn give(&mut self) -> Option<Vec<u8>> {
+        self.words.pop_front()
+    }
+
+    fn has_frames(&self) -> bool {
+        !self.words.is_empty()
+    }
+
+    fn wake_in(&mut self) -> Option<Duration> {
+        self.has_frames().then_some(Duration::from_secs(3600))
+    }
+
+    fn wake(&mut self) {}
+
+    fn reset(&mut self) {
+        *self = Echo::new();
+    }
+}
+
+fn net_with_neighbour() -> Subject {
+    net_beside(1, Some(Box::new(Echo::new())))
+}
+
+fn net_beside(pairs: usize, neighbour: Option<Box<dyn net::Neighbour>>) -> Subject {
     let (tap, ends) = Tap::fake(pairs);
     let config = net::Config {
         tap,
@@ -142,7 +225,7 @@ fn net(pairs: usize) -> Subject {
         mtu: Some(1500),
         receive_limits: Limits::default(),
         transmit_limits: Limits::default(),
-        neighbour: None,
+        neighbour,
         vhost: Vec::new(),
         room: None,
     };
@@ -555,13 +638,16 @@ impl Machine {
         }
     }
 
-    /// The device answers each of its requests.
+    /// The device answers each of its requests, and where they say.
     fn assert_works(&mut self) {
+        let mut offered = Vec::new();
         for (queue, request) in self.subject.requests.clone() {
             let driver = &mut self.drivers[queue];
             let buffers = request(driver);
             let head = driver.add(&buffers);
-            self.provoke();
+            let room = buffers.iter().filter(|buffer| buffer.writable);
+            offered.extend(room.map(|buffer| buffer.address..buffer.address + u64::from(buffer.len)));
+            self.provoke_within(&offered);
             let used = self.drivers[queue].reap_all();
             assert!(used.iter().any(|used| used.head == head), "queue {queue} is not served: {used:?}");
         }

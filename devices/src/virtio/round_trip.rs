@@ -117,10 +117,21 @@ fn a_few_at_a_time() -> Limits {
 pub fn blk_of(engine: Engine, queues: u16, limits: Limits) -> impl Fn(Option<DeviceState>) -> Blk {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
+    blk_on(file, || Format::Raw, engine, queues, limits)
+}
+
+/// A disk on this file.
+pub fn blk_on(
+    file: File,
+    format: fn() -> Format,
+    engine: Engine,
+    queues: u16,
+    limits: Limits,
+) -> impl Fn(Option<DeviceState>) -> Blk {
     move |state| {
         let config = blk::Config {
             file: file.try_clone().unwrap(),
-            format: Format::Raw,
+            format: format(),
             read_only: false,
             cache: blk::Cache::Writeback,
             engine,

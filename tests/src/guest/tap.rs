@@ -88,40 +88,62 @@ impl Drop for Tap {
     }
 }
 
-/// A driver in the guest's shell: takes a network device on PCI, the one of the interface whose directory it is in, and starts
-/// its transmit queue and, if `both` is set, its receive queue (VIRTIO 1.3, 4.1.4.3). `$avail` is where the available rings
-/// are, and so what is in them. `devmem` writes what nobody else has.
+/// A driver in the guest's shell for the network device whose directory it is in: on PCI it takes the place of the transport's
+/// driver (VIRTIO 1.3, 4.1.4.3), and without it that of the device's driver (4.2.2), for which the kernel must have been
+/// started with `iomem=relaxed`. It starts the transmit queue and, if `$queues` say so, the receive queue. `$avail` is where
+/// the available rings are, and so what is in them. `devmem` writes what nobody else has.
 const OWN_DRIVER: &str = "\
-    pci=$(basename $(readlink -f device/..)); echo $pci > /sys/bus/pci/drivers/virtio-pci/unbind; \
-    cd /sys/bus/pci/devices/$pci; echo 1 > enable; \
-    printf '\\006' | dd of=config bs=1 seek=4 conv=notrunc 2> /dev/null; read -r bar rest < resource; cd /; \
-    put() { devmem $((bar + $1)) $2 $3; }; \
-    for status in 0 1 3; do put 0x14 8 $status; done; \
-    put 0x08 32 0; put 0x0c 32 0; put 0x08 32 1; put 0x0c 32 1; put 0x14 8 11; \
-    for queue in $queues; do \
-    put 0x16 16 $queue; put 0x20 32 0x31000; put 0x24 32 0; put 0x28 32 $avail; put 0x2c 32 0; \
-    put 0x30 32 0x30000; put 0x34 32 0; put 0x1c 16 1; done; put 0x14 8 15";
+    parent=$(readlink -f device/..); cd /; if [ -e $parent/vendor ]; then pci=${parent##*/}; \
+    echo $pci > /sys/bus/pci/drivers/virtio-pci/unbind; echo 1 > $parent/enable; \
+    printf '\\006' | dd of=$parent/config bs=1 seek=4 conv=notrunc 2> /dev/null; read -r base rest < $parent/resource; \
+    put() { devmem $((base + $1)) $2 $3; }; status() { put 0x14 8 $1; }; told() { echo $(($(devmem $((base + 0x14)) 8))); }; \
+    features() { put 0x08 32 0; put 0x0c 32 0; put 0x08 32 1; put 0x0c 32 1; }; \
+    queue() { put 0x16 16 $1; put 0x20 32 0x31000; put 0x24 32 0; put 0x28 32 $avail; put 0x2c 32 0; \
+    put 0x30 32 0x30000; put 0x34 32 0; put 0x1c 16 1; }; \
+    again() { echo $pci > /sys/bus/pci/drivers/virtio-pci/bind; }; else";
 
-/// Gives it back to the driver that it had.
-const OWN_DRIVER_ENDS: &str = "put 0x14 8 0; echo $pci > /sys/bus/pci/drivers/virtio-pci/bind";
+const OWN_DRIVER_WITHOUT_PCI: &str = "\
+    virtio=$(basename $parent/virtio*); echo $virtio > /sys/bus/virtio/drivers/virtio_net/unbind; \
+    base=0x$(grep ${parent##*/} /proc/iomem | head -n 1 | sed 's/^ *//; s/-.*//'); \
+    put() { devmem $((base + $1)) 32 $2; }; status() { put 0x70 $1; }; told() { echo $(($(devmem $((base + 0x70)) 32))); }; \
+    features() { put 0x24 0; put 0x20 0; put 0x24 1; put 0x20 1; }; \
+    queue() { put 0x30 $1; put 0x38 16; put 0x80 0x31000; put 0x84 0; put 0x90 $avail; put 0x94 0; \
+    put 0xa0 0x30000; put 0xa4 0; put 0x44 1; }; \
+    again() { echo $virtio > /sys/bus/virtio/drivers/virtio_net/bind; }; fi";
 
-/// Puts a driver that breaks the rules in the place of the one that the guest's `device` has on PCI, until it is told that the
+const OWN_DRIVER_STARTS: &str = "\
+    for step in 0 1 3; do status $step; done; features; status 11; for queue in $queues; do queue $queue; done; status 15";
+
+/// Puts a driver that breaks the rules in the place of the one that the guest's `device` has, until it is told that the
 /// device needs a reset; then the right one finds it again.
 #[track_caller]
 pub fn bad_driver(guest: &mut Guest, device: &str) {
     // The kernel's command line, which no ring looks like.
-    guest.run(&format!("cd /sys/class/net/{device}; queues=1; avail=0x20000; {OWN_DRIVER}"));
-    guest.run("until [ $(($(devmem $((bar + 0x14)) 8) & 64)) = 64 ]; do sleep 0.1; done");
-    guest.run(OWN_DRIVER_ENDS);
-    guest.run(&format!("until [ -e /sys/class/net/{device} ]; do sleep 0.1; done"));
+    own_driver(guest, device, "1", "0x20000");
+    guest.run("until [ $(($(told) & 64)) = 64 ]; do sleep 0.1; done; status 0");
+    right_driver(guest, device);
 }
 
-/// Puts a driver that has no buffers for packets in the place of the one that the guest's `device` has on PCI.
+/// Puts a driver that has no buffers for packets in the place of the one that the guest's `device` has. `status 0` in the
+/// guest's shell ends it.
 #[track_caller]
 pub fn driver_without_buffers(guest: &mut Guest, device: &str) {
     // Low memory that nobody has used.
-    guest.run(&format!("cd /sys/class/net/{device}; queues='0 1'; avail=0x32000; {OWN_DRIVER}"));
-    assert_eq!(guest.run("echo $(($(devmem $((bar + 0x14)) 8)))"), "15\n", "it runs");
+    own_driver(guest, device, "0 1", "0x32000");
+    assert_eq!(guest.run("told"), "15\n", "it runs");
+}
+
+#[track_caller]
+fn own_driver(guest: &mut Guest, device: &str, queues: &str, avail: &str) {
+    guest.run(&format!(
+        "cd /sys/class/net/{device}; queues='{queues}'; avail={avail}; {OWN_DRIVER} {OWN_DRIVER_WITHOUT_PCI}; {OWN_DRIVER_STARTS}"
+    ));
+}
+
+/// Gives the device back to the driver that it had before.
+#[track_caller]
+pub fn right_driver(guest: &mut Guest, device: &str) {
+    guest.run(&format!("again; until [ -e /sys/class/net/{device} ]; do sleep 0.1; done"));
 }
 
 /// The other end of the guest's next connection to a port of the host, which `talk` is called with.
