@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use api_socket::{Console, ConsolePort, ConsoleUpdate, Request, VmState};
+use api_socket::{Console, ConsolePort, ConsoleUpdate, RateLimiter, Request, TokenBucket, VmState};
 use berth_tests::guest::{Guest, Name, Setup, limits, md5, times};
 
 fn pipe(path: &Path) -> File {
@@ -77,6 +77,30 @@ fn noise(bytes: usize) -> Vec<u8> {
 #[test]
 fn a_console_has_further_terminals_and_streams_with_names() {
     further_ports(Name::Berth);
+}
+
+/// By limits that never fill again: what goes at once is all that there is.
+#[test]
+fn what_a_guest_writes_beyond_a_limit_holds_up_nobody_on_a_terminal_and_the_writer_on_a_stream() {
+    let mut guest = Guest::configured(Setup::default());
+    let (shown, said) = (guest.path("shown"), guest.path("said"));
+    let once = TokenBucket { size: 1000, one_time_burst: None, refill_time: 1 << 40 };
+    let rate_limiter = Some(RateLimiter { bandwidth: Some(once), ops: None });
+    let port =
+        ConsolePort { name: "stream".into(), output_path: said.clone(), rate_limiter, ..Default::default() };
+    let console =
+        Console { output_path: shown.clone(), rate_limiter, ports: vec![port], ..Console::default() };
+    guest.apply(Request::PutConsole(console));
+    guest.boot();
+    // Linux writes 16 bytes at a time to a terminal.
+    guest.run("yes | head -c 4000 > /dev/hvc0");
+    guest.run("until [ -c /dev/vport*p1 ]; do sleep 0.1; done");
+    guest.run("to=$(echo /dev/vport*p1); head -c 300000 /dev/zero > $to & sleep 3; kill $!; ! wait $!");
+    for (output, most) in [(shown, 2000), (said, 64 << 10)] {
+        let bytes = std::fs::metadata(&output).unwrap().len();
+        assert!((1..=most).contains(&bytes), "{bytes} bytes in {output:?}");
+    }
+    guest.power_off();
 }
 
 #[test]

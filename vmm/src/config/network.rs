@@ -154,6 +154,13 @@ impl Interfaces {
                 QUEUE_PAIRS.end()
             )));
         }
+        // A tap by name is refused by the kernel where it is another's.
+        let fds = |settings: &NetworkInterface| {
+            let mut names = split(&settings.host_dev_name);
+            names.retain(|name| name.starts_with("fd:"));
+            names
+        };
+        self.check_alone("host_dev_name", settings, fds, "a descriptor of a tap for it alone")?;
         self.check_vhost(settings)?;
         settings.guest_mac.map_or(Ok(()), |mac| self.check_mac(mac, &settings.iface_id))
     }
@@ -168,19 +175,32 @@ impl Interfaces {
             };
         }
         check_limits(settings.rx_rate_limiter, settings.tx_rate_limiter)?;
-        let names = |fds: &Option<String>| {
-            fds.iter().flat_map(|fds| fds.split(',').map(String::from)).collect::<Vec<_>>()
-        };
-        let ours = names(&settings.vhost_fds);
+        let fds = |settings: &NetworkInterface| split(settings.vhost_fds.as_deref().unwrap_or_default());
+        self.check_alone(
+            "vhost_fds",
+            settings,
+            fds,
+            &format!("a descriptor of {VHOST} that was opened for it alone"),
+        )
+    }
+
+    /// What each queue pair has of its own is not also another's.
+    fn check_alone(
+        &self,
+        field: &str,
+        settings: &NetworkInterface,
+        names: impl Fn(&NetworkInterface) -> Vec<String>,
+        what: &str,
+    ) -> Result<(), Fault> {
+        let ours = names(settings);
         let others = self.settings().filter(|other| other.iface_id != settings.iface_id);
-        let taken: Vec<_> = others.flat_map(|other| names(&other.vhost_fds)).collect();
+        let taken: Vec<_> = others.flat_map(names).collect();
         let is_twice = |(place, name): &(usize, &String)| {
             taken.contains(name) || ours.iter().take(*place).any(|other| other == *name)
         };
         match ours.iter().enumerate().find(is_twice) {
             Some((_, name)) => Err(Fault::bad_request(format!(
-                "`vhost_fds` has {name:?} twice, or another network interface has it; each queue pair needs a descriptor of \
-                 {VHOST} that was opened for it alone."
+                "`{field}` has {name:?} twice, or another network interface has it; each queue pair needs {what}."
             ))),
             None => Ok(()),
         }
@@ -201,6 +221,11 @@ impl Interfaces {
             None => Ok(()),
         }
     }
+}
+
+/// Names with commas between.
+fn split(names: &str) -> Vec<String> {
+    names.split(',').filter(|name| !name.is_empty()).map(String::from).collect()
 }
 
 /// What is said of a device that a running guest has.
@@ -374,6 +399,20 @@ mod tests {
         }
         let name = NetworkInterface { host_dev_name: "a/b".into(), ..interface("a") };
         refused(&mut none, name, &["`host_dev_name` is \"a/b\""]);
+    }
+
+    #[test]
+    fn a_descriptor_of_a_tap_is_of_one_queue_pair() {
+        let fds = |id, fds: &str| NetworkInterface { host_dev_name: fds.into(), ..interface(id) };
+        let mut interfaces = with(fds("a", "fd:one"));
+        refused(
+            &mut interfaces,
+            fds("b", "fd:one"),
+            &["`host_dev_name` has \"fd:one\" twice", "for it alone"],
+        );
+        refused(&mut interfaces, fds("b", "fd:two,fd:two"), &["`host_dev_name` has \"fd:two\" twice"]);
+        // A name is the kernel's to refuse, and here there is no such tap.
+        refused(&mut interfaces, fds("b", "no/tap"), &["`host_dev_name` is \"no/tap\""]);
     }
 
     #[test]
