@@ -93,10 +93,17 @@ fn take(fleet: &Arc<Fleet>, guest: &Arc<Guest>, record: &Record, boot_id: &str) 
         state => match find(guest, record, boot_id) {
             Some(held) => take_on(fleet, guest, state, held),
             // It was not asked for and nobody has heard of it: a reboot is not lost with the jailer, which dies with its daemon.
-            None if state == State::StartingAgain => fleet.start_aside(guest, Fleet::start),
+            None if state == State::StartingAgain && is_of_this_boot(record, boot_id) => {
+                fleet.start_aside(guest, Fleet::start);
+            }
             None => was_lost(fleet, guest, record, boot_id),
         },
     }
+}
+
+/// The host has not gone down since its last run began, as far as that is known.
+fn is_of_this_boot(record: &Record, boot_id: &str) -> bool {
+    record.boot_id.as_deref().is_none_or(|of| of == boot_id)
 }
 
 /// The guest's process: the one that is written down, or, when the daemon was killed before it wrote it down or could not, the
@@ -146,7 +153,8 @@ fn take_on(fleet: &Arc<Fleet>, guest: &Arc<Guest>, state: State, held: Held) {
             let now = process::since_boot().as_secs_f64();
             let left = stop_at.map_or(f64::from(DEFAULT_STOP_SECONDS), |at| at - now);
             let left = Duration::from_secs_f64(left.clamp(0.0, f64::from(MAX_STOP_SECONDS)));
-            fleet.ask_until(guest, Instant::now() + left);
+            let ends = guest.lock().ends;
+            fleet.ask_until(guest, ends, left);
         }
         State::Removing => {
             if let Ok(action) = fleet.apply(guest, Event::Kill) {
@@ -159,7 +167,10 @@ fn take_on(fleet: &Arc<Fleet>, guest: &Arc<Guest>, state: State, held: Held) {
 
 /// Its process has ended while nobody watched, or the whole host has.
 fn was_lost(fleet: &Arc<Fleet>, guest: &Arc<Guest>, record: &Record, boot_id: &str) {
-    let has_rebooted = record.process.as_ref().is_some_and(|process| process.boot_id != boot_id);
+    let has_rebooted = match &record.process {
+        Some(process) => process.boot_id != boot_id,
+        None => record.state == State::StartingAgain && !is_of_this_boot(record, boot_id),
+    };
     let (outcome, reason) = match has_rebooted {
         true => (Outcome::Lost, "the host went down while it ran".to_owned()),
         false => crate::operations::ended_unseen(guest),

@@ -8,14 +8,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api_socket::Fault;
 use api_socket::fleet::{Disk, GuestUpdate, Limits, MAX_DISKS};
+use api_socket::{ClientError, Fault};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, linkat, openat2, unlinkat};
-use rustix::io::Errno;
 
 use crate::cell::{self, Places};
 use crate::fleet::Fleet;
@@ -34,94 +32,137 @@ const LET_GO: Duration = Duration::from_secs(10);
 /// Between two looks whether it has.
 const LET_GO_PAUSE: Duration = Duration::from_millis(20);
 
+/// A change under way: of one run of a guest, or of its time between two.
+struct Change<'a> {
+    fleet: &'a Fleet,
+    guest: &'a Guest,
+    is_live: bool,
+    /// How often the guest had ended when the change was checked.
+    ends: u64,
+}
+
 impl Fleet {
     /// Changes what can be changed now, and writes down the rest.
     ///
     /// # Errors
-    /// 409 for what this guest cannot have, and nothing is changed. The VMM, the kernel or the disk refuses: what was done before
-    /// that stays.
-    pub fn update(self: &Arc<Fleet>, guest: &Arc<Guest>, update: GuestUpdate) -> Result<(), Fault> {
+    /// 409 for what this guest cannot have, and nothing is changed. The VMM, the kernel or the disk refuses, or the guest starts or
+    /// ends meanwhile: what was done before that stays.
+    pub fn update(&self, guest: &Guest, update: GuestUpdate) -> Result<(), Fault> {
         let _claim = guest.claim("being changed")?;
-        let before = {
+        let (before, ends) = {
             let inner = guest.lock();
             inner.check_made(&guest.name)?;
-            inner.record.clone()
+            (inner.record.clone(), inner.ends)
         };
-        let is_live = check(&before, &update).map_err(|why| Fault {
+        let refused = |why: String| Fault {
             status: 409,
             message: format!("Guest {}: {why}. Nothing is changed.", guest.name),
-        })?;
+        };
+        let is_live = check(&before, &update).map_err(refused)?;
+        if is_live && !update.add_disks.is_empty() {
+            let why = "its cell takes no disk while it runs";
+            let directory = self.store.directory(&guest.id);
+            takes_links(&guest.places, &directory)
+                .map_err(|error| refused(format!("{why} ({error}): stop it first")))?;
+        }
+        let change = Change { fleet: self, guest, is_live, ends };
 
         if let Some(limits) = update.limits {
             if is_live {
                 set_limits(guest, &before.limits, limits)?;
             }
-            self.note(guest, |record| record.limits = limits)?;
+            change.note(false, |record| record.limits = limits)?;
         }
         if let Some(memory) = update.memory_mib {
             if is_live {
                 set_memory(guest, &before, memory)?;
             }
-            self.note(guest, |record| record.memory_mib = memory)?;
+            change.note(is_live, |record| record.memory_mib = memory)?;
         }
-        self.note(guest, |record| {
+        change.note(false, |record| {
             record.cpus = update.cpus.unwrap_or(record.cpus);
             record.max_memory_mib = update.max_memory_mib.or(record.max_memory_mib);
             record.restart = update.restart.unwrap_or(record.restart);
         })?;
-        for name in &update.remove_disks {
-            self.remove_disk(guest, name, is_live)?;
-        }
-        for disk in &update.add_disks {
-            self.add_disk(guest, disk, is_live)?;
-        }
-        Ok(())
+        update.remove_disks.iter().try_for_each(|name| change.remove_disk(name))?;
+        update.add_disks.iter().try_for_each(|disk| change.add_disk(disk))
     }
+}
 
-    /// Writes a change down. What has happened to the guest meanwhile stays.
-    fn note(&self, guest: &Guest, change: impl FnOnce(&mut Record)) -> Result<(), Fault> {
-        let mut inner = guest.lock();
+impl Change<'_> {
+    /// Writes a change down, unless the guest has started or ended since it was checked. What else has happened to it stays.
+    /// With `is_so` the disk's refusal changes nothing about it.
+    fn note(&self, is_so: bool, change: impl FnOnce(&mut Record)) -> Result<(), Fault> {
+        let mut inner = self.guest.lock();
+        if inner.ends != self.ends || inner.record.state.has_process() != self.is_live {
+            let message = format!(
+                "Guest {} has started or ended meanwhile, and the rest of the change was not made: try again.",
+                self.guest.name
+            );
+            return Err(Fault { status: 409, message });
+        }
         let mut record = inner.record.clone();
         change(&mut record);
         if record == inner.record {
             return Ok(());
         }
-        self.save(&mut inner, record, false)
+        self.fleet.save(&mut inner, record, is_so)
     }
 
-    /// Written down before the guest has it: a daemon that is killed between the two has a disk that comes with the next start.
-    fn add_disk(&self, guest: &Guest, disk: &Disk, is_live: bool) -> Result<(), Fault> {
-        let directory = self.store.directory(&guest.id);
-        let file = directory.join(disk_file(&disk.name));
-        make_disk(&directory, disk).map_err(|error| no_disk(guest, &disk.name, &error))?;
-        let added = self.note(guest, |record| record.disks.push(disk.clone())).and_then(|()| {
-            if !is_live {
-                return Ok(());
-            }
-            raise_file_limit(guest, u64::from(disk.size_mib) << 20);
-            let path = into_cell(&guest.places, guest.uid, &file, &disk.name)
-                .map_err(|error| no_disk(guest, &disk.name, &error))?;
-            vmm_api::add_disk(&guest.places, &disk.name, path).map_err(|error| vmm_fault(guest, error))
-        });
-        if added.is_err() {
-            let _ = self.note(guest, |record| record.disks.retain(|other| other.name != disk.name));
-            let _ = out_of_cell(&guest.places, &disk.name);
+    /// Written down before the guest has it: a daemon that is killed between the two, and a guest that reboots there, has a disk
+    /// that comes with the next start.
+    fn add_disk(&self, disk: &Disk) -> Result<(), Fault> {
+        let (guest, name) = (self.guest, &disk.name);
+        let directory = self.fleet.store.directory(&guest.id);
+        let file = directory.join(disk_file(name));
+        let no_disk = |error: io::Error| disk_fault(&format!("Disk {name} of guest {}", guest.name), &error);
+        make_disk(&directory, disk).map_err(no_disk)?;
+        if let Err(fault) = self.note(false, |record| record.disks.push(disk.clone())) {
+            let _ = fs::remove_file(&file);
+            return Err(fault);
+        }
+        if !self.is_live {
+            return Ok(());
+        }
+        raise_file_limit(guest, u64::from(disk.size_mib) << 20);
+        let fault = match into_cell(&guest.places, guest.uid, &file, name).map_err(no_disk) {
+            Ok(path) => match vmm_api::add_disk(&guest.places, name, path) {
+                Ok(()) => return Ok(()),
+                Err(error @ ClientError::Refused(_)) => vmm_fault(guest, error),
+                Err(error) => {
+                    let mut fault = vmm_fault(guest, error);
+                    fault.message +=
+                        &format!(" It may have disk {name} all the same, and has it at its next start.");
+                    return Err(fault);
+                }
+            },
+            Err(fault) => fault,
+        };
+        // Not if it is another run's by now, which has the disk since its start.
+        if self.note(true, |record| record.disks.retain(|other| other.name != *name)).is_ok() {
+            let _ = out_of_cell(&guest.places, name);
             let _ = fs::remove_file(&file);
         }
-        added
+        Err(fault)
     }
 
     /// The guest has it no more when this is written down, and the file goes last.
-    fn remove_disk(&self, guest: &Guest, name: &str, is_live: bool) -> Result<(), Fault> {
-        if is_live {
+    fn remove_disk(&self, name: &str) -> Result<(), Fault> {
+        let guest = self.guest;
+        if self.is_live {
             let_go(guest, name)?;
-            if let Err(error) = out_of_cell(&guest.places, name) {
-                log::warn!("Disk {name} of guest {} stays in its cell: {error}", guest.name);
+            match out_of_cell(&guest.places, name) {
+                // It came with the start.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => log::warn!("Disk {name} of guest {} stays in its cell: {error}", guest.name),
+                Ok(()) => {}
             }
         }
-        self.note(guest, |record| record.disks.retain(|disk| disk.name != name))?;
-        let file = self.store.directory(&guest.id).join(disk_file(name));
-        match fs::remove_file(&file) {
+        self.note(true, |record| record.disks.retain(|disk| disk.name != name))?;
+        let file = self.fleet.store.directory(&guest.id).join(disk_file(name));
+        // Its VMM may have it open, since the start, as long as it runs: what was on it goes now.
+        let emptied = File::options().write(true).open(&file).and_then(|open| open.set_len(0));
+        match emptied.and_then(|()| fs::remove_file(&file)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(disk_fault(&format!("Disk {name} of guest {} is gone, and its file", guest.name), &error))
             }
@@ -263,18 +304,23 @@ fn file_limit(text: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// Whether disks can be put into the cell.
+fn takes_links(places: &Places, directory: &Path) -> io::Result<()> {
+    let disks = File::from(disks_in_cell(places)?);
+    match disks.metadata()?.dev() == directory.metadata()?.dev() {
+        true => Ok(()),
+        false => Err(io::Error::other("cells and guests are on different file systems")),
+    }
+}
+
 /// Puts a disk where its VMM can open it, and returns what the VMM calls it.
 fn into_cell(places: &Places, uid: u32, file: &Path, name: &str) -> io::Result<PathBuf> {
     // Before the VMM has it: what it is given here is all that it gets of the file.
     chown(file, Some(uid), Some(uid))?;
     let _ = out_of_cell(places, name);
     let name = disk_file(name);
-    match linkat(CWD, file, disks_in_cell(places)?, &name, AtFlags::empty()) {
-        Err(Errno::XDEV) => Err(io::Error::other(
-            "cells and guests are on different file systems; stop the guest, and it has the disk at its next start",
-        )),
-        outcome => Ok(outcome.map(|()| Path::new("/").join(cell::DISKS).join(name))?),
-    }
+    linkat(CWD, file, disks_in_cell(places)?, &name, AtFlags::empty())?;
+    Ok(Path::new("/").join(cell::DISKS).join(name))
 }
 
 fn out_of_cell(places: &Places, name: &str) -> io::Result<()> {
@@ -316,12 +362,10 @@ fn let_go(guest: &Guest, name: &str) -> Result<(), Fault> {
     Ok(())
 }
 
-fn no_disk(guest: &Guest, name: &str, error: &io::Error) -> Fault {
-    disk_fault(&format!("Disk {name} of guest {}", guest.name), error)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::testing::{self, ID};
 
@@ -452,6 +496,20 @@ mod tests {
         assert_eq!(file_limit(&text("1048576")), Some(1 << 20));
         assert_eq!(file_limit(&text("unlimited")), None);
         assert!(fs::read_to_string("/proc/self/limits").unwrap().contains("\nMax file size "));
+    }
+
+    #[test]
+    fn a_change_of_a_guest_that_has_started_or_ended_meanwhile_is_not_made() {
+        let (_place, fleet) = testing::fleet();
+        let guest = testing::guest(&fleet, ID, |_| ());
+        let change = Change { fleet: &fleet, guest: &guest, is_live: false, ends: 0 };
+        change.note(false, |record| record.cpus = 2).unwrap();
+        guest.lock().record.state = State::Starting;
+        assert_eq!(change.note(false, |record| record.cpus = 3).unwrap_err().status, 409);
+        guest.lock().record.state = State::Stopped;
+        guest.lock().ends = 1;
+        assert_eq!(change.note(false, |record| record.cpus = 3).unwrap_err().status, 409);
+        assert_eq!(guest.lock().record.cpus, 2);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -12,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api_socket::Fault;
-use api_socket::fleet::{Image, NewGuest, ROOT_DISK};
+use api_socket::fleet::{Image, NewGuest, Part, ROOT_DISK};
 
 use crate::config::Config;
 use crate::events::{Events, now};
@@ -162,7 +163,7 @@ impl Fleet {
             // From here on the guest is counted, and its image stays.
             let _images = self.images_are_counted();
             let kept = self.images.find(&new.image, user)?;
-            self.images.check_whole(&new.image, &kept)?;
+            self.images.check_whole(&new.image, &kept, &Part::ALL)?;
             self.reserve(user, new)?
         };
         let make = || -> Result<(), Fault> {
@@ -245,6 +246,14 @@ impl Fleet {
     /// # Errors
     /// 409 if it cannot be now; 507 if it cannot be written down. What has happened already is never refused.
     pub fn apply(&self, guest: &Guest, event: Event) -> Result<Action, Fault> {
+        self.apply_to_run(guest, event).map(|(action, _)| action)
+    }
+
+    /// The same, with how often the guest had ended then, which tells one of its runs from the next.
+    ///
+    /// # Errors
+    /// As for [`apply`](Fleet::apply).
+    pub fn apply_to_run(&self, guest: &Guest, event: Event) -> Result<(Action, u64), Fault> {
         let mut inner = guest.lock();
         let mut record = inner.record.clone();
         let before = record.state;
@@ -285,12 +294,13 @@ impl Fleet {
             self.save(&mut inner, record, event != Event::Start)?;
         }
         inner.ends += u64::from(matches!(event, Event::Ended(_)));
+        let ends = inner.ends;
         drop(inner);
         if then != before {
             self.events.tell(then.on_the_wire().as_str(), guest.owner, &guest.id, &guest.name, None);
         }
         guest.changed();
-        Ok(action)
+        Ok((action, ends))
     }
 
     /// Writes a record down and takes it on. What is so already is taken on also if the disk refuses it, and written down when
@@ -422,7 +432,9 @@ impl Fleet {
 /// Before anything else is done there: two that keep the same guests would end each other's.
 fn lock(state_dir: &Path) -> io::Result<File> {
     let path = state_dir.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+    // Nobody else may open it: whoever can may lock it.
+    let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path)?;
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
     let begin = Instant::now();
     loop {
         match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {

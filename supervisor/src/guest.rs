@@ -62,8 +62,8 @@ pub struct Inner {
     pub is_left: bool,
     /// The disk has refused its record as it is.
     pub is_unwritten: bool,
-    /// There is a thread that asks it to go down until it has, or its time is over.
-    pub is_being_asked: bool,
+    /// There is a thread that asks it to go down until it has, or its time is over: the run after so many ends.
+    pub being_asked: Option<u64>,
 }
 
 impl Inner {
@@ -107,7 +107,7 @@ impl Guest {
                 ends: 0,
                 is_left: false,
                 is_unwritten: false,
-                is_being_asked: false,
+                being_asked: None,
             }),
             changed: Condvar::new(),
         }

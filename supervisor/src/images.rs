@@ -150,17 +150,20 @@ impl Images {
         }
     }
 
-    /// Whether all of an image is there.
+    /// Whether all is there of these parts of an image.
     ///
     /// # Errors
     /// What is missing.
-    pub fn check_whole(&self, name: &str, kept: &Kept) -> Result<(), Fault> {
-        for (part, length) in &kept.lengths {
-            let now = fs::metadata(self.directory.join(name).join(part)).map_or(0, |found| found.len());
-            if now < *length {
+    pub fn check_whole(&self, name: &str, kept: &Kept, parts: &[Part]) -> Result<(), Fault> {
+        for part in parts {
+            let part = part.as_str();
+            let path = self.directory.join(name).join(part);
+            let now = fs::metadata(&path).map_or(0, |found| found.len());
+            if let Some(length) = kept.lengths.get(part).filter(|length| now < **length) {
                 let message = format!(
-                    "The {part} of image {name} has {now} bytes and had {length}: its end is missing. Remove the image and \
-                     import it again."
+                    "The {part} of image {name} has {now} bytes and had {length}: its end is missing. Bring back {}, or \
+                     import the image anew under another name.",
+                    path.display()
                 );
                 return Err(Fault { status: 500, message });
             }

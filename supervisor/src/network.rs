@@ -58,12 +58,12 @@ impl Network {
             return Ok(nowhere);
         }
         // A thread is put into a namespace for good, so it is one that ends.
-        let made = thread::spawn(|| {
+        let made = thread::Builder::new().spawn(|| {
             // SAFETY: of what a thread can leave its process's share of, only the table of descriptors makes others' unsound;
             // the flag names the network alone.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
             File::open("/proc/thread-self/ns/net")
-        });
+        })?;
         let made = made.join().unwrap_or_else(|_| Err(io::Error::other("its thread has failed")))?;
         Ok(self.nowhere.get_or_init(|| made))
     }

@@ -134,6 +134,7 @@ impl Fleet {
             let mut then = inner.record.clone();
             then.process = Some(held.process.clone());
             then.started_at = Some(now());
+            then.boot_id = Some(held.process.boot_id.clone());
             then.started_memory_mib = Some(record.memory_mib);
             inner.held = Some(held.clone());
             inner.started = Some(Instant::now());
@@ -207,33 +208,44 @@ impl Fleet {
         stop: Stop,
         is_gone: &dyn Fn() -> bool,
     ) -> Result<(), Fault> {
-        let ends = guest.lock().ends;
         let event = if stop.seconds == 0 { Event::Kill } else { Event::Stop };
-        let action = self.apply(guest, event)?;
+        let (action, ends) = self.apply_to_run(guest, event)?;
         let time = Duration::from_secs(stop.seconds.into());
+        let mut killed = None;
         if action == Action::AskToGoDown {
-            // At once, so that it is kept whatever becomes of the client, and of this daemon.
-            {
-                let mut inner = guest.lock();
-                let stop_at = Some((process::since_boot() + time).as_secs_f64());
-                let record = Record { stop_at, ..inner.record.clone() };
-                let _ = self.save(&mut inner, record, true);
-            }
-            self.ask_until(guest, Instant::now() + time);
-            let begin = Instant::now();
-            while begin.elapsed() < time && !guest.wait(ASK_AGAIN, |inner| self.is_down(guest, inner, ends)) {
-                if is_gone() {
-                    return Ok(());
-                }
-            }
+            self.ask_until(guest, ends, time);
         } else {
             self.see_to(guest, action);
+            killed = Some(Instant::now());
         }
-        self.wait_for_end(guest, time, ends)?;
-        // Of one that is removed with its end nothing is left: whoever makes another may give it the same name.
-        guest
-            .wait(CLEARING, |inner| inner.record.state != State::Removing || self.by_id(&guest.id).is_none());
-        Ok(())
+        while !guest.wait(ASK_AGAIN, |inner| self.is_down(guest, inner, ends)) {
+            if is_gone() {
+                // It goes down all the same.
+                return Ok(());
+            }
+            if guest.lock().overdue.is_none() && killed.get_or_insert_with(Instant::now).elapsed() > CLEARING
+            {
+                let name = &guest.name;
+                let message =
+                    format!("Guest {name} was killed and its process does not end: the kernel holds it.");
+                return Err(Fault { status: 504, message });
+            }
+        }
+        self.wait_for_removal(guest)
+    }
+
+    /// Of one that is removed with its end nothing is left: whoever makes another may give it the same name.
+    fn wait_for_removal(&self, guest: &Guest) -> Result<(), Fault> {
+        guest.wait(CLEARING, |inner| {
+            inner.record.state != State::Removing || inner.is_left || self.by_id(&guest.id).is_none()
+        });
+        let inner = guest.lock();
+        if inner.record.state != State::Removing || self.by_id(&guest.id).is_none() {
+            return Ok(());
+        }
+        let why = inner.why_ended.clone().unwrap_or_else(|| "its process does not end".into());
+        let message = format!("Guest {} cannot be removed yet: {}", guest.name, sentence(&why));
+        Err(Fault { status: 500, message })
     }
 
     /// Somebody wants the guest forgotten. Returns when it is.
@@ -250,15 +262,7 @@ impl Fleet {
             Action::Kill if is_left => self.forget(guest),
             action => self.see_to(guest, action),
         }
-        guest.wait(CLEARING, |inner| inner.why_ended.is_some() || self.by_id(&guest.id).is_none());
-        match self.by_id(&guest.id) {
-            None => Ok(()),
-            Some(_) => {
-                let why = guest.lock().why_ended.clone().unwrap_or_else(|| "its process does not end".into());
-                let message = format!("Guest {} cannot be removed yet: {}", guest.name, sentence(&why));
-                Err(Fault { status: 500, message })
-            }
-        }
+        self.wait_for_removal(guest)
     }
 
     /// It has ended since it had ended so often. Somebody may have started it again already.
@@ -266,40 +270,47 @@ impl Fleet {
         inner.ends != ends || !inner.record.state.has_process() || self.by_id(&guest.id).is_none()
     }
 
-    fn wait_for_end(&self, guest: &Guest, time: Duration, ends: u64) -> Result<(), Fault> {
-        if guest.wait(time + CLEARING, |inner| self.is_down(guest, inner, ends)) {
-            return Ok(());
-        }
-        let message =
-            format!("Guest {} was killed and its process does not end: the kernel holds it.", guest.name);
-        Err(Fault { status: 504, message })
-    }
-
-    /// From now on somebody asks the guest to go down until it has, or its time is over and it is ended.
-    pub fn ask_until(self: &Arc<Fleet>, guest: &Arc<Guest>, overdue: Instant) {
-        let (ends, is_being_asked) = {
+    /// From now on somebody asks the guest to go down until it has, or this time is over and it is ended. Of the run that it was in
+    /// after so many ends: it may have ended meanwhile.
+    pub fn ask_until(self: &Arc<Fleet>, guest: &Arc<Guest>, ends: u64, time: Duration) {
+        let overdue = Instant::now() + time;
+        {
             let mut inner = guest.lock();
+            if inner.ends != ends || inner.record.state != State::Stopping {
+                return;
+            }
             inner.overdue = Some(overdue);
-            (inner.ends, std::mem::replace(&mut inner.is_being_asked, true))
-        };
-        self.watch.time(&guest.id, Some(overdue));
-        if is_being_asked {
-            return;
+            // So that it is kept whatever becomes of the client, and of this daemon.
+            let stop_at = Some((process::since_boot() + time).as_secs_f64());
+            let record = Record { stop_at, ..inner.record.clone() };
+            let _ = self.save(&mut inner, record, true);
+            self.watch.time(&guest.id, Some(overdue));
+            if inner.being_asked.replace(ends) == Some(ends) {
+                return;
+            }
         }
         let (fleet, of) = (self.clone(), guest.clone());
         let ask = move || {
             fleet.ask_to_go_down(&of);
-            // An init that has only just begun, or a script in its place, does not hear what comes too early.
             let is_over = |inner: &Inner| inner.overdue.is_none() || fleet.is_down(&of, inner, ends);
-            while !of.wait(ASK_AGAIN, is_over) {
-                wake(&of);
-                vmm_api::shut_down(&of.places, of.uid);
+            loop {
+                // An init that has only just begun, or a script in its place, does not hear what comes too early.
+                if !of.wait(ASK_AGAIN, is_over) {
+                    wake(&of);
+                    vmm_api::shut_down(&of.places, of.uid);
+                    continue;
+                }
+                let mut inner = of.lock();
+                // Unless somebody has just given it more time.
+                if is_over(&inner) {
+                    inner.being_asked.take_if(|of| *of == ends);
+                    return;
+                }
             }
-            of.lock().is_being_asked = false;
         };
         if let Err(error) = thread::Builder::new().name(format!("asks {}", guest.id)).spawn(ask) {
             log::error!("Guest {} is not asked again to go down: {error}", guest.name);
-            guest.lock().is_being_asked = false;
+            guest.lock().being_asked = None;
             self.ask_to_go_down(guest);
         }
     }
@@ -386,7 +397,7 @@ impl Fleet {
         let end = End { at: now(), outcome, reason: tame(&reason) };
         {
             let mut inner = guest.lock();
-            let record = Record { last_end: Some(end), ..inner.record.clone() };
+            let record = Record { last_end: Some(end), is_end_told: true, ..inner.record.clone() };
             let _ = self.save(&mut inner, record, true);
         }
         if let Err(error) = guest.places.clear(&self.config) {
@@ -401,7 +412,7 @@ impl Fleet {
         {
             let mut inner = guest.lock();
             inner.record.last_end = Some(end.clone());
-            inner.record.stop_at = None;
+            (inner.record.stop_at, inner.record.is_end_told) = (None, false);
             inner.overdue = None;
         }
         self.watch.time(&guest.id, None);
@@ -421,7 +432,7 @@ impl Fleet {
 pub fn ended_unseen(guest: &Guest) -> (Outcome, String) {
     let record = guest.lock().record.clone();
     // The last daemon may have written it down, and was killed while it cleared the rest away.
-    match record.last_end.filter(|end| record.started_at.is_some_and(|started| end.at > started)) {
+    match record.last_end.filter(|_| record.is_end_told) {
         Some(end) => (end.outcome, end.reason),
         None => how_it_ended(guest, None),
     }
@@ -614,16 +625,14 @@ mod tests {
     fn how_a_guest_ended_is_known_although_the_daemon_was_killed_while_it_cleared_up() {
         let (_place, fleet) = testing::fleet();
         let guest = testing::guest(&fleet, ID, |record| {
-            (record.state, record.started_at) = (State::Running, Some(10.0));
+            record.state = State::Running;
+            record.last_end = Some(End { at: 9.0, outcome: Outcome::PoweredOff, reason: "it did".into() });
         });
-        assert_eq!(ended_unseen(&guest).0, Outcome::VmmFailed);
-        let end = |at| Some(End { at, outcome: Outcome::PoweredOff, reason: "it did".into() });
-        guest.lock().record.last_end = end(9.0);
         assert_eq!(ended_unseen(&guest).0, Outcome::VmmFailed, "that was the run before");
-        guest.lock().record.last_end = end(11.0);
+        guest.lock().record.is_end_told = true;
         assert_eq!(ended_unseen(&guest), (Outcome::PoweredOff, "it did".into()));
         // One that was to be ended has been, by whichever daemon.
-        guest.lock().record.last_end = None;
+        guest.lock().record.is_end_told = false;
         guest.lock().record.state = State::Stopping;
         assert_eq!(ended_unseen(&guest).0, Outcome::Ended);
     }

@@ -94,9 +94,10 @@ pub fn output(mut command: Command, input: &[u8]) -> io::Result<Output> {
     stdin.rewind()?;
     let mut child = command.stdin(stdin).stdout(Stdio::null()).stderr(stderr.try_clone()?).spawn()?;
     let ended = Held::of_pid(child.id()).map(|held| held.ends_within(COMMAND));
-    if !ended? {
+    if !matches!(ended, Ok(true)) {
         let _ = child.kill();
         let _ = child.wait();
+        ended?;
         let message = format!("it did not end in {} s", COMMAND.as_secs());
         return Err(io::Error::new(io::ErrorKind::TimedOut, message));
     }

@@ -54,6 +54,9 @@ pub struct Record {
     pub process: Option<Process>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_at: Option<f64>,
+    /// The host's run that its last run began in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_id: Option<String>,
     /// What it was started with, in MiB, while it has a process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_memory_mib: Option<u32>,
@@ -71,6 +74,9 @@ pub struct Record {
     pub stop_at: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_end: Option<End>,
+    /// `last_end` is of this run, which has ended and is not cleared away yet.
+    #[serde(default)]
+    pub is_end_told: bool,
 }
 
 /// A process for all time: its number is given to others, but not in the same tick of the same run of the host.
@@ -115,12 +121,14 @@ impl Record {
             state: State::Stopped,
             process: None,
             started_at: None,
+            boot_id: None,
             started_memory_mib: None,
             restarts: 0,
             streak: 0,
             restart_at: None,
             stop_at: None,
             last_end: None,
+            is_end_told: false,
         }
     }
 

@@ -387,17 +387,18 @@ fn vsock(
 
 /// Both ways, until both have ended. Each direction ends on its own; a client that is gone ends the other too.
 fn join(client: UnixStream, guest: UnixStream, early: &[u8]) -> io::Result<()> {
-    (&guest).write_all(early)?;
+    guest.set_write_timeout(Some(LOOK))?;
+    write_while_heard(&guest, early, &client)?;
     let (from_client, to_guest) = (client.try_clone()?, guest.try_clone()?);
     let says = thread::Builder::new().name("to guest".into()).stack_size(STACK).spawn(move || {
-        match pass(&from_client, &to_guest) {
+        match pass(&from_client, &to_guest, &from_client) {
             // It may be gone long before the guest has something to say to it, and finds out.
             Ok(()) => drop(is_over(&from_client, None)),
             Err(_) => drop(from_client.shutdown(Shutdown::Both)),
         }
         let _ = to_guest.shutdown(Shutdown::Both);
     })?;
-    let outcome = pass(&guest, &client);
+    let outcome = pass(&guest, &client, &client);
     if outcome.is_err() {
         let _ = guest.shutdown(Shutdown::Both);
         let _ = client.shutdown(Shutdown::Both);
@@ -407,16 +408,30 @@ fn join(client: UnixStream, guest: UnixStream, early: &[u8]) -> io::Result<()> {
     outcome
 }
 
-fn pass(mut from: &UnixStream, mut to: &UnixStream) -> io::Result<()> {
+fn pass(mut from: &UnixStream, to: &UnixStream, client: &UnixStream) -> io::Result<()> {
     let mut buffer = vec![0; COPY];
     loop {
         match from.read(&mut buffer) {
             Ok(0) => return to.shutdown(Shutdown::Write),
-            Ok(count) => to.write_all(buffer.get(..count).unwrap_or_default())?,
+            Ok(count) => write_while_heard(to, buffer.get(..count).unwrap_or_default(), client)?,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Waits for who does not read as long as the client is there, whose place it takes: `to` gives up a write after a while.
+fn write_while_heard(mut to: &UnixStream, mut bytes: &[u8], client: &UnixStream) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock && !has_hung_up(client) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -126,7 +126,10 @@ impl Store {
             }
             remove_begun(&path);
             match load(&path.join(NAME), name) {
-                Ok(record) => found.records.push(record),
+                Ok(record) => {
+                    remove_unnamed(&path, &record);
+                    found.records.push(record);
+                }
                 Err(why) => {
                     found.claimed.extend(claimed(&path.join(NAME)));
                     found.broken.push((path.join(NAME), why));
@@ -178,6 +181,20 @@ fn remove_begun(directory: &Path) {
     for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(BEGUN)) {
         if let Err(error) = fs::remove_file(entry.path()) {
             log::warn!("{} cannot be removed: {error}", entry.path().display());
+        }
+    }
+}
+
+/// Disks that were being added or removed when the daemon was killed.
+fn remove_unnamed(directory: &Path, record: &Record) {
+    let named: Vec<_> = record.disk_names().map(crate::spawn::disk_file).collect();
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("disk-") && name.ends_with(".img") && !named.contains(&name) {
+            log::warn!("{} is no disk of the guest's any more and is removed", entry.path().display());
+            if let Err(error) = fs::remove_file(entry.path()) {
+                log::warn!("{} cannot be removed: {error}", entry.path().display());
+            }
         }
     }
 }
@@ -358,6 +375,7 @@ mod tests {
         fs::create_dir(store.directory(&record.id)).unwrap();
         store.save(&record).unwrap();
         fs::write(store.directory(&record.id).join(".new-a1b2c3"), "{").unwrap();
+        fs::write(store.directory(&record.id).join("disk-gone.img"), "").unwrap();
         let other = store.directory("lost+found");
         fs::create_dir(&other).unwrap();
         let found = store.load().unwrap();
