@@ -436,9 +436,13 @@ fn persistent_memory_that_goes_while_it_is_written_ends_at_most_the_guest() {
         println!("{deletes} times DELETE: the guest {}", if is_gone { "goes on" } else { "has ended" });
         assert!(is_gone, "{:?}", guest.ended());
         assert!(!open_files(&guest).contains(&path));
-        guest.run(
-            "while [ -e /sys/block/pmem0 ]; do sleep 0.1; done; echo still here | dd of=/dev/vda conv=fsync",
-        );
+        guest.run("echo still here | dd of=/dev/vda conv=fsync");
+        if deletes > 1 {
+            // A flush that was under way is never answered, and Linux waits for it, also on its way down (docs/vmm.md).
+            guest.vmm.kill();
+            continue;
+        }
+        guest.run("while [ -e /sys/block/pmem0 ]; do sleep 0.1; done");
         guest.power_off();
     }
 }
