@@ -9,6 +9,7 @@ use std::hash::{DefaultHasher, Hasher};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use api_socket::Fault;
 use api_socket::fleet::{Image, NewImage, Part};
@@ -28,6 +29,8 @@ const BOOT: &str = "boot-";
 pub struct Images {
     directory: PathBuf,
     agent: PathBuf,
+    /// Of the agent's program, when it was first wanted: a release that brings another brings another daemon too.
+    agent_hash: OnceLock<u64>,
 }
 
 /// What is kept of an image beside its parts.
@@ -49,7 +52,7 @@ impl Images {
     pub fn open(state_dir: &Path, agent: PathBuf) -> io::Result<Images> {
         let directory = state_dir.join("images");
         crate::cell::make_private_directory(&directory, 0o700)?;
-        Ok(Images { directory, agent })
+        Ok(Images { directory, agent, agent_hash: OnceLock::new() })
     }
 
     /// Receives a part of an image that is to be, in place of one that was received before.
@@ -238,16 +241,26 @@ impl Images {
     /// # Errors
     /// The agent is not there, or the disk fails.
     pub fn boot_archive(&self, name: &str) -> io::Result<PathBuf> {
-        let program = fs::read(&self.agent)
-            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", self.agent.display())))?;
-        let mut hasher = DefaultHasher::new();
-        hasher.write(&program);
+        let program = || {
+            let named =
+                |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", self.agent.display()));
+            fs::read(&self.agent).map_err(named)
+        };
+        let hash = match self.agent_hash.get() {
+            Some(hash) => *hash,
+            None => {
+                let mut hasher = DefaultHasher::new();
+                hasher.write(&program()?);
+                *self.agent_hash.get_or_init(|| hasher.finish())
+            }
+        };
         let directory = self.directory.join(name);
-        let file = format!("{BOOT}{:016x}", hasher.finish());
+        let file = format!("{BOOT}{hash:016x}");
         let path = directory.join(&file);
         if path.is_file() {
             return Ok(path);
         }
+        let program = program()?;
         let mut new = tempfile::Builder::new().prefix(".boot-").tempfile_in(&directory)?;
         let length = match File::open(self.path(name, Part::Initrd)) {
             Ok(mut initrd) => io::copy(&mut initrd, &mut new)?,
@@ -448,6 +461,8 @@ mod tests {
         assert!(archive.starts_with(b"initrd\x00\x00070701"), "{:?}", &archive[..16]);
         assert_eq!(images.boot_archive("debian").unwrap(), path);
         fs::write(place.path().join("agent"), "a newer agent").unwrap();
+        // With which a newer daemon came.
+        let images = Images::open(place.path(), place.path().join("agent")).unwrap();
         let newer = images.boot_archive("debian").unwrap();
         assert!(newer != path && newer.is_file() && !path.is_file());
     }
