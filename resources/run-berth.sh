@@ -13,7 +13,7 @@ run_dir = "$BERTH_SCRATCH/run"
 control_group = "berth-run"
 uid_first = 1895825408
 [network]
-bridge = "berth-run"
+bridge = "berthrun"
 address = "10.88.0.1"
 [programs]
 vmm = "$BERTH_BUILD/berth-vmm"
@@ -21,6 +21,14 @@ jailer = "$BERTH_BUILD/berth-jailer"
 agent = "$BERTH_BUILD/berth-agent"
 CONFIG
 berthd --config berthd.toml 2> berthd.log &
+daemon=$!
+# On a host of its own nothing of it stays.
+end() {
+    kill $daemon
+    ip link delete dev berthrun type bridge 2> /dev/null || true
+    nft delete table ip berth_berthrun 2> /dev/null || true
+}
+trap end EXIT
 BERTH_SOCKET=$BERTH_SCRATCH/berthd.sock
 export BERTH_SOCKET
 tries=0

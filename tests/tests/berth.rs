@@ -1,9 +1,9 @@
 //! The command line on guests of a real daemon: what a person types, and what comes of it.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
-use std::fs;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
+use std::{env, fs};
 
 use api_socket::fleet::State;
 use berth_tests::berthd::{Daemon, IMAGE};
@@ -226,4 +226,17 @@ fn events_and_logs_are_followed_while_things_happen() {
     for what in ["created", "running", "stopped"] {
         assert!(states.iter().any(|state| state == what), "{what}: {states:?}");
     }
+}
+
+/// `make run`, but for the terminal.
+#[test]
+fn what_make_run_starts_comes_to_a_guest_and_leaves_nothing_on_the_host() {
+    let script = env::current_dir().unwrap().join("run-berth");
+    fs::write(&script, include_str!("../../resources/run-berth.sh")).unwrap();
+    let output = Command::new("sh").arg(&script).args(["--", "uname", "-s"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(String::from_utf8_lossy(&output.stdout).ends_with("\nLinux\n"), "{output:?}");
+    let left = Command::new("sh").args(["-c", "ip link show berthrun; pgrep berthd"]).output().unwrap();
+    assert_eq!(left.stdout, b"", "{left:?}");
 }
