@@ -18,7 +18,7 @@ use serde_json::json;
 /// Guests of the daemon's that are only tracked.
 const STUBS: u32 = 1000;
 /// Guests that run.
-const REAL: u32 = 10;
+const REAL: u32 = 30;
 /// Over which an idle daemon is watched.
 const IDLE: Duration = Duration::from_secs(20);
 
