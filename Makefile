@@ -35,7 +35,7 @@ test: setup ## everything: lint, unit tests, the host's tests, tests with guests
 	$(MAKE) --no-print-directory fuzz-smoke
 
 bench: setup programs ## measure boots and devices beside QEMU's microvm; RUNS=20 for a surer median, PART=disk for a part
-	$(HOST) run $(PROGRAMS) --processors $(or $(PROCESSORS),1) -- berth-bench --runs $(or $(RUNS),5) $(PART)
+	$(HOST) run $(PROGRAMS) --memory 6144 --processors $(or $(PROCESSORS),1) -- berth-bench --runs $(or $(RUNS),5) $(PART)
 
 deb: setup package ## the Debian package, in target/debian/ (docs/install.md)
 
