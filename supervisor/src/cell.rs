@@ -1,12 +1,15 @@
 //! Places of a guest: what it has while it runs, and the group of its processes. Made before a start, gone after the end.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, ErrorKind};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use crate::config::Config;
 use crate::process;
@@ -97,6 +100,17 @@ impl Places {
 /// Where the jailer makes cells.
 pub fn cells(config: &Config) -> PathBuf {
     config.state_dir.join("cells")
+}
+
+/// Finds something in a cell. What is in there is the VMM's to change, so no link is followed: it would lead to what is the host's.
+///
+/// # Errors
+/// Those of openat2(2); also that there is a link on the way.
+pub fn find_in(root: &Path, name: &str, flags: OFlags) -> io::Result<File> {
+    let root = File::open(root)?;
+    let flags = flags | OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    Ok(openat2(root.as_fd(), name, flags, Mode::empty(), resolve)?.into())
 }
 
 /// By the jailer, which knows what it has made and follows no link that a guest has made in there.

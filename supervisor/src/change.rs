@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use api_socket::fleet::{Disk, GuestUpdate, Limits, MAX_DISKS};
 use api_socket::{ClientError, Fault};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, linkat, openat2, unlinkat};
+use rustix::fs::{AtFlags, CWD, OFlags, linkat, unlinkat};
 
 use crate::cell::{self, Places};
 use crate::fleet::Fleet;
@@ -329,10 +329,7 @@ fn out_of_cell(places: &Places, name: &str) -> io::Result<()> {
 
 /// What is in a cell is the VMM's to move about: only the directory that we made is the right one.
 fn disks_in_cell(places: &Places) -> io::Result<OwnedFd> {
-    let root = File::open(&places.root)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let directory = File::from(openat2(root.as_fd(), cell::DISKS, flags, Mode::empty(), resolve)?);
+    let directory = cell::find_in(&places.root, cell::DISKS, OFlags::DIRECTORY)?;
     if directory.metadata()?.uid() != rustix::process::geteuid().as_raw() {
         return Err(io::Error::other("the directory for disks in its cell is not ours"));
     }

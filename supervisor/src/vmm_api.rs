@@ -2,7 +2,7 @@
 //! limit: a VMM that never answers costs its caller some seconds and nobody else anything.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use api_socket::{
     BalloonUpdate, CacheType, Client, ClientError, Drive, InstanceState, MemoryHotplugSizeUpdate, Request,
     VmState,
 };
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use crate::cell::Places;
+use crate::cell::{self, Places};
 
 /// How long a VMM may take for an answer: pausing waits for the guest's disks.
 pub const ANSWER: Duration = Duration::from_secs(10);
@@ -164,16 +164,13 @@ fn introduce(mut stream: &UnixStream, port: u32, until: Instant) -> io::Result<(
 /// The VMM's socket in its cell. What is in a cell is the VMM's to change: a link there, or another's socket, would have us
 /// connect whoever may use this guest to something of the host's.
 fn guests_socket(root: &Path, uid: u32) -> io::Result<OwnedFd> {
-    let root = std::fs::File::open(root)?;
-    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let socket = openat2(root.as_fd(), VSOCK, flags, Mode::empty(), resolve)?;
-    let stat = std::fs::File::from(socket.try_clone()?).metadata()?;
+    let socket = cell::find_in(root, VSOCK, OFlags::empty())?;
+    let stat = socket.metadata()?;
     use std::os::unix::fs::FileTypeExt;
     if !stat.file_type().is_socket() || stat.uid() != uid {
         return Err(io::Error::other("the guest's socket in its cell is not its own"));
     }
-    Ok(socket)
+    Ok(socket.into())
 }
 
 /// Connects without waiting: a server that takes nobody is as good as none.

@@ -1,5 +1,5 @@
-//! Which of a device's queues is served next, where several wait for one and the same thing: each in its turn, one turn at a time, also after what they all waited for has
-//! come.
+//! Which of a device's queues is served next, where several wait for one and the same thing: each in its turn, one turn at a
+//! time, also after what they all waited for has come.
 //!
 //! Knows no requests: the device says which queues were kicked and what came of a turn. What one queue waits for, the
 //! others wait for too, or a small request of one could be let past a large one of another for ever.
