@@ -221,53 +221,36 @@ pub fn winsize(size: Size) -> Winsize {
     Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 }
 }
 
-/// By what a command is watched: see [`Started`].
-struct Watched {
-    pid: Pid,
-    pidfd: OwnedFd,
-    is_terminal: bool,
-    stdin: Option<File>,
-    stdout: Option<File>,
-    stderr: Option<File>,
-}
-
-impl Watched {
-    fn new(child: &mut Child, main: Option<File>) -> io::Result<Watched> {
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-        let is_terminal = main.is_some();
-        let file = |pipe: OwnedFd| File::from(pipe);
-        let (stdin, stdout) = match main {
-            Some(main) => (Some(main.try_clone()?), Some(main)),
-            None => (
-                child.stdin.take().map(OwnedFd::from).map(file),
-                child.stdout.take().map(OwnedFd::from).map(file),
-            ),
-        };
-        let stderr = child.stderr.take().map(OwnedFd::from).map(file);
-        for pipe in [&stdin, &stdout, &stderr].into_iter().flatten() {
-            rustix::io::ioctl_fionbio(pipe, true)?;
-        }
-        Ok(Watched { pid, pidfd, is_terminal, stdin, stdout, stderr })
+/// Our ends of a command's standard streams, none of which makes us wait.
+fn streams(child: &mut Child, main: Option<File>) -> io::Result<[Option<File>; 3]> {
+    let file = |pipe: OwnedFd| File::from(pipe);
+    let (stdin, stdout) = match main {
+        Some(main) => (Some(main.try_clone()?), Some(main)),
+        None => (
+            child.stdin.take().map(OwnedFd::from).map(file),
+            child.stdout.take().map(OwnedFd::from).map(file),
+        ),
+    };
+    let streams = [stdin, stdout, child.stderr.take().map(OwnedFd::from).map(file)];
+    for pipe in streams.iter().flatten() {
+        rustix::io::ioctl_fionbio(pipe, true)?;
     }
+    Ok(streams)
 }
 
 impl Started {
     /// One that cannot be watched does not run either.
     fn new(mut child: Child, main: Option<File>) -> io::Result<Started> {
-        match Watched::new(&mut child, main) {
-            Ok(watched) => Ok(Started::of(child, watched)),
-            Err(error) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                Err(error)
-            }
-        }
-    }
-
-    fn of(child: Child, watched: Watched) -> Started {
-        let Watched { pid, pidfd, is_terminal, stdin, stdout, stderr } = watched;
-        Started {
+        let pid = Pid::from_child(&child);
+        let is_terminal = main.is_some();
+        let watched = rustix::process::pidfd_open(pid, PidfdFlags::empty())
+            .map_err(io::Error::from)
+            .and_then(|pidfd| Ok((pidfd, streams(&mut child, main)?)));
+        let (pidfd, [stdin, stdout, stderr]) = watched.inspect_err(|_| {
+            let _ = child.kill();
+            let _ = child.wait();
+        })?;
+        Ok(Started {
             child,
             pid,
             pidfd,
@@ -283,7 +266,7 @@ impl Started {
             exit: None,
             last_output: Instant::now(),
             is_hurried: false,
-        }
+        })
     }
 
     /// Returns when all was said, or with an error when the host has gone away.
