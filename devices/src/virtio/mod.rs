@@ -1,6 +1,7 @@
 //! Virtual I/O devices (VIRTIO 1.3).
 
 pub mod balloon;
+mod batching;
 pub mod blk;
 pub mod console;
 pub mod device;

@@ -7,6 +7,7 @@ use std::fmt::Display;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use virtio_queue::QueueT;
@@ -14,6 +15,7 @@ use vm_memory::GuestAddressSpace;
 
 use crate::host::Source;
 use crate::memory::{GuestRam, Memory};
+use crate::virtio::batching::Batching;
 use crate::virtio::device::{Active, Interrupt, StartError};
 use crate::virtio::queue::{Chain, Queue, QueueError};
 
@@ -28,6 +30,8 @@ pub struct Running {
     pub interrupt: Arc<dyn Interrupt>,
     memory: Memory,
     queues: Vec<Queue>,
+    /// Of each queue.
+    batching: Vec<Batching>,
     broken: bool,
 }
 
@@ -55,7 +59,8 @@ impl Running {
         let sources =
             ready.map(|queue| Source { fd: queue.kick.as_raw_fd(), token: queue.index.into() }).collect();
         let Active { memory, queues, features: _, interrupt } = active;
-        Ok((Running { interrupt, memory, queues, broken: false }, sources))
+        let batching = queues.iter().map(|_| Batching::default()).collect();
+        Ok((Running { interrupt, memory, queues, batching, broken: false }, sources))
     }
 
     /// The queues, in their order.
@@ -129,15 +134,18 @@ impl Running {
     /// Takes one turn at the queue with this index, for a device that pops and pushes by itself. It does not take in
     /// kicks. An error is the driver's fault: DEVICE_NEEDS_RESET, and nothing more happens until then.
     pub fn turn(&mut self, index: u16, work: impl FnOnce(&mut Turn) -> Result<(), QueueError>) {
-        let Some(queue) = self.queues.get_mut(usize::from(index)) else { return };
+        let at = usize::from(index);
+        let (Some(queue), Some(batching)) = (self.queues.get_mut(at), self.batching.get_mut(at)) else {
+            return;
+        };
         if self.broken || !queue.ring.ready() {
             return;
         }
         let memory = self.memory.memory();
-        let mut turn = Turn { queue, memory: &memory };
+        let mut turn = Turn { queue, memory: &memory, batching, line: &*self.interrupt };
         let result = turn.queue.check(&memory).and_then(|()| work(&mut turn));
         // Also after an error: what was done before it is done.
-        let interrupt = turn.interrupt(&*self.interrupt);
+        let interrupt = turn.interrupt();
         if let Err(error) = result.and(interrupt) {
             self.broken = true;
             self.interrupt.needs_reset(&format_args!("the driver broke the rules of queue {index}: {error}"));
@@ -149,6 +157,8 @@ impl Running {
 pub struct Turn<'a> {
     pub queue: &'a mut Queue,
     pub memory: &'a GuestRam,
+    batching: &'a mut Batching,
+    line: &'a dyn Interrupt,
 }
 
 impl Turn<'_> {
@@ -159,6 +169,7 @@ impl Turn<'_> {
         let (mut requests, begin) = (0, Instant::now());
         loop {
             self.queue.disable_kicks(self.memory)?;
+            let before = requests;
             loop {
                 if requests >= REQUESTS_PER_TURN || requests > 0 && begin.elapsed() >= TIME_PER_TURN {
                     self.queue.rearm();
@@ -175,6 +186,9 @@ impl Turn<'_> {
                     }
                 }
             }
+            if self.lets_others_run(requests - before)? {
+                continue;
+            }
             // Looking once more counts too: a driver that lays its rings over one another makes asking for kicks change
             // the available index, and would keep us here for ever.
             requests += 1;
@@ -184,9 +198,22 @@ impl Turn<'_> {
         }
     }
 
-    fn interrupt(&mut self, interrupt: &dyn Interrupt) -> Result<(), QueueError> {
+    /// A look at the queue found so many requests, which are done or kept, and now it is empty. True when the driver has been
+    /// told, others have had the processor, and the queue is to be looked at again.
+    fn lets_others_run(&mut self, found: usize) -> Result<bool, QueueError> {
+        let begin = Instant::now();
+        if !self.batching.pays_after(found as u32, begin) {
+            return Ok(false);
+        }
+        self.interrupt()?;
+        thread::yield_now();
+        self.batching.ran(begin.elapsed());
+        Ok(true)
+    }
+
+    fn interrupt(&mut self) -> Result<(), QueueError> {
         if self.queue.wants_interrupt(self.memory)? {
-            interrupt.queue(self.queue.index);
+            self.line.queue(self.queue.index);
         }
         Ok(())
     }
@@ -201,6 +228,8 @@ pub(crate) fn count(counter: &AtomicU64, by: u64) {
 mod tests {
     use super::*;
     use crate::virtio::testing::{Calls, Driver, EVENT_IDX, ram};
+    use std::sync::Mutex;
+    use vmm_sys_util::eventfd::EventFd;
 
     /// A queue of sixteen with everything in it made available, and how it is served.
     fn full() -> (Running, Driver, Arc<Calls>) {
@@ -235,6 +264,48 @@ mod tests {
         }
         slow(&mut running);
         assert!(driver.reap_all().is_empty() && driver.kick.read().is_err(), "then it rests");
+    }
+
+    /// A driver that answers its first interrupt with two more requests and no kick.
+    struct Eager(Mutex<(Driver, bool)>);
+
+    impl Interrupt for Eager {
+        fn queue(&self, _: u16) {
+            let (driver, has_answered) = &mut *self.0.lock().unwrap();
+            if !std::mem::replace(has_answered, true) {
+                let room = driver.room(1);
+                driver.add(&[room]);
+                driver.add(&[room]);
+            }
+        }
+
+        fn trigger(&self, _: u16) -> Option<EventFd> {
+            None
+        }
+
+        fn config(&self) {}
+
+        fn needs_reset(&self, reason: &dyn Display) {
+            panic!("{reason}");
+        }
+    }
+
+    #[test]
+    fn what_the_driver_asks_for_when_it_is_told_is_found_without_a_kick() {
+        let memory = ram(1 << 16);
+        let mut driver = Driver::new(&memory, 0x1000, 16, EVENT_IDX);
+        let room = driver.room(1);
+        driver.add(&[room]);
+        let queues = vec![driver.queue(0)];
+        let interrupt = Arc::new(Eager(Mutex::new((driver, false))));
+        let active = Active { memory, queues, features: EVENT_IDX, interrupt };
+        let (mut running, _) = Running::start(active, 1).unwrap();
+        let mut served = 0;
+        running.serve(0, |_, _| {
+            served += 1;
+            Ok(Step::Used(0))
+        });
+        assert_eq!(served, 1 + 2);
     }
 
     #[test]

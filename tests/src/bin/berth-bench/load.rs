@@ -1,7 +1,7 @@
 //! A guest under load, and what one unit of its work costs: time, processor time, exits and system calls.
 //!
-//! Each kind of work is done twice, a little of it and much of it, and what counts is the difference: starting a program in
-//! the guest, its page faults and its last words cost the same both times. Does not know what the work is.
+//! Each kind of work is done a little and much, and what counts is the difference: starting a program in the guest, its page
+//! faults and its last words cost the same both times. Does not know what the work is.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -143,13 +143,15 @@ impl Loaded {
         self.run(&find).map(|text| text.trim().to_owned())
     }
 
-    /// What a unit of `work` costs, from doing `few` and then `many`.
+    /// What a unit of `work` costs, from doing `few` and then `many`; and `few` once before, since the first time reads the
+    /// program from its disk.
     pub fn cost(
         &mut self,
         trace: &Trace,
         [few, many]: [u64; 2],
         mut work: impl FnMut(&mut Loaded, u64) -> Result<()>,
     ) -> Result<Cost> {
+        work(self, few)?;
         let mut used = [Used::default(); 2];
         for (used, units) in used.iter_mut().zip([few, many]) {
             let before = self.used(trace)?;
@@ -159,6 +161,11 @@ impl Loaded {
             *used = Used { wall_us, ..self.used(trace)?.since(&before) };
         }
         let [few_used, many_used] = used;
+        if many_used.wall_us <= few_used.wall_us {
+            return Err(Error(format!(
+                "{many} took no longer than {few}: the machine is too busy to measure"
+            )));
+        }
         Ok(many_used.since(&few_used).per(many - few))
     }
 
