@@ -47,7 +47,11 @@ fn explain(what: &str, error: &ClientError) -> Error {
 }
 
 fn unreachable(socket: &Path, source: &io::Error) -> Error {
-    let error = Error::new(format!("berthd at {}", socket.display()), source).exit(Exit::Unreachable);
+    let why = match source.kind() {
+        ErrorKind::UnexpectedEof => "it went away".into(),
+        _ => source.to_string(),
+    };
+    let error = Error::new(format!("berthd at {}", socket.display()), why).exit(Exit::Unreachable);
     match source.kind() {
         ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
             error.remedy("start it: sudo systemctl start berthd")
@@ -115,6 +119,13 @@ mod tests {
         let source = io::Error::from_raw_os_error(libc::EACCES);
         let text = unreachable(Path::new("/run/b"), &source).to_string();
         assert!(text.contains("usermod -aG berth"), "{text}");
+    }
+
+    #[test]
+    fn one_that_ends_in_the_middle_is_told_as_such() {
+        let source = ErrorKind::UnexpectedEof.into();
+        let text = unreachable(Path::new("/run/b"), &source).to_string();
+        assert!(text.starts_with("berthd at /run/b: it went away; see how it is"), "{text}");
     }
 
     #[test]

@@ -104,6 +104,12 @@ fn a_guest_for_one_command_has_its_output_and_code_and_leaves_nothing() {
     assert_eq!(ok(&daemon, "ps --all --quiet"), "");
     assert_eq!(daemon.traces(), nothing);
 
+    // Nor does one whose command is not there, also where nobody waits for its end.
+    let line = format!("run --rm --detach --memory 96M {IMAGE} -- no-such-program");
+    let (code, output, error) = says(berth(&daemon, &line), b"");
+    assert_eq!((code, output.as_str(), error.trim()), (127, "", "no-such-program: not found"));
+    assert_eq!(daemon.traces(), nothing);
+
     // One that is kept has gone down by itself.
     assert_eq!(ok(&daemon, &format!("run --name kept --memory 96M {IMAGE} -- echo hi")), "hi\n");
     let guest: Value = serde_json::from_str(&ok(&daemon, "inspect kept")).unwrap();

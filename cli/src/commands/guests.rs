@@ -7,9 +7,10 @@ use crate::args::{
     Create, Grace, Guest, Limits, Pause, Restart, RestartPolicy, Resume, Rm, Set, Start, Stop,
 };
 use crate::daemon::{About, each};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::output::{self, progress::Progress};
+use crate::signals::{Signals, Work};
 
 /// What berthd is asked for.
 pub fn new_guest(guest: &Guest, image: &str) -> NewGuest {
@@ -28,31 +29,57 @@ pub fn new_guest(guest: &Guest, image: &str) -> NewGuest {
     }
 }
 
+/// Makes a guest, or gives the signal that came first: then nothing of it is left.
+///
 /// # Errors
 /// berthd refuses or is not there.
-pub fn create(daemon: &Client, args: &Create) -> Result<Exit> {
-    let image = args.image.as_str();
-    // Its disk may have to be copied.
-    let waiting = Progress::waiting(&format!("making a guest from {image}"));
-    let guest = daemon.create(new_guest(&args.guest, image)).about(image)?;
-    drop(waiting);
-    output::print(&format!("{}\n", guest.id)).map(|()| Exit::Ok)
+pub fn make(
+    daemon: &Client,
+    new: NewGuest,
+    signals: &Signals,
+) -> Result<std::result::Result<fleet::Guest, i32>> {
+    let (client, image) = (daemon.clone(), new.image.clone());
+    match Work::begin(move || client.create(new)).wait(signals) {
+        Ok(made) => made.about(&image).map(Ok),
+        Err((signal, making)) => {
+            // It comes to be all the same, and nothing has run in it that could be lost. Who does not want to wait leaves it.
+            if let Ok(Ok(made)) = making.wait(signals) {
+                let _ = daemon.remove(&made.id, true);
+            }
+            Ok(Err(signal))
+        }
+    }
 }
 
 /// # Errors
-/// As for [`create`].
+/// As for [`make`].
+pub fn create(daemon: &Client, args: &Create) -> Result<Exit> {
+    let image = args.image.as_str();
+    let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
+    // Its disk may have to be copied.
+    let waiting = Progress::waiting(&format!("making a guest from {image}"));
+    let made = make(daemon, new_guest(&args.guest, image), &signals)?;
+    drop(waiting);
+    match made {
+        Ok(guest) => output::print(&format!("{}\n", guest.id)).map(|()| Exit::Ok),
+        Err(signal) => Ok(Exit::signal(signal)),
+    }
+}
+
+/// # Errors
+/// As for [`make`].
 pub fn start(daemon: &Client, args: &Start) -> Result<Exit> {
     each(&args.guests, |guest| daemon.start(guest).about(guest).map(drop))
 }
 
 /// # Errors
-/// As for [`create`].
+/// As for [`make`].
 pub fn stop(daemon: &Client, args: &Stop) -> Result<Exit> {
     each(&args.guests, |guest| daemon.stop(guest, grace(&args.grace)).about(guest).map(drop))
 }
 
 /// # Errors
-/// As for [`create`].
+/// As for [`make`].
 pub fn restart(daemon: &Client, args: &Restart) -> Result<Exit> {
     each(&args.guests, |guest| {
         // One that is not running is started, as its user wants it to run.
@@ -64,25 +91,25 @@ pub fn restart(daemon: &Client, args: &Restart) -> Result<Exit> {
 }
 
 /// # Errors
-/// As for [`create`].
+/// As for [`make`].
 pub fn rm(daemon: &Client, args: &Rm) -> Result<Exit> {
     each(&args.guests, |guest| daemon.remove(guest, args.force).about(guest))
 }
 
 /// # Errors
-/// As for [`create`].
+/// As for [`make`].
 pub fn pause(daemon: &Client, args: &Pause) -> Result<Exit> {
     each(&args.guests, |guest| daemon.pause(guest).about(guest).map(drop))
 }
 
 /// # Errors
-/// As for [`create`].
+/// As for [`make`].
 pub fn resume(daemon: &Client, args: &Resume) -> Result<Exit> {
     each(&args.guests, |guest| daemon.resume(guest).about(guest).map(drop))
 }
 
 /// # Errors
-/// As for [`create`].
+/// As for [`make`].
 pub fn set(daemon: &Client, args: &Set) -> Result<Exit> {
     let guest = args.guest.as_str();
     // Limits are replaced as a whole: what is not said stays as it is.

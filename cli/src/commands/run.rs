@@ -17,8 +17,14 @@ use crate::signals::{Signals, Work};
 
 /// The shell that the user has in the guest, as a login would start it.
 const SHELL: [&str; 3] = ["/bin/sh", "-c", "exec \"${SHELL:-/bin/sh}\" -l"];
-/// Has a command live on without us, with the console for its output.
-const IN_BACKGROUND: [&str; 4] = ["/bin/sh", "-c", "setsid \"$@\" </dev/null >/dev/console 2>&1 &", "sh"];
+/// Has a command live on without us, with the console for its output. That there is none is said here and not there.
+const IN_BACKGROUND: [&str; 4] = [
+    "/bin/sh",
+    "-c",
+    "command -v \"$1\" >/dev/null || { echo \"$1: not found\" >&2; exit 127; }
+     setsid \"$@\" </dev/null >/dev/console 2>&1 &",
+    "sh",
+];
 
 /// # Errors
 /// All are our own failure: the command's is its exit code.
@@ -31,16 +37,9 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
     let waiting = Progress::waiting(&format!("starting {image}"));
     let new = NewGuest { remove_when_ended: args.rm, ..guests::new_guest(&args.guest, image) };
-    let client = daemon.clone();
-    let made = match Work::begin(move || client.create(new)).wait(&signals) {
-        Ok(made) => made.about(image)?,
-        Err((signal, making)) => {
-            // It comes to be all the same, and nothing that has run in it is lost. Who does not want to wait leaves it.
-            if let Ok(Ok(made)) = making.wait(&signals) {
-                let _ = daemon.remove(&made.id, true);
-            }
-            return Ok(Exit::signal(signal));
-        }
+    let made = match guests::make(daemon, new, &signals)? {
+        Ok(made) => made,
+        Err(signal) => return Ok(Exit::signal(signal)),
     };
     let end = End { daemon, guest: &made, signals: &signals, removes: args.rm };
     let (client, id) = (daemon.clone(), made.id.clone());

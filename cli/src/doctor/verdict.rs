@@ -63,11 +63,7 @@ pub struct Report {
 /// Judges all of it, in the order of the report.
 pub fn judge(facts: &Facts) -> Report {
     let checks: Vec<_> = CHECKS.iter().map(|check| check(facts)).collect();
-    // Who may not use KVM may have guests run by berthd, which did not start without it.
-    let is_known_by_berthd = facts.kvm == Err(Trouble::Denied) && facts.berthd.is_ok();
-    let is_in_the_way = |check: &Check| {
-        check.needed && check.verdict != Verdict::Ok && !(check.name == "kvm" && is_known_by_berthd)
-    };
+    let is_in_the_way = |check: &Check| check.needed && check.verdict != Verdict::Ok;
     Report { guests_can_run: !checks.iter().any(is_in_the_way), checks }
 }
 
@@ -126,6 +122,10 @@ fn kvm(facts: &Facts) -> Check {
         }
         Err(Trouble::Absent) => ok(NAME, format!("there is no {KVM}, and the processor shows no virtualization"))
             .missing(COSTS, "switch on virtualization (VT-x, AMD-V) in the firmware; in a virtual machine, nested virtualization on its host"),
+        // It did not start without it.
+        Err(Trouble::Denied) if facts.berthd.is_ok() => {
+            ok(NAME, format!("berthd has it; you may not open {KVM}"))
+        }
         Err(Trouble::Denied) => ok(NAME, format!("not tried: you may not open {KVM}")).broken(
             "whether guests can run is not known",
             "run berth doctor as root, or see kvm-permissions",

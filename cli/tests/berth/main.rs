@@ -309,9 +309,12 @@ fn interrupted(daemon: &Daemon, line: &str, when: &str) -> i32 {
 
 #[test]
 fn a_guest_that_is_interrupted_while_it_is_made_is_not_left() {
-    for line in
-        ["run --rm --name late debian true", "run --name late debian true", "run -d --name late debian"]
-    {
+    for line in [
+        "create --name late debian",
+        "run --rm --name late debian true",
+        "run --name late debian true",
+        "run -d --name late debian",
+    ] {
         let daemon = Daemon::new();
         assert_eq!(interrupted(&daemon, line, "create late"), 130);
         assert_eq!((daemon.state("late"), daemon.asked().len()), (None, 2), "{line}: {:?}", daemon.asked());
