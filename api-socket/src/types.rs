@@ -759,17 +759,29 @@ pub struct ConsolePort {
     pub rate_limiter: Option<RateLimiter>,
 }
 
-/// Body of `PATCH /console`.
+/// Body of `PATCH /console`: `None` leaves things as they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleUpdate {
-    /// Characters in a line.
-    pub columns: u16,
-    /// Lines.
-    pub rows: u16,
-    /// The name of the port whose size it is; absent is the console itself.
+    /// Characters in a line, of a terminal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<u16>,
+    /// Lines, of a terminal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<u16>,
+    /// Of what the guest writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+    /// The name of the port that changes; absent is the console itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<String>,
+}
+
+impl ConsoleUpdate {
+    /// Another size of the console itself, or of the port with this name.
+    pub fn size(columns: u16, rows: u16, port: Option<String>) -> ConsoleUpdate {
+        ConsoleUpdate { columns: Some(columns), rows: Some(rows), rate_limiter: None, port }
+    }
 }
 
 fn default_columns() -> u16 {

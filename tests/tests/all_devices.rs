@@ -233,7 +233,7 @@ const EVENTS: &[Event] = &[
             ((world.chance.next() % 200) as u16 + 2, (world.chance.next() % 100) as u16 + 2);
         let port = (columns % 2 == 0).then(|| TERMINAL.to_owned());
         let terminal = if port.is_some() { "hvc1" } else { "hvc0" };
-        world.guest.apply(Request::PatchConsole(ConsoleUpdate { columns, rows, port }));
+        world.guest.apply(Request::PatchConsole(ConsoleUpdate::size(columns, rows, port)));
         let (is_now, begin) = (format!("{rows} {columns}\n"), Instant::now());
         loop {
             let told = world.guest.shell(&format!("stty size < /dev/{terminal}")).text;

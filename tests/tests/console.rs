@@ -54,7 +54,7 @@ fn on(name: Name) {
     assert_eq!(guest.run("cat /run/typed"), "what is 42\n");
 
     for (columns, rows) in [(80, 24), (200, 60)] {
-        guest.apply(Request::PatchConsole(ConsoleUpdate { columns, rows, port: None }));
+        guest.apply(Request::PatchConsole(ConsoleUpdate::size(columns, rows, None)));
         let size = format!("{rows} {columns}");
         guest.run(&format!("until [ \"$(stty size < /dev/hvc0)\" = \"{size}\" ]; do sleep 0.1; done"));
         let told = guest.api.vm_config().unwrap().console.unwrap();
@@ -79,7 +79,7 @@ fn a_console_has_further_terminals_and_streams_with_names() {
     further_ports(Name::Berth);
 }
 
-/// By limits that never fill again: what goes at once is all that there is.
+/// By limits that never fill again: what goes at once is all that there is, until the limits are taken off.
 #[test]
 fn what_a_guest_writes_beyond_a_limit_holds_up_nobody_on_a_terminal_and_the_writer_on_a_stream() {
     let mut guest = Guest::configured(Setup::default());
@@ -96,9 +96,20 @@ fn what_a_guest_writes_beyond_a_limit_holds_up_nobody_on_a_terminal_and_the_writ
     guest.run("yes | head -c 4000 > /dev/hvc0");
     guest.run("until [ -c /dev/vport*p1 ]; do sleep 0.1; done");
     guest.run("to=$(echo /dev/vport*p1); head -c 300000 /dev/zero > $to & sleep 3; kill $!; ! wait $!");
-    for (output, most) in [(shown, 2000), (said, 64 << 10)] {
-        let bytes = std::fs::metadata(&output).unwrap().len();
-        assert!((1..=most).contains(&bytes), "{bytes} bytes in {output:?}");
+    let bytes = |output: &Path| std::fs::metadata(output).unwrap().len();
+    for (output, most) in [(&shown, 2000), (&said, 64 << 10)] {
+        assert!((1..=most).contains(&bytes(output)), "{} bytes in {output:?}", bytes(output));
+    }
+    let off = TokenBucket { size: 0, one_time_burst: None, refill_time: 0 };
+    let rate_limiter = Some(RateLimiter { bandwidth: Some(off), ops: None });
+    for port in [None, Some("stream".to_owned())] {
+        guest.apply(Request::PatchConsole(ConsoleUpdate { rate_limiter, port, ..Default::default() }));
+    }
+    guest.run("head -c 300000 /dev/zero > $to");
+    let begin = Instant::now();
+    while bytes(&shown) < 4000 || bytes(&said) < 300_000 {
+        assert!(begin.elapsed() < limits::COMMAND, "{} and {} bytes", bytes(&shown), bytes(&said));
+        std::thread::sleep(Duration::from_millis(10));
     }
     guest.power_off();
 }
@@ -157,7 +168,7 @@ fn further_ports(name: Name) {
     sized(&mut guest, "hvc0", "43 132");
     sized(&mut guest, "hvc1", "30 100");
     let resize = |columns, rows, port: Option<&str>| {
-        Request::PatchConsole(ConsoleUpdate { columns, rows, port: port.map(String::from) })
+        Request::PatchConsole(ConsoleUpdate::size(columns, rows, port.map(String::from)))
     };
     guest.apply(resize(200, 60, Some("second")));
     sized(&mut guest, "hvc1", "60 200");
@@ -278,7 +289,7 @@ fn sizes_arrive(name: Name) {
         // Of a size of 1 busybox says what it takes for the usual one.
         let (columns, rows) = (round as u16 % 150 + 2, round as u16 % 49 + 2);
         for (hvc, port) in [("hvc0", None), ("hvc1", Some("second".to_owned()))] {
-            guest.apply(Request::PatchConsole(ConsoleUpdate { columns, rows, port }));
+            guest.apply(Request::PatchConsole(ConsoleUpdate::size(columns, rows, port)));
             let (is_now, begin) = (format!("{rows} {columns}\n"), Instant::now());
             loop {
                 let told = guest.run(&format!("stty size < /dev/{hvc}"));
@@ -297,7 +308,7 @@ fn sizes_arrive(name: Name) {
 #[test]
 fn a_guest_without_a_console_has_none_to_resize() {
     let mut guest = Guest::booted(Setup::default());
-    let resize = Request::PatchConsole(ConsoleUpdate { columns: 80, rows: 24, port: None });
+    let resize = Request::PatchConsole(ConsoleUpdate::size(80, 24, None));
     let error = guest.api.apply(&resize).unwrap_err().to_string();
     assert!(error.contains("PUT /console"), "{error}");
     guest.power_off();

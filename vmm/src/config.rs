@@ -565,17 +565,17 @@ impl Config {
         Ok(update.rate_limiter.and(entropy.rate_limiter))
     }
 
-    /// Takes down that a port of a running guest's console has another size, and says which it is: 0 is the console itself.
+    /// See [`console::change`].
     ///
     /// # Errors
-    /// There is no console or no such port, or that is no terminal.
-    pub fn console_resized(&mut self, update: &ConsoleUpdate) -> Result<usize, Fault> {
+    /// There is no console or no such port, or that has no size.
+    pub fn update_console(&mut self, update: &ConsoleUpdate) -> Result<console::Change, Fault> {
         let settings = self.console_settings.as_mut().ok_or_else(|| {
             Fault::bad_request(
                 "This guest has no virtio console; PUT /console before the start gives it one.",
             )
         })?;
-        console::resized(settings, update)
+        console::change(settings, update)
     }
 
     /// The persistent memory devices, each with a descriptor of its own.

@@ -22,13 +22,13 @@ use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
 use devices::state::StateError;
 use devices::virtio::balloon::Balloon;
-use devices::virtio::console::Size;
 use devices::virtio::mem::{self, Mem};
 use devices::virtio::vhost_user::session::Lost;
 use devices::vmgenid::{self, VmGenId};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot_timer::BootTimer;
+use crate::config::console;
 use crate::config::network::Interface;
 use crate::config::pmem::PmemFile;
 use crate::config::{Config, Drive};
@@ -292,9 +292,9 @@ impl Machine {
         self.virtio.update_entropy(limits);
     }
 
-    /// Gives a port of the console another size while the guest runs; 0 is the console itself.
-    pub fn resize_console(&self, port: usize, size: Size) {
-        self.virtio.resize_console(port, size);
+    /// Gives a port of the console another size and other limits while the guest runs.
+    pub fn update_console(&self, change: console::Change) {
+        self.virtio.update_console(change);
     }
 
     /// Stops every device; see [`devices::virtio::transport::Transport::pause`]. Only while no vCPU runs.

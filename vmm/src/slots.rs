@@ -34,7 +34,7 @@ use devices::virtio::vhost_user::session::{Lost, Session};
 use devices::virtio::vsock::Vsock;
 
 use crate::balloon::pages;
-use crate::config::console::Ends;
+use crate::config::console::{Change, Ends};
 use crate::config::network::Interface;
 use crate::config::pmem::PmemFile;
 use crate::config::vhost_user::{calls, connecting};
@@ -477,10 +477,15 @@ impl Slots {
         }
     }
 
-    /// Gives a port of the console another size.
-    pub fn resize_console(&self, port: usize, size: console::Size) {
-        if let Some(console) = &self.console {
-            lock(console).resize(port, size);
+    /// Gives a port of the console another size and other limits.
+    pub fn update_console(&self, Change { port, size, limits: change }: Change) {
+        let Some(console) = &self.console else { return };
+        let mut console = lock(console);
+        if let Some(size) = size {
+            console.resize(port, size);
+        }
+        if let Some(change) = change {
+            console.set_limits(port, limits(Some(&change)));
         }
     }
 

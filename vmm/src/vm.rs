@@ -12,7 +12,6 @@ use api_socket::{
     NetworkInterface, NetworkInterfaceUpdate, Pmem, PmemUpdate, Reply, Request, Version, VmState,
 };
 use devices::virtio::balloon::Balloon;
-use devices::virtio::console::Size;
 use devices::virtio::mem::Mem;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -199,7 +198,7 @@ impl Vm {
             }
             Request::PatchMemoryHotplug(update) => self.update_memory_hotplug(update)?,
             Request::PatchEntropy(update) => self.update_entropy(update)?,
-            Request::PatchConsole(update) => self.resize_console(&update)?,
+            Request::PatchConsole(update) => self.update_console(&update)?,
             other => return Err(Fault::bad_request(format!("{other:?} is not supported by this version"))),
         }
         Ok(Reply::Empty)
@@ -411,9 +410,9 @@ impl Vm {
         self.guest()?.machine.memory_device().ok_or_else(not_started)
     }
 
-    fn resize_console(&mut self, update: &ConsoleUpdate) -> Result<(), Fault> {
-        let port = self.config.console_resized(update)?;
-        self.guest()?.machine.resize_console(port, Size { columns: update.columns, rows: update.rows });
+    fn update_console(&mut self, update: &ConsoleUpdate) -> Result<(), Fault> {
+        let change = self.config.update_console(update)?;
+        self.guest()?.machine.update_console(change);
         Ok(())
     }
 

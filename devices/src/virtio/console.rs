@@ -114,6 +114,13 @@ impl Console {
         self.tell();
     }
 
+    /// Other limits of a port from now on, running or not. Does nothing to a port that is not there.
+    pub fn set_limits(&mut self, port: usize, limits: Limits) {
+        if let Some(port) = self.ports.get_mut(port) {
+            port.output.limiter.set_limits(limits);
+        }
+    }
+
     fn announce(&mut self) {
         if let Some(running) = &self.running
             && std::mem::take(&mut self.resized)

@@ -7,10 +7,11 @@ use std::path::Path;
 
 use api_socket::{
     ConsolePort, ConsoleUpdate, DEFAULT_CONSOLE_COLUMNS, DEFAULT_CONSOLE_ROWS, Fault, MAX_CONSOLE_PORT_NAME,
-    MAX_CONSOLE_PORTS,
+    MAX_CONSOLE_PORTS, RateLimiter,
 };
 use devices::virtio::console::Size;
 
+use crate::config::network;
 use crate::sink::Sink;
 
 const _: () = assert!(MAX_CONSOLE_PORTS == devices::virtio::console::MAX_FURTHER_PORTS);
@@ -48,28 +49,55 @@ pub fn size(port: &ConsolePort) -> Option<Size> {
     })
 }
 
-/// Takes down another size of a port, and says which it is: 0 is the console itself.
+/// What becomes of a port of a running guest's console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// 0 is the console itself.
+    pub port: usize,
+    pub size: Option<Size>,
+    pub limits: Option<RateLimiter>,
+}
+
+/// Takes down what changes of a port, and says what that is in all.
 ///
 /// # Errors
-/// There is no such port, or it is no terminal.
-pub fn resized(settings: &mut api_socket::Console, update: &ConsoleUpdate) -> Result<usize, Fault> {
-    let Some(name) = &update.port else {
-        (settings.columns, settings.rows) = (update.columns, update.rows);
-        return Ok(0);
+/// There is no such port, or it has no size.
+pub fn change(settings: &mut api_socket::Console, update: &ConsoleUpdate) -> Result<Change, Fault> {
+    let is_resized = update.columns.is_some() || update.rows.is_some();
+    let (port, before, limits): (usize, _, _) = match &update.port {
+        None => {
+            let size = Size { columns: settings.columns, rows: settings.rows };
+            (0, Some(size), &mut settings.rate_limiter)
+        }
+        Some(name) => {
+            let named = (1..).zip(&mut settings.ports).find(|(_, port)| port.name == *name);
+            let (number, port) = named.ok_or_else(|| {
+                Fault::bad_request(format!(
+                    "`port` is {name:?}, and this guest's console has no such port; GET /vm/config lists them."
+                ))
+            })?;
+            (number, size(port), &mut port.rate_limiter)
+        }
     };
-    let named = (1..).zip(&mut settings.ports).find(|(_, port)| port.name == *name);
-    let Some((number, port)) = named else {
-        return Err(Fault::bad_request(format!(
-            "`port` is {name:?}, and this guest's console has no such port; GET /vm/config lists them."
-        )));
-    };
-    if !port.is_console {
+    if is_resized && before.is_none() {
+        let name = update.port.as_deref().unwrap_or_default();
         return Err(Fault::bad_request(format!(
             "`port` is {name:?}, which is no terminal and has no size; PUT /console with `is_console` makes one."
         )));
     }
-    (port.columns, port.rows) = (Some(update.columns), Some(update.rows));
-    Ok(number)
+    *limits = network::changed(*limits, update.rate_limiter);
+    let limits = update.rate_limiter.and(*limits);
+    let size = before.filter(|_| is_resized).map(|before| Size {
+        columns: update.columns.unwrap_or(before.columns),
+        rows: update.rows.unwrap_or(before.rows),
+    });
+    if let Some(Size { columns, rows }) = size {
+        match port.checked_sub(1).and_then(|at| settings.ports.get_mut(at)) {
+            Some(port) => (port.columns, port.rows) = (Some(columns), Some(rows)),
+            None => (settings.columns, settings.rows) = (columns, rows),
+        }
+    }
+    Ok(Change { port, size, limits })
 }
 
 impl Ends {

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use api_socket::{BackingFile, CacheType, ConsolePort, DiskFormat, LogLevel, RateLimiter, VmState};
 
+use devices::virtio::console::Size;
+
+use super::console::Change;
 use super::*;
 
 /// A configuration and files to point it at.
@@ -941,22 +944,53 @@ fn a_port_that_the_guest_could_not_find_or_use_is_refused() {
 #[test]
 fn a_terminal_among_the_ports_is_resized_by_its_name() {
     let mut fixture = fixture();
-    let resize = |port: Option<&str>| ConsoleUpdate { columns: 7, rows: 8, port: port.map(String::from) };
-    let message = fixture.config.console_resized(&resize(None)).unwrap_err().message;
+    let resize = |port: Option<&str>| ConsoleUpdate::size(7, 8, port.map(String::from));
+    let message = fixture.config.update_console(&resize(None)).unwrap_err().message;
     assert!(message.contains("PUT /console"), "{message}");
     let terminal = ConsolePort { is_console: true, ..port(&fixture, "terminal") };
     let settings = console_of(&fixture, vec![port(&fixture, "stream"), terminal]);
     fixture.accept(Request::PutConsole(settings));
-    assert_eq!(fixture.config.console_resized(&resize(None)), Ok(0));
-    assert_eq!(fixture.config.console_resized(&resize(Some("terminal"))), Ok(2));
+    let size = Some(Size { columns: 7, rows: 8 });
+    for (name, port) in [(None, 0), (Some("terminal"), 2)] {
+        let changed = fixture.config.update_console(&resize(name));
+        assert_eq!(changed, Ok(Change { port, size, limits: None }));
+    }
     for (name, words) in [("stream", "no terminal"), ("other", "no such port")] {
-        let message = fixture.config.console_resized(&resize(Some(name))).unwrap_err().message;
+        let message = fixture.config.update_console(&resize(Some(name))).unwrap_err().message;
         assert!(message.contains("`port` is") && message.contains(words), "{message}");
     }
+    let one = ConsoleUpdate { rows: Some(9), ..ConsoleUpdate::default() };
+    let changed = fixture.config.update_console(&one).unwrap();
+    assert_eq!(changed.size, Some(Size { columns: 7, rows: 9 }), "the other stays");
     let told = fixture.config.wire().console.unwrap();
-    assert_eq!((told.columns, told.rows), (7, 8));
+    assert_eq!((told.columns, told.rows), (7, 9));
     assert_eq!((told.ports[1].columns, told.ports[1].rows), (Some(7), Some(8)));
     assert_eq!(told.ports[0].columns, None);
+}
+
+#[test]
+fn a_limit_of_a_console_s_port_that_a_change_leaves_out_stays() {
+    let mut fixture = fixture();
+    let limit = |size| Some(TokenBucket { size, one_time_burst: None, refill_time: 1 });
+    let limiter = |bandwidth, ops| Some(RateLimiter { bandwidth, ops });
+    let stream = ConsolePort { rate_limiter: limiter(limit(1), limit(2)), ..port(&fixture, "stream") };
+    fixture.accept(Request::PutConsole(console_of(&fixture, vec![stream])));
+    let update = |port: Option<&str>| ConsoleUpdate {
+        rate_limiter: limiter(None, limit(5)),
+        port: port.map(String::from),
+        ..ConsoleUpdate::default()
+    };
+    for (name, port, limits) in
+        [(Some("stream"), 1, limiter(limit(1), limit(5))), (None, 0, limiter(None, limit(5)))]
+    {
+        let changed = fixture.config.update_console(&update(name));
+        assert_eq!(changed, Ok(Change { port, size: None, limits }));
+    }
+    let nothing = fixture.config.update_console(&ConsoleUpdate::default());
+    assert_eq!(nothing, Ok(Change { port: 0, size: None, limits: None }));
+    let told = fixture.config.wire().console.unwrap();
+    assert_eq!(told.rate_limiter, limiter(None, limit(5)));
+    assert_eq!(told.ports[0].rate_limiter, limiter(limit(1), limit(5)));
 }
 
 #[test]

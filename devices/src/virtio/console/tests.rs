@@ -748,6 +748,18 @@ fn a_terminal_with_a_limit_makes_nobody_wait_and_what_is_too_much_is_lost() {
 }
 
 #[test]
+fn what_a_limit_holds_back_goes_when_the_limit_is_taken_off() {
+    let mut rig = limited(None, bytes_per(1000, 3_600_000));
+    rig.print(&[b'a'; 1000]);
+    rig.print(&[b'b'; 4000]);
+    assert_eq!(rig.screen.taken().len(), 1000);
+    rig.slot.device.set_limits(0, Limits::default());
+    rig.slot.device.set_limits(MAX_FURTHER_PORTS + 1, Limits::default());
+    let screen = rig.screen.clone();
+    rig.slot.run_until(|_| screen.taken().len() == 5000);
+}
+
+#[test]
 fn a_stream_with_a_limit_loses_nothing_and_its_writer_waits() {
     let mut rig = ports_limited(MULTIPORT, None, bytes_per(8 << 10, 5));
     let queue = usize::from(transmit_queue(STREAM));
