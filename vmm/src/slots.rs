@@ -54,7 +54,9 @@ pub const MAX_PCI: usize = 31;
 pub const MAX_MMIO: usize = 18;
 
 const _: () = assert!(MAX_PCI == devices::pci::root::SLOTS - 1);
-const _: () = assert!(MAX_MMIO == (layout::IOAPIC_PINS - layout::VIRTIO_MMIO_GSI) as usize);
+const _: () = assert!(
+    MAX_MMIO as u64 <= (layout::VIRTIO_MMIO.end - layout::VIRTIO_MMIO.start) / layout::VIRTIO_MMIO_SIZE
+);
 
 /// Between two looks whether a back-end has answered, which takes it less as a rule.
 const ASK_AGAIN: Duration = Duration::from_millis(2);
@@ -636,15 +638,9 @@ fn pci(board: &Board) -> Result<Way, SlotsError> {
 
 /// The page and the interrupt pin after those taken.
 fn next_mmio(taken: &[VirtioMmio]) -> Result<VirtioMmio, SlotsError> {
-    let next = taken
-        .last()
-        .map_or(VirtioMmio { base: layout::VIRTIO_MMIO.start, gsi: layout::VIRTIO_MMIO_GSI }, |last| {
-            VirtioMmio { base: last.base + layout::VIRTIO_MMIO_SIZE, gsi: last.gsi + 1 }
-        });
-    if next.gsi >= layout::IOAPIC_PINS || next.base >= layout::VIRTIO_MMIO.end {
-        return Err(SlotsError::Full { devices: taken.len() });
-    }
-    Ok(next)
+    let devices = taken.len();
+    let gsi = layout::virtio_mmio_gsis().nth(devices).ok_or(SlotsError::Full { devices })?;
+    Ok(VirtioMmio { base: layout::VIRTIO_MMIO.start + devices as u64 * layout::VIRTIO_MMIO_SIZE, gsi })
 }
 
 fn cache(drive: &api_socket::Drive) -> Cache {
@@ -758,6 +754,18 @@ mod tests {
         let error = slots.add_pmem(pmem, &mut files, &board).unwrap_err().to_string();
         assert!(error.contains("31 PCI slots"), "{error}");
         assert_eq!(files.map(&file, false).unwrap(), FREE, "there is room for it");
+    }
+
+    #[test]
+    fn without_pci_there_is_a_pin_for_each_device_and_none_is_the_clocks() {
+        let mut taken = Vec::new();
+        while let Ok(at) = next_mmio(&taken) {
+            taken.push(at);
+        }
+        assert_eq!(taken.len(), MAX_MMIO);
+        let pins: Vec<_> = taken.iter().map(|at| at.gsi).collect();
+        assert_eq!(pins, [5, 6, 7].into_iter().chain(9..24).collect::<Vec<_>>());
+        assert!(taken.windows(2).all(|pair| pair[0].base + layout::PAGE == pair[1].base));
     }
 
     #[test]

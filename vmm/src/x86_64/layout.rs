@@ -159,14 +159,19 @@ pub const PCI_HOTPLUG: Range<u64> = 0x610..0x61c;
 pub const IOAPIC_PINS: u32 = 24;
 /// The keyboard's interrupt on every PC.
 pub const I8042_GSI: u32 = 1;
+/// Generic event device: power button, new generation ID.
+pub const GED_GSI: u32 = 3;
 /// COM1's interrupt on every PC.
 pub const SERIAL_GSI: u32 = 4;
-/// Generic event device: power button, new generation ID.
-pub const GED_GSI: u32 = 5;
-/// First of the pins for virtio-mmio devices.
-pub const VIRTIO_MMIO_GSI: u32 = 6;
+/// The clock's interrupt on every PC. There is no alarm here, but a kernel without ACPI takes the pin for one.
+pub const RTC_GSI: u32 = 8;
 /// Message-signalled interrupts are routed from here.
 pub const MSI_GSI: u32 = IOAPIC_PINS;
+
+/// The pins for virtio-mmio devices: all that are left. Firecracker's begin with the same.
+pub fn virtio_mmio_gsis() -> impl Iterator<Item = u32> {
+    (SERIAL_GSI + 1..IOAPIC_PINS).filter(|gsi| *gsi != RTC_GSI)
+}
 
 /// The most vCPUs: APIC ids 0..=254. Id 255 is the broadcast id, and larger ones need interrupt remapping, or an
 /// extension that KVM's I/O APIC does not have, before a device can reach them.
