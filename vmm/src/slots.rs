@@ -424,6 +424,12 @@ impl Slots {
         }
     }
 
+    /// What the kernel command line must tell the guest of virtio-mmio, for kernels without ACPI: Linux's with
+    /// CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES. One that has both finds each device twice, and refuses the second.
+    pub fn kernel_arguments(&self) -> String {
+        self.mmio_devices().iter().map(argument).collect::<Vec<_>>().join(" ")
+    }
+
     /// Gives a drive another file or other limits.
     pub fn update_drive(
         &self,
@@ -643,6 +649,12 @@ fn next_mmio(taken: &[VirtioMmio]) -> Result<VirtioMmio, SlotsError> {
     Ok(VirtioMmio { base: layout::VIRTIO_MMIO.start + devices as u64 * layout::VIRTIO_MMIO_SIZE, gsi })
 }
 
+/// Linux, Documentation/admin-guide/kernel-parameters.txt.
+fn argument(at: &VirtioMmio) -> String {
+    const KIB: u64 = layout::VIRTIO_MMIO_SIZE >> 10;
+    format!("virtio_mmio.device={KIB}K@{:#x}:{}", at.base, at.gsi)
+}
+
 fn cache(drive: &api_socket::Drive) -> Cache {
     match drive.cache_type {
         api_socket::CacheType::Unsafe => Cache::Unsafe,
@@ -754,6 +766,21 @@ mod tests {
         let error = slots.add_pmem(pmem, &mut files, &board).unwrap_err().to_string();
         assert!(error.contains("31 PCI slots"), "{error}");
         assert_eq!(files.map(&file, false).unwrap(), FREE, "there is room for it");
+    }
+
+    #[test]
+    fn devices_without_pci_are_on_the_command_line_with_size_address_and_interrupt() {
+        let Some((board, _)) = board() else { return };
+        let arguments = |board: &Board| {
+            let mut slots = Slots::new(board).unwrap();
+            for _ in 0..2 {
+                slots.add_entropy(&api_socket::Entropy::default(), board).unwrap();
+            }
+            slots.kernel_arguments()
+        };
+        assert_eq!(arguments(&board), "");
+        let expected = "virtio_mmio.device=4K@0xc0001000:5 virtio_mmio.device=4K@0xc0002000:6";
+        assert_eq!(arguments(&Board { pci: false, ..board }), expected);
     }
 
     #[test]
