@@ -25,11 +25,15 @@ struct Machine {
 
 impl Machine {
     fn boot(kernel: &Path, arguments: &str, options: &[String]) -> Machine {
+        Machine::of_kind("q35", kernel, &assets::guest_initramfs().unwrap(), arguments, options)
+    }
+
+    fn of_kind(kind: &str, kernel: &Path, initramfs: &Path, arguments: &str, options: &[String]) -> Machine {
         let mut command = Command::new("timeout");
         command.arg(LIMIT_SECONDS).arg(assets::tools().unwrap().qemu);
         command.args(["-accel", "tcg", "-cpu", "max", "-m", "512M", "-nodefaults", "-display", "none"]);
-        command.args(["-machine", "q35", "-no-reboot", "-serial", "stdio"]);
-        command.arg("-kernel").arg(kernel).arg("-initrd").arg(assets::guest_initramfs().unwrap());
+        command.args(["-machine", kind, "-no-reboot", "-serial", "stdio"]);
+        command.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
         command.arg("-append").arg(format!("{KERNEL_ARGUMENTS} {arguments}")).args(options);
         let qemu = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         Machine { qemu, said: String::new() }
@@ -55,6 +59,7 @@ impl Machine {
         writeln!(self.qemu.stdin.as_mut().unwrap(), "{line}").unwrap();
     }
 
+    /// Or resets itself, which ends this machine as well.
     fn powers_off(&mut self) {
         assert!(self.qemu.wait().unwrap().success());
     }
@@ -98,5 +103,21 @@ fn the_debian_image_asks_for_a_login_and_lets_root_in_without_a_password() {
         machine.until(&format!("{answer}\r\n"));
     }
     machine.type_line("poweroff");
+    machine.powers_off();
+}
+
+/// QEMU announces the disk as `virtio_mmio.device=512@...`.
+#[test]
+fn the_kernel_that_needs_no_acpi_finds_a_disk_by_the_command_line() {
+    let (kernel, initramfs) = assets::guest_mptable().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("disk");
+    std::fs::write(&image, "on the disk\n".repeat(512)).unwrap();
+    let drive = format!("if=none,id=disk,format=raw,file={}", image.display());
+    let disk = ["-drive".to_owned(), drive, "-device".to_owned(), "virtio-blk-device,drive=disk".to_owned()];
+    let arguments = "acpi=off berth.run=\"head -n 1 /dev/vda\" berth.then=reboot";
+    let mut machine = Machine::of_kind("microvm,acpi=off", &kernel, &initramfs, arguments, &disk);
+    machine.until("on the disk\r\n");
+    machine.until("BERTH-EXIT 0");
     machine.powers_off();
 }

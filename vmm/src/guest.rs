@@ -27,6 +27,7 @@ use crate::x86_64::capabilities::{self, MissingCapability};
 use crate::x86_64::cpuid::{Cpuid, CpuidError, Topology};
 use crate::x86_64::interrupts::Interrupts;
 use crate::x86_64::layout;
+use crate::x86_64::mptable;
 use crate::x86_64::msr::{self, MsrError};
 use crate::x86_64::ports;
 use crate::x86_64::registers::{self, RegisterError};
@@ -111,9 +112,14 @@ impl Guest {
         let ram = vm_memory::GuestAddressSpace::memory(&ram);
         let machine = machine::build(config, board, files, plug)?;
 
-        let cmdline = config.command_line("")?;
+        let cmdline = config.command_line(&machine.kernel_arguments())?;
         let entry = boot::load(&ram, &source.kernel, source.initrd.as_ref(), &cmdline)?;
-        acpi::write(&ram, &machine.tables())?;
+        let tables = machine.tables();
+        acpi::write(&ram, &tables)?;
+        if !around.pci {
+            // With PCI a kernel that cannot read ACPI's tables would come up as well, and find no device.
+            mptable::write(&ram, &tables).map_err(BootError::Memory)?;
+        }
         reset_vector::write(&ram).map_err(BootError::Memory)?;
         for (index, fd) in (0..).zip(&fds) {
             fd.set_cpuid2(&cpuid.for_vcpu(index)?).map_err(StartError::Vcpu)?;

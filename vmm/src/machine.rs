@@ -310,6 +310,11 @@ impl Machine {
         self.virtio.resume();
     }
 
+    /// What tells the guest's kernel of this machine where ACPI does not. See [`Slots::kernel_arguments`].
+    pub fn kernel_arguments(&self) -> String {
+        self.virtio.kernel_arguments()
+    }
+
     /// What ACPI tells the guest of this machine.
     pub fn tables(&self) -> Tables {
         Tables {

@@ -54,7 +54,9 @@ pub const MAX_PCI: usize = 31;
 pub const MAX_MMIO: usize = 18;
 
 const _: () = assert!(MAX_PCI == devices::pci::root::SLOTS - 1);
-const _: () = assert!(MAX_MMIO == (layout::IOAPIC_PINS - layout::VIRTIO_MMIO_GSI) as usize);
+const _: () = assert!(
+    MAX_MMIO as u64 <= (layout::VIRTIO_MMIO.end - layout::VIRTIO_MMIO.start) / layout::VIRTIO_MMIO_SIZE
+);
 
 /// Between two looks whether a back-end has answered, which takes it less as a rule.
 const ASK_AGAIN: Duration = Duration::from_millis(2);
@@ -422,6 +424,12 @@ impl Slots {
         }
     }
 
+    /// What the kernel command line must tell the guest of virtio-mmio, for kernels without ACPI: Linux's with
+    /// CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES. One that has both finds each device twice, and refuses the second.
+    pub fn kernel_arguments(&self) -> String {
+        self.mmio_devices().iter().map(argument).collect::<Vec<_>>().join(" ")
+    }
+
     /// Gives a drive another file or other limits.
     pub fn update_drive(
         &self,
@@ -641,15 +649,15 @@ fn pci(board: &Board) -> Result<Way, SlotsError> {
 
 /// The page and the interrupt pin after those taken.
 fn next_mmio(taken: &[VirtioMmio]) -> Result<VirtioMmio, SlotsError> {
-    let next = taken
-        .last()
-        .map_or(VirtioMmio { base: layout::VIRTIO_MMIO.start, gsi: layout::VIRTIO_MMIO_GSI }, |last| {
-            VirtioMmio { base: last.base + layout::VIRTIO_MMIO_SIZE, gsi: last.gsi + 1 }
-        });
-    if next.gsi >= layout::IOAPIC_PINS || next.base >= layout::VIRTIO_MMIO.end {
-        return Err(SlotsError::Full { devices: taken.len() });
-    }
-    Ok(next)
+    let devices = taken.len();
+    let gsi = layout::virtio_mmio_gsis().nth(devices).ok_or(SlotsError::Full { devices })?;
+    Ok(VirtioMmio { base: layout::VIRTIO_MMIO.start + devices as u64 * layout::VIRTIO_MMIO_SIZE, gsi })
+}
+
+/// Linux, Documentation/admin-guide/kernel-parameters.txt.
+fn argument(at: &VirtioMmio) -> String {
+    const KIB: u64 = layout::VIRTIO_MMIO_SIZE >> 10;
+    format!("virtio_mmio.device={KIB}K@{:#x}:{}", at.base, at.gsi)
 }
 
 fn cache(drive: &api_socket::Drive) -> Cache {
@@ -763,6 +771,33 @@ mod tests {
         let error = slots.add_pmem(pmem, &mut files, &board).unwrap_err().to_string();
         assert!(error.contains("31 PCI slots"), "{error}");
         assert_eq!(files.map(&file, false).unwrap(), FREE, "there is room for it");
+    }
+
+    #[test]
+    fn devices_without_pci_are_on_the_command_line_with_size_address_and_interrupt() {
+        let Some((board, _)) = board() else { return };
+        let arguments = |board: &Board| {
+            let mut slots = Slots::new(board).unwrap();
+            for _ in 0..2 {
+                slots.add_entropy(&api_socket::Entropy::default(), board).unwrap();
+            }
+            slots.kernel_arguments()
+        };
+        assert_eq!(arguments(&board), "");
+        let expected = "virtio_mmio.device=4K@0xc0001000:5 virtio_mmio.device=4K@0xc0002000:6";
+        assert_eq!(arguments(&Board { pci: false, ..board }), expected);
+    }
+
+    #[test]
+    fn without_pci_there_is_a_pin_for_each_device_and_none_is_the_clocks() {
+        let mut taken = Vec::new();
+        while let Ok(at) = next_mmio(&taken) {
+            taken.push(at);
+        }
+        assert_eq!(taken.len(), MAX_MMIO);
+        let pins: Vec<_> = taken.iter().map(|at| at.gsi).collect();
+        assert_eq!(pins, [5, 6, 7].into_iter().chain(9..24).collect::<Vec<_>>());
+        assert!(taken.windows(2).all(|pair| pair[0].base + layout::PAGE == pair[1].base));
     }
 
     #[test]

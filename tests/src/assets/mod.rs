@@ -91,6 +91,13 @@ pub fn guest_initramfs() -> Result<PathBuf, Error> {
     Ok(built(Asset::GuestInitramfs)?.dir.join("initramfs.cpio"))
 }
 
+/// A kernel that needs no ACPI, as packaged, and its initramfs, which is [`guest_initramfs`] with its drivers. The command line
+/// tells it of virtio-mmio devices.
+pub fn guest_mptable() -> Result<(PathBuf, PathBuf), Error> {
+    let dir = built(Asset::GuestMptable)?.dir;
+    Ok((dir.join("bzImage"), dir.join("initramfs.cpio")))
+}
+
 /// An ext4 image (no partition table) of a Debian with systemd and sshd, to be booted with [`guest_initramfs`] and
 /// `root=` on the kernel command line. Shared: copy it before a guest writes to it.
 pub fn guest_debian() -> Result<PathBuf, Error> {

@@ -11,6 +11,8 @@ pub enum Asset {
     Busybox,
     /// [`super::guest_initramfs`].
     GuestInitramfs,
+    /// [`super::guest_mptable`].
+    GuestMptable,
     /// [`super::guest_debian`].
     GuestDebian,
     /// [`super::host_root`].
@@ -69,6 +71,13 @@ impl Asset {
                     ("guest-profile", text!("guest-profile")),
                 ],
                 inputs: &[Asset::Kernel, Asset::Busybox],
+                as_root: false,
+            },
+            Asset::GuestMptable => Recipe {
+                name: "guest-mptable",
+                script: text!("guest-mptable.sh"),
+                files: &[DEBIAN, INITRAMFS],
+                inputs: &[Asset::GuestInitramfs],
                 as_root: false,
             },
             Asset::GuestDebian => Recipe {

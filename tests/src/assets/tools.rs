@@ -25,6 +25,8 @@ const COMMANDS: &[Needed] = &[
     ("depmod", "kmod"),
     ("modprobe", "kmod"),
     ("cpio", "cpio"),
+    ("gcc", "gcc"),
+    ("make", "make"),
     ("xz", "xz-utils"),
     ("zstd", "zstd"),
     ("iasl", "acpica-tools"),

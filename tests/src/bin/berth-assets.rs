@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use berth_tests::assets::{self, Asset, Error};
 
-const ALL: [&str; 5] = ["tools", "kernel", "guest-initramfs", "guest-debian", "host-root"];
+const ALL: [&str; 6] = ["tools", "kernel", "guest-initramfs", "guest-mptable", "guest-debian", "host-root"];
 
 fn main() -> ExitCode {
     let named: Vec<String> = std::env::args().skip(1).collect();
@@ -29,6 +29,7 @@ fn make(wanted: &[&str]) -> Result<(), Error> {
         .filter_map(|name| match *name {
             "kernel" => Some(Asset::Kernel),
             "guest-initramfs" => Some(Asset::GuestInitramfs),
+            "guest-mptable" => Some(Asset::GuestMptable),
             "guest-debian" => Some(Asset::GuestDebian),
             "host-root" => Some(Asset::HostRoot),
             _ => None,
@@ -43,6 +44,10 @@ fn make(wanted: &[&str]) -> Result<(), Error> {
                 println!("kernel {} {}", kernel.bzimage.display(), kernel.vmlinux.display());
             }
             "guest-initramfs" => println!("guest-initramfs {}", assets::guest_initramfs()?.display()),
+            "guest-mptable" => {
+                let (kernel, initramfs) = assets::guest_mptable()?;
+                println!("guest-mptable {} {}", kernel.display(), initramfs.display());
+            }
             "guest-debian" => println!("guest-debian {}", assets::guest_debian()?.display()),
             "host-root" => println!("host-root {}", assets::host_root()?.display()),
             _ => {}

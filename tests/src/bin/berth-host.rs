@@ -165,8 +165,16 @@ fn run(options: Options) -> Result<i32> {
     let Options {
         argv, on_terminal, limit, verbose, memory_mib, processors, forwards, with, programs, ..
     } = options;
-    let config =
-        provide::config(Wishes { place: choice.place, memory_mib, processors, forwards, with, programs })?;
+    let place = choice.place;
+    let config = provide::config(Wishes {
+        place,
+        memory_mib,
+        processors,
+        forwards,
+        with,
+        programs,
+        for_tests: false,
+    })?;
     session::run(config, &Session { argv, env, on_terminal, limit, verbose })
 }
 
@@ -180,8 +188,9 @@ fn test(options: Options) -> Result<i32> {
     let plan = runner::Plan::make(filter, options.is_soak)?;
     let Options { memory_mib, processors, forwards, mut with, programs, jobs, .. } = options;
     with.extend(plan.executables());
+    let place = choice.place;
     let config =
-        provide::config(Wishes { place: choice.place, memory_mib, processors, forwards, with, programs })?;
+        provide::config(Wishes { place, memory_mib, processors, forwards, with, programs, for_tests: true })?;
     let logs = provide::own_directory()?.join("guest-tests");
     runner::run(&config, plan, &choice, jobs, &logs)
 }

@@ -7,7 +7,7 @@ use api_socket::{
     NetworkInterface, Pmem, Request, Vsock,
 };
 
-use super::{Name, asset};
+use super::{Name, asset, program};
 use crate::host::provide;
 
 /// The console's kernel arguments: what goes wrong shows, and a panic ends the guest instead of hanging it.
@@ -86,6 +86,17 @@ impl Setup {
             memory_mib: 512,
             drives: vec![disk_drive("root", disk)],
             command_line: "root=LABEL=berth-root rw".into(),
+            ..Setup::default()
+        }
+    }
+
+    /// A busybox shell like [`Setup::default`] of a kernel that needs no ACPI to find what there is, without PCI.
+    pub fn mptable() -> Setup {
+        Setup {
+            name: Name::Firecracker,
+            memory_mib: 256,
+            kernel: Kernel::Path(program(provide::MPTABLE_BZIMAGE)),
+            initrd: Some(program(provide::MPTABLE_INITRAMFS)),
             ..Setup::default()
         }
     }

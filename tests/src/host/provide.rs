@@ -20,6 +20,10 @@ pub const INITRAMFS: &str = "initramfs.cpio";
 /// The root file system of a Debian, ext4 without a partition table; in a nested host a block device. Read-only.
 pub const DEBIAN: &str = "debian.ext4";
 
+/// Debian's kernel that needs no ACPI, as packaged, and its initramfs. For tests alone.
+pub const MPTABLE_BZIMAGE: &str = "mptable-bzImage";
+pub const MPTABLE_INITRAMFS: &str = "mptable-initramfs.cpio";
+
 /// Programs under test. A host shows them if they are built.
 const PROGRAMS: [&str; 5] = ["berth", "berth-agent", "berth-jailer", "berth-vmm", "berthd"];
 
@@ -40,6 +44,8 @@ pub struct Wishes {
     pub with: Vec<Item>,
     /// The directory of the programs under test, if not this program's own.
     pub programs: Option<PathBuf>,
+    /// Show what nobody but tests boots, too, among the build products.
+    pub for_tests: bool,
 }
 
 /// Collects everything for a host, and first makes what is not cached: that takes minutes, once.
@@ -57,10 +63,17 @@ pub fn config(wishes: Wishes) -> Result<Config> {
 
     let making = || "cannot make the assets";
     let mut wanted = vec![Asset::Kernel, Asset::GuestInitramfs, Asset::GuestDebian];
+    if wishes.for_tests {
+        wanted.push(Asset::GuestMptable);
+    }
     if wishes.place == Place::Nested {
         wanted.extend([Asset::HostRoot, Asset::HostInitramfs]);
     }
     assets::ensure(&wanted).doing(making)?;
+    if wishes.for_tests {
+        let (kernel, initramfs) = assets::guest_mptable().doing(making)?;
+        build.extend([Item::new(MPTABLE_BZIMAGE, kernel), Item::new(MPTABLE_INITRAMFS, initramfs)]);
+    }
     let kernel = assets::kernel().doing(making)?;
     let guest_assets = vec![
         Item::new(BZIMAGE, &kernel.bzimage),

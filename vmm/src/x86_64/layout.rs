@@ -3,6 +3,7 @@
 //! ```text
 //!          0  GDT, boot structures, page tables, command line          (RAM)
 //!    0xe0000  RSDP and the other ACPI tables, VMGenID                   (RAM, but no memory to the guest)
+//!    0xf0000  MP table, for kernels without ACPI; reset vector          (RAM, but no memory to the guest)
 //!   0x100000  RAM, kernel, initrd at its end
 //! 0xc0000000  the hole: boot timer, virtio-mmio, PCI window, ECAM, IOAPIC, LAPIC, KVM's own pages
 //!      4 GiB  RAM above the hole
@@ -46,6 +47,8 @@ pub const ACPI: Range<u64> = 0xe_0000..0xe_f000;
 pub const RSDP: u64 = ACPI.start;
 /// The generation ID has a page of its own that is neither RAM nor ACPI memory to the guest, as its specification wants.
 pub const VMGENID: Range<u64> = 0xe_f000..0xf_0000;
+/// The MP table, its floating pointer first: where a BIOS has it, and kernels search for it.
+pub const MP_TABLE: Range<u64> = 0xf_0000..0xf_f000;
 /// The first instruction of a PC after a reset, in real mode: F000:FFF0.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// 1 MiB: from here RAM is for the kernel.
@@ -159,20 +162,25 @@ pub const PCI_HOTPLUG: Range<u64> = 0x610..0x61c;
 pub const IOAPIC_PINS: u32 = 24;
 /// The keyboard's interrupt on every PC.
 pub const I8042_GSI: u32 = 1;
+/// Generic event device: power button, new generation ID.
+pub const GED_GSI: u32 = 3;
 /// COM1's interrupt on every PC.
 pub const SERIAL_GSI: u32 = 4;
-/// Generic event device: power button, new generation ID.
-pub const GED_GSI: u32 = 5;
-/// First of the pins for virtio-mmio devices.
-pub const VIRTIO_MMIO_GSI: u32 = 6;
+/// The clock's interrupt on every PC. There is no alarm here, but a kernel without ACPI takes the pin for one.
+pub const RTC_GSI: u32 = 8;
 /// Message-signalled interrupts are routed from here.
 pub const MSI_GSI: u32 = IOAPIC_PINS;
+
+/// The pins for virtio-mmio devices: all that are left. Firecracker's begin with the same.
+pub fn virtio_mmio_gsis() -> impl Iterator<Item = u32> {
+    (SERIAL_GSI + 1..IOAPIC_PINS).filter(|gsi| *gsi != RTC_GSI)
+}
 
 /// The most vCPUs: APIC ids 0..=254. Id 255 is the broadcast id, and larger ones need interrupt remapping, or an
 /// extension that KVM's I/O APIC does not have, before a device can reach them.
 pub const MAX_VCPUS: u32 = 255;
 
-const _: () = assert!(RESET_VECTOR >= VMGENID.end && RESET_VECTOR + 16 == HIGH_RAM);
+const _: () = assert!(RESET_VECTOR >= MP_TABLE.end && RESET_VECTOR + 16 == HIGH_RAM);
 const _: () = assert!(BOOT_TIMER.start == HOLE.start);
 const _: () = assert!(VIRTIO_MMIO.end - VIRTIO_MMIO.start == 255 * PAGE);
 const _: () = assert!(KVM_IDENTITY_MAP + PAGE == KVM_TSS);
@@ -193,6 +201,7 @@ mod tests {
             LOW_RAM_END..ACPI.start,
             ACPI,
             VMGENID,
+            MP_TABLE,
             HIGH_RAM..HOLE.start,
             BOOT_TIMER,
             VIRTIO_MMIO,

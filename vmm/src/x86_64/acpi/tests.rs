@@ -2,6 +2,8 @@ use super::*;
 use std::path::Path;
 use std::process::Command;
 
+const DEVICE: VirtioMmio = VirtioMmio { base: layout::VIRTIO_MMIO.start, gsi: 5 };
+
 fn machine() -> Tables {
     Tables {
         vcpus: 4,
@@ -9,7 +11,7 @@ fn machine() -> Tables {
             below_4g: layout::PCI_WINDOW_32,
             above_4g: layout::pci_window_64(5 << 30, 40).unwrap(),
         }),
-        virtio_mmio: vec![VirtioMmio { base: layout::VIRTIO_MMIO.start, gsi: layout::VIRTIO_MMIO_GSI }],
+        virtio_mmio: vec![DEVICE],
         serial: true,
         rtc: true,
         vmgenid: true,
@@ -65,9 +67,8 @@ fn a_machine_without_pci_has_a_configuration_space_but_no_host_bridge() {
 
 #[test]
 fn the_largest_machine_has_room_for_its_tables() {
-    let device = VirtioMmio { base: layout::VIRTIO_MMIO.start, gsi: layout::VIRTIO_MMIO_GSI };
     let largest =
-        Tables { vcpus: layout::MAX_VCPUS, virtio_mmio: vec![device; crate::slots::MAX_MMIO], ..machine() };
+        Tables { vcpus: layout::MAX_VCPUS, virtio_mmio: vec![DEVICE; crate::slots::MAX_MMIO], ..machine() };
     let len = build(&largest).len() as u64;
     assert!(len < (layout::ACPI.end - layout::ACPI.start) / 2, "{len}");
 }
@@ -75,8 +76,7 @@ fn the_largest_machine_has_room_for_its_tables() {
 #[test]
 fn what_is_too_long_is_refused_and_not_written() {
     let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-    let device = VirtioMmio { base: layout::VIRTIO_MMIO.start, gsi: layout::VIRTIO_MMIO_GSI };
-    let error = write(&ram, &Tables { virtio_mmio: vec![device; 4000], ..machine() }).unwrap_err();
+    let error = write(&ram, &Tables { virtio_mmio: vec![DEVICE; 4000], ..machine() }).unwrap_err();
     assert!(matches!(error, AcpiError::TooLong { .. }), "{error}");
     assert_eq!(ram.read_obj::<u64>(GuestAddress(layout::RSDP)).unwrap(), 0);
     write(&ram, &machine()).unwrap();
