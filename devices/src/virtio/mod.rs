@@ -3,6 +3,7 @@
 pub mod balloon;
 pub mod blk;
 pub mod console;
+pub mod dead;
 pub mod device;
 #[cfg(test)]
 mod echo;
