@@ -40,8 +40,7 @@ pub struct FileMemory {
 struct Mapped {
     range: Range<u64>,
     slot: u32,
-    /// `None` after KVM has refused to give up the slot.
-    mapping: Option<Mapping>,
+    mapping: Mapping,
 }
 
 /// Address space of this process that is never given back, since nothing else makes sure that no [`Memory`] handle is
@@ -91,16 +90,26 @@ impl FileMemory {
             self.take_out(&range);
             return Err(FileMemoryError::Slot(error));
         }
-        self.mapped.push(Mapped { range: range.clone(), slot, mapping: Some(mapping) });
+        self.mapped.push(Mapped { range: range.clone(), slot, mapping });
         self.reserve(&range);
         Ok(range)
     }
 
-    /// Takes out the file that [`FileMemory::map`] has put at `range`. The device that used it has ended; to a guest that goes
-    /// on there nothing answers.
+    /// Puts zeros, which are nobody's, in the place of the file that [`FileMemory::map`] has put at `range`, for a guest that
+    /// has not let go of it: with nothing there, its programs would trap into KVM's emulator, which does not know every
+    /// instruction, and a request to another device that names this memory would break that device. The device that used
+    /// the file has ended. What the guest writes there takes memory of this process until [`FileMemory::unmap`].
+    pub fn close(&mut self, range: &Range<u64>) {
+        if let Some(mapped) = self.mapped.iter_mut().find(|mapped| mapped.range == *range) {
+            mapped.mapping.clear();
+        }
+    }
+
+    /// Takes out what [`FileMemory::map`] has put at `range`. The device that used it has ended; to a guest that goes on
+    /// there nothing answers.
     pub fn unmap(&mut self, range: &Range<u64>) {
         let Some(place) = self.mapped.iter().position(|mapped| mapped.range == *range) else { return };
-        let Some(mapped) = self.mapped.get_mut(place) else { return };
+        let Some(mapped) = self.mapped.get(place) else { return };
         let none = kvm_userspace_memory_region {
             slot: mapped.slot,
             guest_phys_addr: range.start,
@@ -110,8 +119,8 @@ impl FileMemory {
         };
         // SAFETY: a size of 0 takes the slot away, and names no memory.
         if let Err(error) = unsafe { self.vm.set_user_memory_region(none) } {
-            // The guest then reaches zeros, which are nobody's; neither the place nor the slot is used again.
-            mapped.mapping = None;
+            // Neither the place nor the slot is used again.
+            self.close(range);
             return log::error!("KVM_SET_USER_MEMORY_REGION: {error}");
         }
         self.take_out(range);
@@ -199,18 +208,28 @@ impl Mapping {
         if over == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // A core dump of this process must hold none of the guest's secrets. Advice: a kernel without it is fine.
-        // SAFETY: the range is that of the mapping, and the advice changes no byte of it.
-        unsafe { libc::madvise(start, len, libc::MADV_DONTDUMP) };
+        mapping.hide();
         Ok(mapping)
+    }
+
+    /// Zeros, which take no memory until they are written, in the place of what is there.
+    fn clear(&mut self) {
+        // SAFETY: the range is one that `new` has made and nobody else maps anything into. It stays mapped, so that no
+        // address which a handle still has is invalid; no reference into guest memory exists that could see it change.
+        unsafe { libc::mmap(self.start, self.len, ACCESS, SPACE | libc::MAP_FIXED, -1, 0) };
+        self.hide();
+    }
+
+    /// A core dump of this process must hold none of the guest's secrets. Advice: a kernel without it is fine.
+    fn hide(&self) {
+        // SAFETY: the range is that of the mapping, and the advice changes no byte of it.
+        unsafe { libc::madvise(self.start, self.len, libc::MADV_DONTDUMP) };
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range is one that `new` has made and nobody else maps anything into. It stays mapped, so that no
-        // address which a handle still has is invalid; no reference into guest memory exists that could see it change.
-        unsafe { libc::mmap(self.start, self.len, ACCESS, SPACE | libc::MAP_FIXED, -1, 0) };
+        self.clear();
     }
 }
 
@@ -334,6 +353,28 @@ mod tests {
         }
         files.unmap(&(0..ALIGN));
         assert_eq!(files.mapped.len(), 4);
+    }
+
+    #[test]
+    fn where_a_file_was_that_is_closed_there_are_zeros_until_the_guest_has_let_go_of_it() {
+        let Some((mut files, ram)) = files(FREE) else { return };
+        let disk = file(ALIGN);
+        disk.write_all_at(b"word", 0).unwrap();
+        let range = files.map(&disk, false).unwrap();
+        files.close(&range);
+        let (mut bytes, at) = ([1; 4], GuestAddress(range.start));
+        ram.memory().read_slice(&mut bytes, at).unwrap();
+        assert_eq!(bytes, [0; 4]);
+        ram.memory().write_slice(b"lost", at).unwrap();
+        disk.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(&bytes, b"word");
+        let other = files.map(&file(ALIGN), false).unwrap();
+        assert_eq!(other.start, range.end, "nothing else comes there");
+        files.unmap(&range);
+        assert!(ram.memory().write_slice(b"x", at).is_err());
+        assert_eq!(files.map(&disk, false).unwrap(), range);
+        ram.memory().read_slice(&mut bytes, at).unwrap();
+        assert_eq!(&bytes, b"word");
     }
 
     #[test]

@@ -208,17 +208,16 @@ impl Machine {
     }
 
     /// Asks the guest to let go of a device; it is over when [`Machine::take_unplugged`] says so. One that has been asked
-    /// for before is taken away at once, and what this gives is its slot.
+    /// for before is taken away: then it has ended, and what this gives is its slot, in which something fails the guest's
+    /// requests until it lets go.
     pub fn unplug(&mut self, device: &Unpluggable) -> Option<usize> {
         let (slot, hotplug) = (self.virtio.slot_of(device)?, self.hotplug.as_ref()?);
-        if lock(hotplug).ask(slot) {
-            lock(&self.power).notify(acpi_pm::EVENT_PCI);
-            return None;
+        let is_first = lock(hotplug).ask(slot);
+        if !is_first && let Some(range) = self.virtio.take_away(slot) {
+            self.files.close(&range);
         }
-        lock(hotplug).taken_away(slot);
-        let gone = self.end(slot);
         lock(&self.power).notify(acpi_pm::EVENT_PCI);
-        gone.map(|_| slot)
+        (!is_first).then_some(slot)
     }
 
     /// Ends the devices that the guest has let go of since the last call: their slots, and what they were.
@@ -234,6 +233,7 @@ impl Machine {
         }
     }
 
+    /// `None` for one that was taken away before.
     fn end(&mut self, slot: usize) -> Option<Unpluggable> {
         let Unplugged { device, memory } = self.virtio.unplug(slot)?;
         if let Some(range) = memory {
@@ -241,7 +241,10 @@ impl Machine {
             // What a back-end reaches until here are zeros that stay mapped, and nobody's.
             self.virtio.memory_changed();
         }
-        Some(device)
+        if device.is_none() {
+            log::info!("The guest has let go of what was taken away from it: PCI slot {slot} is free.");
+        }
+        device
     }
 
     /// Tells the guest of a device that has come.

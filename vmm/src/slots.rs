@@ -79,6 +79,8 @@ pub struct Slots {
     vsock: Option<Arc<Mutex<Vsock>>>,
     balloon: Option<Arc<Mutex<Balloon>>>,
     memory: Option<Arc<Mutex<Mem>>>,
+    /// Taken away, and the guest has not let go of them: each has its place.
+    dead: Vec<Taken>,
     way: Way,
 }
 
@@ -111,10 +113,18 @@ pub enum Unpluggable {
     Pmem(String),
 }
 
-/// A device that is gone, and the guest memory that was its file.
+/// What a slot had that the guest has let go of.
 pub struct Unplugged {
-    pub device: Unpluggable,
+    /// `None` for what was taken away before.
+    pub device: Option<Unpluggable>,
+    /// The guest memory that was its file.
     pub memory: Option<Range<u64>>,
+}
+
+/// What is left of a device on the host's side when it was taken away.
+struct Taken {
+    slot: usize,
+    memory: Option<Range<u64>>,
 }
 
 impl Slots {
@@ -132,6 +142,7 @@ impl Slots {
             vsock: None,
             balloon: None,
             memory: None,
+            dead: Vec::new(),
             way,
         })
     }
@@ -167,14 +178,35 @@ impl Slots {
         }
     }
 
-    /// Ends the device in `slot`, which is off the bus already if the guest has let go of it, and says what it was. Nothing
-    /// of it runs afterwards, and its files are closed.
+    /// Takes the device in `slot` away from a guest that has not let go of it: its files are closed, it has no id any more,
+    /// and its driver keeps what fails all requests. Says which guest memory was its file.
+    pub fn take_away(&mut self, slot: usize) -> Option<Range<u64>> {
+        let function = self.places.iter().find_map(|place| match place {
+            Place::Pci { slot: at, function } if *at == slot => Some(function),
+            _ => None,
+        })?;
+        lock(function).take_away();
+        let memory = self.forget(slot)?.memory;
+        self.dead.push(Taken { slot, memory: memory.clone() });
+        memory
+    }
+
+    /// Ends what is in `slot`, which is off the bus already, and says what it was. Nothing of it runs afterwards, and its
+    /// files are closed.
     pub fn unplug(&mut self, slot: usize) -> Option<Unplugged> {
         if let Way::Pci { root, .. } = &self.way {
-            root.take_away(slot);
+            root.remove(slot);
         }
         self.places.retain(|place| place.slot() != Some(slot));
-        let plain = |device| Unplugged { device, memory: None };
+        match self.dead.iter().position(|taken| taken.slot == slot) {
+            Some(place) => Some(Unplugged { device: None, memory: self.dead.remove(place).memory }),
+            None => self.forget(slot),
+        }
+    }
+
+    /// Takes the device in `slot` off the list of its kind.
+    fn forget(&mut self, slot: usize) -> Option<Unplugged> {
+        let plain = |device| Unplugged { device: Some(device), memory: None };
         take(&mut self.drives, slot)
             .map(|drive| drive.id)
             .or_else(|| take(&mut self.vhost_user_drives, slot).map(|drive| drive.id))
@@ -182,7 +214,8 @@ impl Slots {
             .or_else(|| take(&mut self.interfaces, slot).map(|net| plain(Unpluggable::Interface(net.id))))
             .or_else(|| {
                 let Named { id, device, .. } = take(&mut self.pmems, slot)?;
-                Some(Unplugged { device: Unpluggable::Pmem(id), memory: Some(lock(&device).range()) })
+                let memory = Some(lock(&device).range());
+                Some(Unplugged { device: Some(Unpluggable::Pmem(id)), memory })
             })
     }
 

@@ -43,10 +43,8 @@ struct Slots {
 }
 
 struct Slot {
-    /// `None` after it was let go of or taken away ([`Root::let_go`], [`Root::take_away`]).
+    /// `None` when the guest has let go of it and its owner has not heard of it yet ([`Root::let_go`]).
     function: Option<SharedFunction>,
-    /// Its owner has not heard yet that the guest has let go of it.
-    is_held: bool,
     /// What each BAR answers at now.
     decoded: [Option<Range<u64>>; config::BARS],
     /// What was taken from a window for it.
@@ -58,7 +56,9 @@ struct Slot {
 pub enum AddError {
     #[error("PCI slot {slot} is taken or does not exist: choose a free one from 1 to 31")]
     Slot { slot: usize },
-    #[error("all 31 PCI slots are taken: remove a device first")]
+    #[error(
+        "all 31 PCI slots are taken, with those of devices that the guest has not let go of: remove a device first"
+    )]
     Full,
     #[error("no room for a BAR of {size:#x} bytes in the PCI windows: remove a device first")]
     Window { size: u64 },
@@ -69,12 +69,7 @@ impl Root {
     pub fn new(windows: Windows) -> Self {
         let mut table = [const { None }; SLOTS];
         let bridge: SharedFunction = Arc::new(Mutex::new(HostBridge::new()));
-        let bridge = Slot {
-            function: Some(bridge),
-            is_held: false,
-            decoded: Default::default(),
-            assigned: Vec::new(),
-        };
+        let bridge = Slot { function: Some(bridge), decoded: Default::default(), assigned: Vec::new() };
         table[0] = Some(bridge);
         let (low, high) = (Ranges::new(windows.below_4g), windows.above_4g.map(Ranges::new));
         Self { slots: Mutex::new(Slots { table, low, high }) }
@@ -99,17 +94,17 @@ impl Root {
     pub fn add(&self, slot: Option<usize>, function: SharedFunction) -> Result<usize, AddError> {
         let mut slots = self.slots();
         let slot = slots.free_slot(slot)?;
-        slots.clear(slot);
         let mut config = lock(&function);
         let assigned = slots.assign(config.config())?;
         let decoded = decoded(config.config());
         drop(config);
-        slots.table[slot] = Some(Slot { function: Some(function), is_held: false, decoded, assigned });
+        slots.table[slot] = Some(Slot { function: Some(function), decoded, assigned });
         Ok(slot)
     }
 
     /// Takes the function out of `slot`: no access of the guest finds it any more, and its addresses are free. The host
-    /// bridge stays. What the function holds of the host goes with its last owner.
+    /// bridge stays. What the function holds of the host goes with its last owner. `None` also for one that the guest has let
+    /// go of: the slot is free all the same.
     pub fn remove(&self, slot: usize) -> Option<SharedFunction> {
         if slot == 0 {
             return None;
@@ -118,25 +113,14 @@ impl Root {
     }
 
     /// As [`Root::remove`], for a guest that lets go of the function: whoever owns that hears of it later, and knows it by its
-    /// slot. So until [`Root::take_away`] nothing else comes into the slot, or it would be taken for what has gone; nor to its
+    /// slot. So until [`Root::remove`] nothing else comes into the slot, or it would be taken for what has gone; nor to its
     /// addresses, where doorbells may still be bound.
     pub fn let_go(&self, slot: usize) -> Option<SharedFunction> {
         let mut slots = self.slots();
         let left = slots.table.get_mut(slot).filter(|_| slot != 0)?.as_mut()?;
         let function = left.function.take()?;
-        left.is_held = true;
         left.decoded = Default::default();
         Some(function)
-    }
-
-    /// As [`Root::remove`], for a guest that has not let go of the function. Its configuration space is gone, by which
-    /// drivers see that the function is; but where its BARs were, zeros are read until another comes into the slot: a driver
-    /// in the middle of something waits for a register to be 0 (VIRTIO 1.3, 4.1.4.3.2), for ever if it reads ones.
-    pub fn take_away(&self, slot: usize) -> Option<SharedFunction> {
-        let mut slots = self.slots();
-        let left = slots.table.get_mut(slot).filter(|_| slot != 0)?.as_mut()?;
-        left.is_held = false;
-        left.function.take()
     }
 
     /// The guest reads configuration space; `offset` counts from the start of ECAM.
@@ -166,15 +150,14 @@ impl Root {
     /// The guest reads memory at `address` in a window; ones where no BAR holds all of it.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address, data.len()) {
-            Some((bar, offset, Some(function))) => lock(&function).read_bar(bar, offset, data),
-            Some((_, _, None)) => data.fill(0),
+            Some((bar, offset, function)) => lock(&function).read_bar(bar, offset, data),
             None => data.fill(0xff),
         }
     }
 
     /// The guest writes memory at `address` in a window; lost where no BAR holds all of it.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((bar, offset, Some(function))) = self.find(address, data.len()) {
+        if let Some((bar, offset, function)) = self.find(address, data.len()) {
             lock(&function).write_bar(bar, offset, data);
         }
     }
@@ -190,7 +173,7 @@ impl Root {
 
     /// BAR, offset in it and function for an address. Where a guest has laid BARs over one another, the first is as good
     /// as any.
-    fn find(&self, address: u64, len: usize) -> Option<(usize, u64, Option<SharedFunction>)> {
+    fn find(&self, address: u64, len: usize) -> Option<(usize, u64, SharedFunction)> {
         let end = address.checked_add(len as u64)?;
         let slots = self.slots();
         slots.table.iter().flatten().find_map(|slot| {
@@ -199,7 +182,7 @@ impl Root {
             };
             let bar = slot.decoded.iter().position(holds)?;
             let start = slot.decoded.get(bar)?.as_ref()?.start;
-            Some((bar, address - start, slot.function.clone()))
+            Some((bar, address - start, slot.function.clone()?))
         })
     }
 
@@ -211,9 +194,9 @@ impl Root {
 impl Slots {
     fn free_slot(&self, wanted: Option<usize>) -> Result<usize, AddError> {
         match wanted {
-            Some(slot) if self.table.get(slot).is_some_and(is_free) => Ok(slot),
+            Some(slot) if self.table.get(slot).is_some_and(Option::is_none) => Ok(slot),
             Some(slot) => Err(AddError::Slot { slot }),
-            None => self.table.iter().position(is_free).ok_or(AddError::Full),
+            None => self.table.iter().position(Option::is_none).ok_or(AddError::Full),
         }
     }
 
@@ -260,10 +243,6 @@ impl Slots {
             high.free(start);
         }
     }
-}
-
-fn is_free(slot: &Option<Slot>) -> bool {
-    slot.as_ref().is_none_or(|slot| slot.function.is_none() && !slot.is_held)
 }
 
 fn decoded(config: &Config) -> [Option<Range<u64>>; config::BARS] {
@@ -440,23 +419,6 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_away_reads_as_zeros_until_another_has_its_slot() {
-        let (root, bus) = machine();
-        assert_eq!(root.add(None, card(&[(0, Bar::Memory32(0x1000))])), Ok(1));
-        decode(&bus, 1);
-        assert!(root.take_away(1).is_some());
-        assert!(root.take_away(1).is_none() && root.take_away(0).is_none());
-        assert_eq!(read(&bus, ecam(1, 0)), u32::MAX);
-        write(&bus, ecam(1, 4), 0);
-        assert_eq!(read(&bus, LOW.start), 0);
-        write(&bus, LOW.start, 5);
-        assert_eq!(root.add(None, card(&[(0, Bar::Memory32(0x1000))])), Ok(1));
-        assert_eq!(read(&bus, ecam(1, 0x10)), LOW.start as u32, "the addresses are free again");
-        assert_eq!(read(&bus, LOW.start), u32::MAX, "not decoded");
-        assert!(root.remove(1).is_some());
-    }
-
-    #[test]
     fn what_the_guest_has_let_go_of_is_gone_and_has_its_slot_and_addresses_until_its_owner_knows() {
         let (root, bus) = machine();
         let card = || card(&[(0, Bar::Memory32(0x1000))]);
@@ -468,7 +430,7 @@ mod tests {
         assert_eq!(root.add(Some(1), card()), Err(AddError::Slot { slot: 1 }));
         assert_eq!(root.add(None, card()), Ok(2));
         assert_eq!(read(&bus, ecam(2, 0x10)), LOW.start as u32 + 0x1000);
-        assert!(root.take_away(1).is_none());
+        assert!(root.remove(1).is_none());
         assert_eq!(root.add(None, card()), Ok(1));
         assert_eq!(read(&bus, ecam(1, 0x10)), LOW.start as u32);
     }

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::host::Source;
 use crate::memory::Memory;
 use crate::virtio::queue::Queue;
-use crate::virtio::{balloon, blk, console, mem, net, pmem, rng, vhost_user, vsock};
+use crate::virtio::{balloon, blk, console, dead, mem, net, pmem, rng, vhost_user, vsock};
 
 /// A device model behind any transport. The transport holds its lock for every call; none may block.
 pub trait VirtioDevice: Send {
@@ -58,7 +58,7 @@ pub fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
 }
 
 /// What the driver sees of a device before it agrees on anything.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// VIRTIO 1.3, section 5.
     pub device_type: DeviceType,
@@ -71,7 +71,7 @@ pub struct Identity {
 }
 
 /// Device numbers (VIRTIO 1.3, section 5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u16)]
 pub enum DeviceType {
     Network = 1,
@@ -125,6 +125,8 @@ pub enum DeviceState {
     PersistentMemory(pmem::State),
     Socket(vsock::State),
     VhostUserBlock(vhost_user::blk::State),
+    /// Of any kind, after it was taken away.
+    Dead(dead::State),
 }
 
 /// Why a device could not start; the driver sees DEVICE_NEEDS_RESET.

@@ -29,6 +29,7 @@ use crate::testing::FakeHost;
 use crate::virtio::balloon::{self, Balloon, Ram};
 use crate::virtio::blk::{Blk, Engine};
 use crate::virtio::console::{self, Console, Size};
+use crate::virtio::dead::Dead;
 use crate::virtio::mem;
 use crate::virtio::mmio::{self, Mmio};
 use crate::virtio::net::{self, Net};
@@ -103,6 +104,9 @@ const DEVICES: &[(&str, MakeDevice)] = &[
     ("mem", mem),
     ("blk of another process", || vhost_user(1)),
     ("blk of another process with three queues", || vhost_user(3)),
+    ("blk that was taken away", dead_blk),
+    ("pmem that was taken away", dead_pmem),
+    ("net that was taken away", dead_net),
 ];
 
 fn quiet(device: SharedDevice, requests: Requests) -> Subject {
@@ -140,6 +144,22 @@ fn blk_that_is(device: Blk, queues: u16) -> Subject {
     let read = |driver: &mut Driver| round_trip::blk_request(VIRTIO_BLK_T_IN)(driver);
     let requests = (0..queues.into()).map(|queue| (queue, read as fn(&mut Driver) -> Vec<Buffer>));
     quiet(Arc::new(Mutex::new(device)), requests.collect())
+}
+
+fn dead_blk() -> Subject {
+    let device = round_trip::dead_of(round_trip::blk_of(Engine::Sync, 3, Limits::default()))(None);
+    let read = |driver: &mut Driver| round_trip::blk_request(VIRTIO_BLK_T_IN)(driver);
+    quiet(Arc::new(Mutex::new(device)), vec![(0, read), (2, read)])
+}
+
+fn dead_pmem() -> Subject {
+    let device = round_trip::dead_of(round_trip::pmem_of(Limits::default()))(None);
+    quiet(Arc::new(Mutex::new(device)), vec![(0, round_trip::pmem_flush)])
+}
+
+fn dead_net() -> Subject {
+    let device = Dead::of(&*net(2).device.lock().unwrap());
+    quiet(Arc::new(Mutex::new(device)), vec![(1, |driver| vec![driver.data(&[0; 72])])])
 }
 
 fn pmem() -> Subject {

@@ -4,6 +4,7 @@ pub mod balloon;
 mod batching;
 pub mod blk;
 pub mod console;
+pub mod dead;
 pub mod device;
 #[cfg(test)]
 mod echo;

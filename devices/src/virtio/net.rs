@@ -33,6 +33,7 @@ use crate::virtio::queue::Queue;
 use crate::virtio::running::{Running, Step, count};
 use crate::virtio::turns::{Turn, Turns};
 
+pub(super) use control::control_queue;
 pub use neighbour::{LOOK, Neighbour};
 
 use control::Control;

@@ -193,6 +193,11 @@ impl Pci {
         }
     }
 
+    /// See [`Transport::take_away`].
+    pub fn take_away(&mut self) {
+        self.transport.take_away();
+    }
+
     /// See [`Transport::memory_changed`].
     pub fn memory_changed(&self) {
         self.transport.memory_changed();

@@ -31,7 +31,7 @@ const FLUSH: u32 = 0;
 /// `ret` of a request that is done (5.19.7).
 const DONE: u32 = 0;
 /// `ret` of one that failed; Linux makes it EIO whatever it is, as long as it is not 0.
-const FAILED: u32 = 1;
+pub(super) const FAILED: u32 = 1;
 
 /// What a persistent memory device is made of.
 pub struct Config {

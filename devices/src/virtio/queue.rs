@@ -52,7 +52,7 @@ impl Queue {
     /// [`Queue::push`] or [`Queue::undo_pop`].
     pub fn pop(&mut self, memory: &GuestRam) -> Result<Option<Chain>, QueueError> {
         let Some(head) = self.head(memory)? else { return Ok(None) };
-        let chain = Chain::parse(memory, self.ring.desc_table(), self.ring.size(), head)?;
+        let chain = self.chain(memory, head)?;
         self.step();
         Ok(Some(chain))
     }
@@ -66,6 +66,11 @@ impl Queue {
         }
         self.step();
         Ok(Some(head))
+    }
+
+    /// The chain with this head, which was popped before and not pushed.
+    pub fn chain(&self, memory: &GuestRam, head: u16) -> Result<Chain, QueueError> {
+        Chain::parse(memory, self.ring.desc_table(), self.ring.size(), head)
     }
 
     fn head(&self, memory: &GuestRam) -> Result<Option<u16>, QueueError> {

@@ -15,6 +15,7 @@ use crate::backend::tap::Tap;
 use crate::virtio::balloon::{self, Balloon, Ram};
 use crate::virtio::blk::{self, Blk, Engine};
 use crate::virtio::console::{self, Console, Size};
+use crate::virtio::dead::Dead;
 use crate::virtio::device::{DeviceState, VirtioDevice};
 use crate::virtio::mem::{self, Mem};
 use crate::virtio::net::{self, Net};
@@ -215,6 +216,25 @@ fn blk_of_another_process() {
         let backend = Alone::new(Kind::of_queues(queues));
         nothing_is_lost(vhost_user_of(&backend, queues), index, blk_request(VIRTIO_BLK_T_IN));
     }
+}
+
+/// What is left of the device that `new` makes.
+pub fn dead_of<D: VirtioDevice>(
+    new: impl Fn(Option<DeviceState>) -> D,
+) -> impl Fn(Option<DeviceState>) -> Dead {
+    move |state| match state {
+        None => Dead::of(&new(None)),
+        Some(DeviceState::Dead(state)) => Dead::new(state).unwrap(),
+        Some(other) => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_was_taken_away() {
+    let blk = blk_of(Engine::Sync, 3, Limits::default());
+    nothing_is_lost(dead_of(blk), 2, blk_request(VIRTIO_BLK_T_IN));
+    nothing_is_lost(dead_of(pmem_of(Limits::default())), 0, pmem_flush);
+    nothing_is_lost(dead_of(net_of(Limits::default())), 1, |driver| vec![driver.data(&[0; 72])]);
 }
 
 pub fn rng_of(limits: Limits) -> impl Fn(Option<DeviceState>) -> Rng {

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::host::{Handler, Host, WatchId};
 use crate::memory::Memory;
 use crate::state::StateError;
+use crate::virtio::dead::Dead;
 use crate::virtio::device::{Active, DeviceState, DeviceType, Identity, Interrupt, VirtioDevice};
 use crate::virtio::queue::{Queue, QueueState};
 use crate::virtio::running::count;
@@ -293,6 +294,17 @@ impl Transport {
         let runs = status::DRIVER_OK | status::NEEDS_RESET;
         if self.running.is_none() && self.status() & runs == status::DRIVER_OK {
             self.start();
+        }
+    }
+
+    /// Lets go of the device, with all that it has of the host. Its driver keeps what fails all requests ([`Dead`]).
+    pub fn take_away(&mut self) {
+        let runs = self.running.is_some();
+        self.pause();
+        let dead = Dead::of(&*lock(&self.device));
+        self.device = Arc::new(Mutex::new(dead));
+        if runs {
+            self.resume();
         }
     }
 

@@ -9,6 +9,7 @@ use agent::protocol::{Exit, Frame, FromGuest, Size, ToGuest};
 use berth_fuzz::saved_state::{KINDS, balloon, blk, console, mem, net, pmem, rng, vsock};
 use devices::backend::qcow2::testing::Blank;
 use devices::testing::FakeHost;
+use devices::virtio::dead::Dead;
 use devices::virtio::pci::Pci;
 use devices::virtio::testing;
 use devices::virtio::transport::SharedDevice;
@@ -730,7 +731,7 @@ fn elf(pvh: bool) -> Vec<u8> {
 }
 
 fn saved_states() -> Vec<Seed> {
-    let devices: [(&str, SharedDevice); 9] = [
+    let devices: [(&str, SharedDevice); 10] = [
         ("vhost-user-blk", Arc::new(Mutex::new(berth_fuzz::vhost_user::device(None)))),
         ("balloon", Arc::new(Mutex::new(balloon(None)))),
         ("blk", Arc::new(Mutex::new(blk(None)))),
@@ -740,6 +741,7 @@ fn saved_states() -> Vec<Seed> {
         ("pmem", Arc::new(Mutex::new(pmem(None)))),
         ("mem", Arc::new(Mutex::new(mem(None).unwrap()))),
         ("vsock", Arc::new(Mutex::new(vsock(None)))),
+        ("dead", Arc::new(Mutex::new(Dead::of(&blk(None))))),
     ];
     let save = |(name, device)| {
         let host = Arc::new(FakeHost::new());

@@ -114,7 +114,13 @@ impl PciMachine {
                 self.host.run(TURNS);
                 self.host.take_messages();
             }
-            6 => self.host.fail_connections(input.u8()? & 1 != 0),
+            6 => {
+                let what = input.u8()?;
+                self.host.fail_connections(what & 1 != 0);
+                if what & 0x80 != 0 {
+                    self.function.lock().unwrap().take_away();
+                }
+            }
             _ => self.carry_on(),
         }
         Some(())

@@ -12,6 +12,7 @@ use devices::virtio::balloon::{self, Balloon, Ram};
 use devices::backend::disk::Format;
 use devices::virtio::blk::{self, Blk, Cache, Engine};
 use devices::virtio::console::{self, Console, Size};
+use devices::virtio::dead::Dead;
 use devices::virtio::device::DeviceState;
 use devices::virtio::mem::{self, Mem};
 use devices::virtio::net::{self, Net};
@@ -65,6 +66,7 @@ pub fn restored(state: DeviceState) -> Option<SharedDevice> {
         DeviceState::Balloon(state) => Arc::new(Mutex::new(balloon(Some(state)))),
         DeviceState::Block(state) => Arc::new(Mutex::new(blk(Some(state)))),
         DeviceState::Console(state) => Arc::new(Mutex::new(console(Some(state)))),
+        DeviceState::Dead(state) => Arc::new(Mutex::new(Dead::new(state).ok()?)),
         DeviceState::Entropy(state) => Arc::new(Mutex::new(rng(Some(state)))),
         DeviceState::Memory(state) => Arc::new(Mutex::new(mem(Some(state)).ok()?)),
         DeviceState::Network(state) => Arc::new(Mutex::new(net(Some(state)))),

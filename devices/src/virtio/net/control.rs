@@ -28,13 +28,12 @@ impl Control {
         Control { available, most: 0, pairs: usize::from(pairs).clamp(1, available.max(1)), queue }
     }
 
-    /// The device runs with these features. Its control queue is after the pairs that the driver knows of (5.1.2).
+    /// The device runs with these features.
     pub fn start(&mut self, features: u64) {
-        let knows_several = features & bit(spec::VIRTIO_NET_F_MQ) != 0;
-        let known = if knows_several { self.available } else { 1 };
-        self.queue = 2 * known as u16;
+        let known = known_pairs(self.available, features);
+        self.queue = control_queue(self.available, features);
         // A command is one of its feature (5.1.6.5.5), and that of the queue that it comes by (5.1.3.1).
-        let may_command = knows_several && features & bit(spec::VIRTIO_NET_F_CTRL_VQ) != 0;
+        let may_command = knows_several(features) && features & bit(spec::VIRTIO_NET_F_CTRL_VQ) != 0;
         self.most = if may_command { self.available } else { 0 };
         self.pairs = self.pairs.min(known);
     }
@@ -72,6 +71,20 @@ impl Control {
         self.pairs = pairs;
         Ok(())
     }
+}
+
+/// The index of the control queue of a device with so many pairs, for a driver that agreed on these features: after the pairs
+/// that it knows of (5.1.2).
+pub fn control_queue(available: usize, features: u64) -> u16 {
+    2 * known_pairs(available, features) as u16
+}
+
+fn known_pairs(available: usize, features: u64) -> usize {
+    if knows_several(features) { available } else { 1 }
+}
+
+fn knows_several(features: u64) -> bool {
+    features & bit(spec::VIRTIO_NET_F_MQ) != 0
 }
 
 /// The number of pairs, if that is what the command is about.

@@ -75,6 +75,39 @@ fn a_start_that_fails_is_counted_and_its_driver_told() {
 }
 
 #[test]
+fn a_device_that_is_taken_away_is_let_go_of_and_what_takes_its_place_runs_when_it_did() {
+    let Rig { host, echo, mut transport } = rig();
+    transport.write_config(0, &[7; 8]);
+    let gone = |echo: &Arc<Mutex<Echo>>| Arc::strong_count(echo) == 1 && !echo.lock().unwrap().runs();
+    agree(&mut transport, VERSION_1);
+    transport.set_status(DRIVER_OK);
+    transport.resume();
+    transport.take_away();
+    assert!(gone(&echo) && host.watches() == 1);
+    let mut data = [0; 8];
+    transport.read_config(0, &mut data);
+    assert_eq!(data, [7; 8]);
+    transport.set_status(0);
+    assert_eq!((transport.status(), host.watches()), (0, 0), "a driver that lets go of it resets it");
+
+    // Paused, or without a driver, it is started by whoever would have started the device.
+    for paused in [true, false] {
+        let Rig { host, echo, mut transport } = rig();
+        agree(&mut transport, VERSION_1);
+        if paused {
+            transport.set_status(DRIVER_OK);
+            transport.resume();
+            transport.pause();
+        }
+        transport.take_away();
+        assert!(gone(&echo) && host.watches() == 0);
+        transport.set_status(DRIVER_OK);
+        transport.resume();
+        assert_eq!(host.watches(), 1);
+    }
+}
+
+#[test]
 fn who_reads_or_writes_beyond_the_configuration_space_is_counted_and_changes_nothing() {
     let Rig { echo, mut transport, .. } = rig();
     transport.write_config(0, &[7; 8]);

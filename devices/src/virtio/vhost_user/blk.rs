@@ -89,7 +89,7 @@ pub struct VhostUserBlk {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// Of each queue, the requests that the back-end had not done.
-    unfinished: Vec<Vec<u16>>,
+    pub(crate) unfinished: Vec<Vec<u16>>,
     /// As the driver knows it.
     config: Vec<u8>,
 }
