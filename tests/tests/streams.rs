@@ -18,6 +18,9 @@ const MTUS: [u16; 4] = [576, 1500, 9000, 65521];
 /// A transfer in each direction, in MiB; in a soak run tens of them at each MTU.
 const MIB: (u32, u32) = (1, 32);
 
+/// Small ones take their time.
+const MAX_DATAGRAMS: u32 = 10_000;
+
 /// What a kernel counts when what has arrived is not what was sent.
 const BROKEN: [&str; 5] =
     ["TcpInCsumErrors", "UdpInCsumErrors", "Udp6InCsumErrors", "IcmpInCsumErrors", "TcpInErrs"];
@@ -61,12 +64,14 @@ fn streams(name: Name, first: u8, shift: usize) {
             let port = 5000 + 20 * (4 * round + place) as u16;
             there_and_back(&mut guest, tap, port, &format!("eth{place} with an MTU of {mtu}"));
             let bytes = format!("{}M", times(MIB.0, MIB.1));
+            // Datagrams as large as packets. What nobody has room for is lost, and what arrives is not broken.
+            let datagram = u32::from(mtu.saturating_sub(28).min(65_000));
+            let datagrams = (times(MIB.0, MIB.1) << 20).div_ceil(datagram).min(MAX_DATAGRAMS);
             for (port, options) in (port + 2..).zip([
                 format!("-n {bytes} -P 2"),
                 format!("-n {bytes} -P 2 -R"),
-                // Datagrams as large as packets. What nobody has room for is lost, and what arrives is not broken.
-                format!("-u -b 50M -n {bytes} -l {}", mtu.saturating_sub(28).min(65_000)),
-                format!("-u -b 50M -n {bytes} -l {} -R", mtu.saturating_sub(28).min(65_000)),
+                format!("-u -b 50M -k {datagrams} -l {datagram}"),
+                format!("-u -b 50M -k {datagrams} -l {datagram} -R"),
             ]) {
                 iperf(&mut guest, tap, port, &options);
             }

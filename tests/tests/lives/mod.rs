@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
 use api_socket::{BackingFile, Balloon, Client, DiskFormat, Drive, IoEngine, MemoryHotplugConfig, Serial};
@@ -13,7 +13,7 @@ use berth_tests::guest::huge_pages::HugePages;
 use berth_tests::guest::setup::{VSOCK, disk_drive};
 use berth_tests::guest::storage_daemon::StorageDaemon;
 use berth_tests::guest::tap::{self, Tap};
-use berth_tests::guest::{asset, blank_disk, debian_drive, program, program_drive};
+use berth_tests::guest::{asset, blank_disk, debian_drive, limits, program, program_drive};
 use berth_tests::host::{process, provide};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -30,6 +30,7 @@ pub const ALL: &[(&str, Life)] = &[
     ("told to be quiet", told_to_be_quiet),
     ("on a terminal", on_a_terminal),
     ("on the network", on_the_network),
+    ("a device is let go of with its driver", let_go_with_its_driver),
     ("served by the kernel", served_by_the_kernel),
     ("over sockets", over_sockets),
     ("with a balloon", with_a_balloon),
@@ -197,6 +198,31 @@ fn on_images() -> Vec<Call> {
     to_the_end(guest, tracer)
 }
 
+/// A guest that knows nothing of hot plug says by its register that it has let go of a disk, while its driver has the disk still,
+/// interrupts and all.
+fn let_go_with_its_driver() -> Vec<Call> {
+    let directory = tempfile::tempdir().unwrap();
+    let drives = vec![
+        program_drive(directory.path(), "berth-attacker"),
+        disk_drive("goes", blank_disk(directory.path().join("goes"), MIB)),
+    ];
+    let command_line = "acpiphp.disable=1".into();
+    let (mut guest, tracer) = traced(Setup { drives, command_line, ..Setup::default() });
+    guest.take_program("/dev/vda", "berth-attacker");
+    guest.run("dd if=/dev/vdb of=/dev/null bs=4k iflag=direct");
+    guest.apply(Request::DeleteDrive("goes".into()));
+    guest.run("berth-attacker let-go");
+    let begin = Instant::now();
+    while guest.api.vm_config().unwrap().drives.len() > 1 {
+        assert!(begin.elapsed() < limits::COMMAND, "it is there still");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // There is nothing any more that the driver could shut down.
+    guest.say("echo b > /proc/sysrq-trigger");
+    guest.ended();
+    tracer.calls()
+}
+
 /// A tap of two queues, of which the guest takes one and both; limits that hold packets back; a driver that comes and goes.
 fn on_the_network() -> Vec<Call> {
     let tap = Tap::new(9, &["multi_queue"]);
@@ -333,6 +359,8 @@ fn with_more_memory() -> Vec<Call> {
         guest.resume();
         plug(&mut guest, 64);
         plug(&mut guest, 0);
+        // A driver that goes before it has taken the last block out leaves it, and does not come again.
+        guest.run("while grep -q 'virtio_mem' /proc/iomem; do sleep 0.1; done");
         comes_and_goes(&mut guest, "virtio_mem", "virtio0");
         calls.extend(to_the_end(guest, tracer));
     }

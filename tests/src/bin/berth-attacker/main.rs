@@ -10,6 +10,7 @@
 //!     berth-attacker neighbour [KEY=VALUE]...                              be attacked
 //!     berth-attacker swap root=DIR name=NAME victim=PATH                   be in the way of a jailer
 //!     berth-attacker blast seconds=N                                       be a guest that gives its VMM work
+//!     berth-attacker let-go                                                be a guest that lets go of what it still uses
 //!     berth-attacker with-key PROGRAM [ARGUMENT]...                        run with a key in the session's keyring
 //!     berth-attacker handle FILE                                           print what open-by-handle needs
 
@@ -134,6 +135,7 @@ fn run(command: &str, words: Vec<String>) -> io::Result<()> {
         }
         "neighbour" => neighbours::be_neighbour(&Aims::take(words).0),
         "blast" => blast::run(&Aims::take(words).0),
+        "let-go" => blast::let_go(),
         "swap" => swap::run(&Aims::take(words).0),
         "with-key" => {
             neighbours::get_key()?;
