@@ -4,7 +4,8 @@
 //! a driver that is about to make many requests gets each served, and is interrupted for it, alone. An io thread that gives
 //! the processor back, kicks still off, finds all of them. A driver that waits for each request gains nothing by that, and
 //! where somebody else is busy the io thread comes back late; so it is tried now and then, and goes on for as long as it
-//! finds several, soon. What it brings: docs/benchmarks.md, Disks.
+//! finds several, soon. What it brings: docs/benchmarks.md, Disks. A network interface and sockets gain nothing by it there:
+//! their packets are large, and a guest takes longer over each than is waited for.
 
 use std::time::{Duration, Instant};
 

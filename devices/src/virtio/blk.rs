@@ -481,7 +481,7 @@ impl Worker {
     fn serve(&mut self, running: &mut Running, queue: u16) -> Turn {
         self.waits = None;
         let mut taken = false;
-        running.serve(queue, |memory, chain| {
+        running.serve_batches(queue, |memory, chain| {
             let step = self.request(queue, memory, chain)?;
             taken |= step != Step::Later;
             Ok(step)

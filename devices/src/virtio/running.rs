@@ -128,7 +128,18 @@ impl Running {
         request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
     ) {
         self.clear_kick(index);
-        self.turn(index, |turn| turn.serve(request));
+        self.turn(index, |turn| turn.serve(request, false));
+    }
+
+    /// As [`Running::serve`], for a device whose driver makes many requests one after the other: between two looks at the
+    /// queue it lets others run, while that pays ([`Batching`]).
+    pub fn serve_batches(
+        &mut self,
+        index: u16,
+        request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
+    ) {
+        self.clear_kick(index);
+        self.turn(index, |turn| turn.serve(request, true));
     }
 
     /// Takes one turn at the queue with this index, for a device that pops and pushes by itself. It does not take in
@@ -165,6 +176,7 @@ impl Turn<'_> {
     fn serve(
         &mut self,
         mut request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
+        in_batches: bool,
     ) -> Result<(), QueueError> {
         let (mut requests, begin) = (0, Instant::now());
         loop {
@@ -186,7 +198,7 @@ impl Turn<'_> {
                     }
                 }
             }
-            if self.lets_others_run(requests - before)? {
+            if in_batches && self.lets_others_run(requests - before)? {
                 continue;
             }
             // Looking once more counts too: a driver that lays its rings over one another makes asking for kicks change
@@ -301,7 +313,7 @@ mod tests {
         let active = Active { memory, queues, features: EVENT_IDX, interrupt };
         let (mut running, _) = Running::start(active, 1).unwrap();
         let mut served = 0;
-        running.serve(0, |_, _| {
+        running.serve_batches(0, |_, _| {
             served += 1;
             Ok(Step::Used(0))
         });
