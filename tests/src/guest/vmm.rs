@@ -190,24 +190,6 @@ impl Vmm {
         tasks.flatten().map(of).collect()
     }
 
-    /// Memory that no other process has part in, guest memory aside, in KiB: that is shared with its file.
-    pub fn private_kib(&self) -> u64 {
-        let smaps = fs::read_to_string(self.proc("smaps")).expect("the VMM's mappings");
-        let mut guest_memory = false;
-        let mut sum = 0;
-        for line in smaps.lines() {
-            match line.split_once(": ") {
-                Some(("Private_Dirty" | "Private_Clean", value)) if !guest_memory => {
-                    sum += value.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or_default();
-                }
-                Some(_) => {}
-                // The first line of a mapping ends with its file.
-                None => guest_memory = line.contains("memfd:"),
-            }
-        }
-        sum
-    }
-
     /// Processor time it used, guest included, in clock ticks (hundredths of a second).
     pub fn cpu_ticks(&self) -> u64 {
         let stat = fs::read_to_string(self.proc("stat")).expect("the VMM's stat");
