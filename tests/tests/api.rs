@@ -220,7 +220,7 @@ const MALFORMED: &[Case] = &[
     ("PATCH", "/hotplug/memory", "{}", 400, &["missing field `requested_size_mib`"]),
     ("DELETE", "/hotplug/memory", "", 400, &["DELETE /hotplug/memory"]),
     ("PUT", "/console", "{}", 400, &["missing field `output_path`"]),
-    ("PATCH", "/console", r#"{"columns":"80"}"#, 400, &["invalid type: string"]),
+    ("PATCH", "/console", r#"{"columns":"80"}"#, 400, &["`columns`", "give u16"]),
 ];
 
 /// Refused before the start: values out of range or that do not fit, and what only a started guest can do.
