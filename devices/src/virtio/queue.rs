@@ -17,6 +17,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions, Volatile
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::{GuestRam, is_writable};
+use crate::virtio::batching::Batching;
 
 /// Most descriptors one chain may have, indirect ones included. A chain may not be longer than its queue (2.7.5.3.1), and
 /// no queue of ours is longer than this; so a chain that reaches it is a loop.
@@ -30,13 +31,15 @@ pub struct Queue {
     pub kick: EventFd,
     /// The used index when the driver was last asked whether it wants an interrupt.
     asked_at: Wrapping<u16>,
+    /// Whether it pays to wait a little where it is empty.
+    pub(super) batching: Batching,
 }
 
 impl Queue {
     /// A queue whose driver wants to know of nothing yet.
     pub fn new(index: u16, ring: virtio_queue::Queue, kick: EventFd) -> Queue {
         let asked_at = Wrapping(ring.next_used());
-        Queue { index, ring, kick, asked_at }
+        Queue { index, ring, kick, asked_at, batching: Batching::default() }
     }
 
     /// Whether the device may write where its side of the ring is. At the start of each turn: memory can come and go.

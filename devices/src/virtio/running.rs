@@ -15,7 +15,6 @@ use vm_memory::GuestAddressSpace;
 
 use crate::host::Source;
 use crate::memory::{GuestRam, Memory};
-use crate::virtio::batching::Batching;
 use crate::virtio::device::{Active, Interrupt, StartError};
 use crate::virtio::queue::{Chain, Queue, QueueError};
 
@@ -30,8 +29,6 @@ pub struct Running {
     pub interrupt: Arc<dyn Interrupt>,
     memory: Memory,
     queues: Vec<Queue>,
-    /// Of each queue.
-    batching: Vec<Batching>,
     broken: bool,
 }
 
@@ -59,8 +56,7 @@ impl Running {
         let sources =
             ready.map(|queue| Source { fd: queue.kick.as_raw_fd(), token: queue.index.into() }).collect();
         let Active { memory, queues, features: _, interrupt } = active;
-        let batching = queues.iter().map(|_| Batching::default()).collect();
-        Ok((Running { interrupt, memory, queues, batching, broken: false }, sources))
+        Ok((Running { interrupt, memory, queues, broken: false }, sources))
     }
 
     /// The queues, in their order.
@@ -132,7 +128,7 @@ impl Running {
     }
 
     /// As [`Running::serve`], for a device whose driver makes many requests one after the other: between two looks at the
-    /// queue it lets others run, while that pays ([`Batching`]).
+    /// queue it lets others run, while that pays (`batching`).
     pub fn serve_batches(
         &mut self,
         index: u16,
@@ -145,15 +141,12 @@ impl Running {
     /// Takes one turn at the queue with this index, for a device that pops and pushes by itself. It does not take in
     /// kicks. An error is the driver's fault: DEVICE_NEEDS_RESET, and nothing more happens until then.
     pub fn turn(&mut self, index: u16, work: impl FnOnce(&mut Turn) -> Result<(), QueueError>) {
-        let at = usize::from(index);
-        let (Some(queue), Some(batching)) = (self.queues.get_mut(at), self.batching.get_mut(at)) else {
-            return;
-        };
+        let Some(queue) = self.queues.get_mut(usize::from(index)) else { return };
         if self.broken || !queue.ring.ready() {
             return;
         }
         let memory = self.memory.memory();
-        let mut turn = Turn { queue, memory: &memory, batching, line: &*self.interrupt };
+        let mut turn = Turn { queue, memory: &memory, line: &*self.interrupt };
         let result = turn.queue.check(&memory).and_then(|()| work(&mut turn));
         // Also after an error: what was done before it is done.
         let interrupt = turn.interrupt();
@@ -168,7 +161,6 @@ impl Running {
 pub struct Turn<'a> {
     pub queue: &'a mut Queue,
     pub memory: &'a GuestRam,
-    batching: &'a mut Batching,
     line: &'a dyn Interrupt,
 }
 
@@ -214,12 +206,12 @@ impl Turn<'_> {
     /// told, others have had the processor, and the queue is to be looked at again.
     fn lets_others_run(&mut self, found: usize) -> Result<bool, QueueError> {
         let begin = Instant::now();
-        if !self.batching.pays_after(found as u32, begin) {
+        if !self.queue.batching.pays_after(found as u32, begin) {
             return Ok(false);
         }
         self.interrupt()?;
         thread::yield_now();
-        self.batching.ran(begin.elapsed());
+        self.queue.batching.ran(begin.elapsed());
         Ok(true)
     }
 
