@@ -4,7 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{Shutdown, TcpListener};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -329,13 +329,14 @@ fn an_interface_that_goes_in_the_middle_of_a_stream_is_gone_and_comes_again() {
         let counts = Arc::clone(&heard);
         thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();
-            let mut buffer = [0; 65536];
-            while let Ok(bytes @ 1..) = (&stream).read(&mut buffer) {
-                counts.fetch_add(bytes as u64, Ordering::SeqCst);
-                if (&stream).write_all(&buffer[..bytes]).is_err() {
-                    break;
+            thread::scope(|scope| {
+                scope.spawn(|| while (&stream).write_all(&[0; 65536]).is_ok() {});
+                let mut buffer = [0; 65536];
+                while let Ok(bytes @ 1..) = (&stream).read(&mut buffer) {
+                    counts.fetch_add(bytes as u64, Ordering::SeqCst);
                 }
-            }
+                let _ = stream.shutdown(Shutdown::Both);
+            });
         });
         guest.run(&format!("(nc {} {port} < /dev/zero > /dev/null 2>&1 &)", tap.host()));
         while heard.load(Ordering::SeqCst) < MIB {
