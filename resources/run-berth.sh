@@ -25,6 +25,7 @@ daemon=$!
 # On a host of its own nothing of it stays.
 end() {
     kill $daemon
+    wait $daemon 2> /dev/null || true
     ip link delete dev berthrun type bridge 2> /dev/null || true
     nft delete table ip berth_berthrun 2> /dev/null || true
 }

@@ -581,7 +581,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         // Something that goes on saying something until nobody hears it.
-        let script = "while echo x; do sleep 0.05; done & exit 3";
+        let script = "while echo x; do :; done & exit 3";
         let command = Exec { argv: ["sh", "-c", script].map(String::from).into(), ..Exec::default() };
         let proc = File::open("/proc").unwrap();
         std::thread::scope(|scope| {

@@ -152,13 +152,14 @@ fn request(request: c_uint, thread: pid_t, address: usize, data: usize) -> io::R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::Command;
+    use std::process::{Command, Stdio};
 
     #[test]
     fn a_thread_makes_calls_and_goes_on_as_if_nothing_had_been() {
-        let mut child = Command::new("sleep").arg("0.3").spawn().unwrap();
+        // Until its input is closed, which waiting for it does.
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
         let pid = child.id();
-        while fs::read_to_string(format!("/proc/{pid}/comm")).unwrap() != "sleep\n" {
+        while fs::read_to_string(format!("/proc/{pid}/comm")).unwrap() != "cat\n" {
             std::thread::yield_now();
         }
         let injector = Injector::stop(pid, pid);

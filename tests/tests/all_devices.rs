@@ -306,19 +306,26 @@ const EVENTS: &[Event] = &[
     }),
 ];
 
-/// A guest that has no memory for the maps of what comes tries again after 50, 100 and 200 seconds (Linux,
-/// VIRTIO_MEM_RETRY_TIMER_MIN_MS and what doubles it).
+/// Memory that is used may not go, and for the maps of what comes there may be none.
 const PLUG: Duration = limits::COMMAND.saturating_mul(4);
+/// A guest that could not do it tries again after 50, 100 and 200 seconds (Linux, VIRTIO_MEM_RETRY_TIMER_MIN_MS and what
+/// doubles it), and at once when it is told again.
+const TELL_AGAIN: Duration = Duration::from_secs(15);
 
 fn plug(world: &mut World, requested_size_mib: u64) {
-    world.guest.apply(Request::PatchMemoryHotplug(MemoryHotplugSizeUpdate { requested_size_mib }));
-    let begin = Instant::now();
+    let request = Request::PatchMemoryHotplug(MemoryHotplugSizeUpdate { requested_size_mib });
+    world.guest.apply(request.clone());
+    let (begin, mut told) = (Instant::now(), Instant::now());
     loop {
         let plugged_mib = world.guest.api.memory_hotplug().unwrap().plugged_size_mib;
         if plugged_mib == requested_size_mib {
             break;
         }
         assert!(begin.elapsed() < PLUG, "{plugged_mib} MiB are plugged and not {requested_size_mib}");
+        if told.elapsed() > TELL_AGAIN {
+            world.guest.apply(request.clone());
+            told = Instant::now();
+        }
         sleep(Duration::from_millis(100));
     }
 }

@@ -1,9 +1,10 @@
 //! The command line on guests of a real daemon: what a person types, and what comes of it.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
-use std::{env, fs};
+use std::sync::{Arc, Mutex};
+use std::{env, fs, thread};
 
 use api_socket::fleet::State;
 use berth_tests::berthd::{Daemon, IMAGE};
@@ -147,8 +148,9 @@ fn a_terminal_gets_a_shell_in_a_new_guest_and_is_given_back() {
     console.send(b"echo $TERM-$(stty size)\r");
     console.wait_for("vt100-41 123", limits::COMMAND);
     // Ctrl-C is for what runs in the guest.
-    console.send(b"sleep 1000\r");
-    std::thread::sleep(std::time::Duration::from_secs(1));
+    // Said when the shell has given the terminal its mode back, in which the key is a signal.
+    console.send(b"echo sleep''ing; sleep 1000\r");
+    console.wait_for("sleeping", limits::COMMAND);
     console.send(b"\x03");
     console.send(b"exit 5\r");
     assert!(process::wait_for(&mut shell, limits::COMMAND), "the shell does not end");
@@ -211,7 +213,15 @@ fn files_and_archives_go_in_and_come_out() {
 fn events_and_logs_are_followed_while_things_happen() {
     let daemon = Daemon::start("");
     import(&daemon);
-    let events = berth(&daemon, "events --json").stdout(Stdio::piped()).spawn().unwrap();
+    let mut events = berth(&daemon, "events --json").stdout(Stdio::piped()).spawn().unwrap();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let (lines, tells) = (BufReader::new(events.stdout.take().unwrap()).lines(), told.clone());
+    let hears = thread::spawn(move || lines.for_each(|line| tells.lock().unwrap().push(line.unwrap())));
+    // It is told from when the daemon has its request: until then others come and go.
+    while told.lock().unwrap().is_empty() {
+        ok(&daemon, &format!("create --name early --memory 96M {IMAGE}"));
+        ok(&daemon, "rm early");
+    }
     ok(&daemon, &format!("create --name web --memory 96M {IMAGE}"));
     ok(&daemon, "start web");
     let logs = berth(&daemon, "logs --follow web").stdout(Stdio::piped()).spawn().unwrap();
@@ -224,13 +234,14 @@ fn events_and_logs_are_followed_while_things_happen() {
     assert!(String::from_utf8_lossy(&logged.stdout).contains("to-the-console"));
     rustix::process::kill_process(rustix::process::Pid::from_child(&events), rustix::process::Signal::TERM)
         .unwrap();
-    let told = String::from_utf8(events.wait_with_output().unwrap().stdout).unwrap();
-    let states: Vec<_> = told
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(line).unwrap()["what"].as_str().unwrap().to_string())
-        .collect();
+    events.wait().unwrap();
+    hears.join().unwrap();
+    let told: Vec<Value> =
+        told.lock().unwrap().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of_web = told.iter().filter(|event| event["name"] == "web");
+    let states: Vec<_> = of_web.map(|event| event["what"].as_str().unwrap()).collect();
     for what in ["created", "running", "stopped"] {
-        assert!(states.iter().any(|state| state == what), "{what}: {states:?}");
+        assert!(states.contains(&what), "{what}: {told:?}");
     }
 }
 

@@ -222,6 +222,10 @@ fn flood(guest: &mut Guest, seconds: u64) -> String {
     ping.args(["-f", "-s", "1400", "10.77.50.2"]).stdout(Stdio::null());
     let mut ping = process::spawn_bound(&mut ping, Vec::new()).unwrap();
     said += &guest.run_within(&blast, limit);
+    // On a slow host a program may not have had its turn yet.
+    while guest.metric("vsock", "conns_added") == 0 || guest.metric("mmds", "connections_created") == 0 {
+        guest.run_within("sleep 1", limit);
+    }
     process::kill(&mut ping);
     guest.run("kill $(jobs -p); killall yes cat dd nc ping head timeout berth-vsock 2> /dev/null; true");
     guest.run("echo $BALLOON > /sys/bus/virtio/drivers/virtio_balloon/bind 2> /dev/null; true");

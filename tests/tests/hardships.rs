@@ -75,7 +75,7 @@ fn with_no_room_on_the_disk_nothing_is_made_everything_can_go_and_nothing_is_for
     assert_eq!(daemon.exec("runs", &["echo", "still"]).text(), "still\n");
     let stopped = daemon.client().stop("stops", Stop::default()).unwrap();
     assert_eq!(stopped.last_end.unwrap().outcome, Outcome::PoweredOff);
-    daemon.say("ends", "sleep 1; poweroff -f &");
+    daemon.say("ends", "(sleep 1; poweroff -f) &");
     assert_eq!(daemon.wait_for("ends", State::Stopped).last_end.unwrap().outcome, Outcome::PoweredOff);
 
     // What ended is written down when there is room, and another daemon knows it.
@@ -224,8 +224,15 @@ fn clients_that_say_nothing_keep_nobody_out_but_those_who_come_after_all_places_
     let mut silent: Vec<_> = (0..250).map(|_| UnixStream::connect(daemon.path("socket")).unwrap()).collect();
     assert_eq!(daemon.client().guest("web").unwrap().pid, guest.pid);
     assert_eq!(daemon.exec("web", &["echo", "still"]).text(), "still\n");
-    silent.extend((0..10).map(|_| UnixStream::connect(daemon.path("socket")).unwrap()));
-    let message = daemon.client().version().unwrap_err().to_string();
+    // Who has just gone may have a place for a moment more; then one of the next silent ones takes it.
+    let begin = Instant::now();
+    let message = loop {
+        silent.extend((0..10).map(|_| UnixStream::connect(daemon.path("socket")).unwrap()));
+        match daemon.client().version() {
+            Err(error) => break error.to_string(),
+            Ok(_) => assert!(begin.elapsed() < limits::COMMAND, "there is always a place"),
+        }
+    };
     assert!(message.contains("Too many clients"), "{message}");
     drop(silent);
     wait_until("places stay taken", || daemon.client().version().is_ok());

@@ -300,9 +300,7 @@ fn a_network_interface_that_is_taken_away_under_load_is_gone_and_the_guest_goes_
     tap.set_up(&mut guest, "eth0", None);
     guest.run(&format!("ping -c 1 -W 30 {}", tap.host()));
     guest.run(&format!("(ping -A -s 1400 {} > /dev/null 2>&1 &)", tap.host()));
-    for _ in 0..2 {
-        guest.apply(Request::DeleteNetworkInterface(tap.name()));
-    }
+    guest.delete(&Request::DeleteNetworkInterface(tap.name()), 2);
     guest.run("while [ -e /sys/class/net/eth0 ]; do sleep 0.1; done");
     assert_eq!(guest.api.vm_config().unwrap().network_interfaces, Vec::<NetworkInterface>::new());
     guest.power_off();
@@ -342,9 +340,7 @@ fn an_interface_that_goes_in_the_middle_of_a_stream_is_gone_and_comes_again() {
         while heard.load(Ordering::SeqCst) < MIB {
             guest.run("sleep 0.1");
         }
-        for _ in 0..deletes {
-            guest.apply(Request::DeleteNetworkInterface(tap.name()));
-        }
+        guest.delete(&Request::DeleteNetworkInterface(tap.name()), deletes);
         guest.run("while [ -e /sys/class/net/eth1 ]; do sleep 0.1; done");
         while guest.api.vm_config().unwrap().network_interfaces.len() > 1 {
             guest.run("sleep 0.1");
@@ -410,9 +406,7 @@ fn persistent_memory_that_goes_while_it_is_written_ends_at_most_the_guest() {
         while guest.metric("pmem", "queue_event_count") < before + 3 {
             guest.run("[ -b /dev/pmem0 ]; sleep 0.1");
         }
-        for _ in 0..deletes {
-            guest.apply(Request::DeletePmem("memory".into()));
-        }
+        guest.delete(&Request::DeletePmem("memory".into()), deletes);
         let began = Instant::now();
         // A guest that has ended with it has ended as its kernel says, and not as a fault of the VMM's.
         let is_gone = loop {

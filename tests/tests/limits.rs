@@ -23,7 +23,7 @@ use serde_json::Value;
 const MIB: u64 = 1 << 20;
 
 /// So long that nothing comes back while a test runs.
-const NEVER: u64 = 3_600_000;
+const NEVER: u64 = 24 * 3_600_000;
 const SECOND: u64 = 1000;
 
 /// What is limited: so many at first, that is the bucket's size and the extra tokens; and so many in a second later. The

@@ -63,7 +63,7 @@ fn a_flood_of_output_that_nobody_reads_does_not_stop_the_guest() {
     rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR).unwrap();
     let _reader = fs::File::options().read(true).write(true).open(&pipe).unwrap();
     let setup = Setup {
-        command_line: r#"berth.run="yes flood | head -c 300000""#.into(),
+        command_line: r#"berth.run="yes flood | head -c 100000""#.into(),
         arguments: ["--metrics-path", "metrics"].map(String::from).into(),
         ..Setup::default()
     };

@@ -15,6 +15,9 @@ use rustix::termios::{LocalModes, tcgetattr};
 use serde_json::json;
 use tempfile::TempDir;
 
+/// In proc_pid_status(5) of a process with a SIGTERM that it has not taken.
+const TERM_WAITS: &str = "ShdPnd:\t0000000000004000";
+
 /// The two ends of a new terminal: where a person is, and where a program is.
 fn terminal() -> (OwnedFd, OwnedFd) {
     let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
@@ -77,6 +80,12 @@ fn a_terminal_is_as_it_was_whatever_ends_the_vmm() {
         }
         for signal in signals {
             kill_process(Pid::from_child(&vmm), *signal).unwrap();
+            // Two of a kind that wait would be one.
+            let (status, begin) = (format!("/proc/{}/status", vmm.id()), Instant::now());
+            while fs::read_to_string(&status).is_ok_and(|status| status.contains(TERM_WAITS)) {
+                assert!(begin.elapsed() < limits::EXIT, "it does not hear a signal");
+                thread::sleep(Duration::from_millis(5));
+            }
             thread::sleep(Duration::from_millis(200));
         }
         assert_eq!(ended(&mut vmm, limits::EXIT), Some(*code), "{signals:?}");

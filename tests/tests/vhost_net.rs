@@ -208,14 +208,11 @@ fn an_interface_comes_and_goes_while_the_guest_runs_and_memory_too_and_the_kerne
         assert_eq!((back_ends(guest.vmm.pid()), kernels_threads(&guest)), (1, 1), "round {round}");
         guest.apply(Request::PutPmem(pmem()));
         there_and_back(&mut guest, &tap, 4200 + 4 * round as u16, 1 << 20);
-        guest.apply(Request::DeletePmem("memory".into()));
-        guest.apply(Request::DeletePmem("memory".into()));
+        guest.delete(&Request::DeletePmem("memory".into()), 2);
         there_and_back(&mut guest, &tap, 4202 + 4 * round as u16, 1 << 20);
         // Asked for under load, and taken away from a driver that has packets on their way.
         guest.run(&format!("(ping -A -s 1400 {} > /dev/null 2>&1 &)", tap.host()));
-        for _ in 0..1 + round % 2 {
-            guest.apply(Request::DeleteNetworkInterface(tap.name()));
-        }
+        guest.delete(&Request::DeleteNetworkInterface(tap.name()), 1 + round % 2);
         guest.run("while [ -e /sys/class/net/eth0 ]; do sleep 0.1; done; killall ping; true");
         while !guest.api.vm_config().unwrap().network_interfaces.is_empty() {
             guest.run("sleep 0.1");

@@ -1,6 +1,8 @@
 use super::*;
 use agent::protocol::Size;
 use std::io::{PipeReader, PipeWriter, pipe};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
 /// A command that reads what it is told and says what the test wants.
@@ -195,9 +197,23 @@ fn a_guest_that_takes_no_signal_is_left_after_a_moment() {
     let mut typed = test.typed.take().unwrap();
     test.guest.says(FromGuest::Stdout(b"x".into()));
     test.shown.read_exact(&mut [0]).unwrap();
+    let written = Arc::<AtomicUsize>::default();
+    let counts = written.clone();
+    let full = thread::spawn(move || {
+        while typed.write_all(&[b'x'; 4096]).is_ok() {
+            counts.fetch_add(1, Ordering::SeqCst);
+        }
+    });
     // Until nothing goes on any more.
-    let full = thread::spawn(move || while typed.write_all(&[b'x'; CHUNK]).is_ok() {});
-    thread::sleep(Duration::from_millis(300));
+    let mut before = 0;
+    loop {
+        thread::sleep(Duration::from_millis(300));
+        let now = written.load(Ordering::SeqCst);
+        if now > 0 && now == before {
+            break;
+        }
+        before = now;
+    }
     signal(&test, libc::SIGINT);
     let (ending, ..) = test.end();
     assert!(matches!(ending, Ending::Signalled(libc::SIGINT)), "{ending:?}");

@@ -12,7 +12,7 @@
 use std::io::{self, Read, Write};
 use std::mem;
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
@@ -25,6 +25,11 @@ const HOST_CID: u32 = 2;
 const ANY_CID: u32 = u32::MAX;
 const BACKLOG: i32 = 1024;
 const STACK_BYTES: usize = 64 << 10;
+
+/// How long a call may take. Linux's own limit is 2 s, which a guest under load on a slow host exceeds.
+const PATIENCE: libc::timeval = libc::timeval { tv_sec: 100, tv_usec: 0 };
+/// SO_VM_SOCKETS_CONNECT_TIMEOUT (linux/vm_sockets.h).
+const CONNECT_TIMEOUT: libc::c_int = 6;
 
 /// Words of one call, its number in each of them.
 const WORDS: u32 = 1000;
@@ -63,6 +68,20 @@ fn number(text: &str) -> io::Result<u32> {
 /// A new connection to a port of the host.
 fn call(port: u32) -> io::Result<UnixStream> {
     let socket = socket()?;
+    let length = mem::size_of_val(&PATIENCE) as libc::socklen_t;
+    // SAFETY: the option takes a timeval, which PATIENCE is, and only reads it.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::AF_VSOCK,
+            CONNECT_TIMEOUT,
+            std::ptr::from_ref(&PATIENCE).cast(),
+            length,
+        )
+    };
+    if set != 0 {
+        return Err(io::Error::last_os_error());
+    }
     connect(&socket, &Address { cid: HOST_CID, port })?;
     Ok(socket.into())
 }

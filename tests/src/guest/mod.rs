@@ -25,7 +25,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use api_socket::{ActionType, Client, Drive, InstanceState, Request, VmState};
+use api_socket::{ActionType, Client, ClientError, Drive, InstanceState, Request, VmState};
 pub use console::{Console, Output};
 use serde_json::Value;
 pub use setup::{Kernel, Setup};
@@ -157,6 +157,18 @@ impl Guest {
     #[track_caller]
     pub fn apply(&mut self, request: Request) {
         self.api.apply(&request).unwrap_or_else(|error| panic!("{request:?}: {error}"));
+    }
+
+    /// Asks the guest for a device; with more requests than one takes it away, unless the guest has let go of it by then.
+    #[track_caller]
+    pub fn delete(&mut self, request: &Request, requests: u32) {
+        self.apply(request.clone());
+        for _ in 1..requests {
+            match self.api.apply(request) {
+                Ok(_) | Err(ClientError::Refused(_)) => {}
+                Err(error) => panic!("{request:?}: {error}"),
+            }
+        }
     }
 
     #[track_caller]

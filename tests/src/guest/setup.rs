@@ -128,7 +128,8 @@ impl Setup {
     }
 
     fn kernel_arguments(&self) -> String {
-        let talk = if std::env::var_os(VERBOSE).is_some() { "earlyprintk=ttyS0" } else { "quiet" };
+        // Errors too are left to dmesg: on the console they would lie in what commands say. A panic shows all the same.
+        let talk = if std::env::var_os(VERBOSE).is_some() { "earlyprintk=ttyS0" } else { "quiet loglevel=1" };
         format!("{CONSOLE} {talk} {}", self.command_line)
     }
 }

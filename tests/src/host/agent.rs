@@ -290,9 +290,13 @@ impl Agent {
             Ok(length) if length > 0 => {
                 bytes.truncate(length);
                 stream.credit -= length;
-                stream.last_output = Instant::now();
                 let message = if is_stderr { FromAgent::Stderr } else { FromAgent::Stdout };
-                self.send(&message(number, bytes))
+                self.send(&message(number, bytes))?;
+                // Silence is the command's, and not that of an owner who has not read.
+                if let Some(stream) = self.streams.get_mut(&number) {
+                    stream.last_output = Instant::now();
+                }
+                Ok(())
             }
             Err(error) if retry(&error) => Ok(()),
             // A terminal ends with EIO when the last process on it has gone.

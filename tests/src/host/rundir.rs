@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use super::error::{Doing, Result};
 
@@ -16,6 +18,11 @@ pub struct RunDir {
 }
 
 const LOCK: &str = "lock";
+
+/// How often [`remove_own`] looks at most, how often it must find nothing, and the time between two looks.
+const MAX_LOOKS: u32 = 1000;
+const QUIET_LOOKS: u32 = 3;
+const PAUSE: Duration = Duration::from_millis(2);
 
 impl RunDir {
     /// Makes a directory in `parent`, and removes what dead runs left there.
@@ -52,12 +59,19 @@ impl Drop for RunDir {
 
 /// Removes the directories of this process in `parent`, for an end that drops nothing.
 pub fn remove_own(parent: &Path) {
-    let Ok(entries) = fs::read_dir(parent) else { return };
     let prefix = own_prefix();
     let is_own =
         |entry: &fs::DirEntry| entry.file_name().to_str().is_some_and(|name| name.starts_with(&prefix));
-    for entry in entries.flatten().filter(is_own) {
-        let _ = fs::remove_dir_all(entry.path());
+    // A start in another thread may put something there, or make it anew, until it misses what was there.
+    let mut quiet = 0;
+    for _ in 0..MAX_LOOKS {
+        let own: Vec<_> = fs::read_dir(parent).into_iter().flatten().flatten().filter(is_own).collect();
+        quiet = if own.is_empty() { quiet + 1 } else { 0 };
+        if quiet == QUIET_LOOKS {
+            return;
+        }
+        own.iter().for_each(|entry| drop(fs::remove_dir_all(entry.path())));
+        thread::sleep(PAUSE);
     }
 }
 

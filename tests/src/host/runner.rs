@@ -3,7 +3,7 @@
 //!
 //! A host serves one test after another, until one fails, hangs or leaves a process behind; then a fresh one takes
 //! over. A test finds `$BERTH_SCRATCH` empty, works in it, and may skip itself by printing `SKIPPED: reason` and
-//! returning. A file whose name begins with `big_` gets hosts with more memory, one with `long_` more time. In a soak run
+//! returning. A file whose name begins with `big_` gets hosts with more memory. In a soak run
 //! `$BERTH_SOAK` is set and every test has more time: those that repeat something do so many more times.
 //!
 //! It retries nothing: a test that fails now and then is a failure.
@@ -25,11 +25,8 @@ use super::image::Item;
 use super::link::Event;
 use super::{Config, DEFAULT_MEMORY_MIB, Host, SOAK, process, rundir};
 
-/// Time for one test, about five times what the slowest needs on an idle machine.
-const LIMIT: Duration = Duration::from_secs(600);
-
-/// Time for a test of a file named `long_*`.
-const LONG_LIMIT: Duration = Duration::from_secs(1500);
+/// Time for one test: some seven times what the slowest needs on an idle machine. What hangs is found by the test's own limits.
+const LIMIT: Duration = Duration::from_secs(1500);
 
 /// Time for a test of a soak run.
 const SOAK_LIMIT: Duration = Duration::from_secs(4 * 3600);
@@ -230,10 +227,6 @@ impl Test {
     fn memory_mib(&self) -> u64 {
         if self.is_big() { BIG_MEMORY_MIB } else { DEFAULT_MEMORY_MIB }
     }
-
-    fn limit(&self) -> Duration {
-        if self.file.starts_with("long_") { LONG_LIMIT } else { LIMIT }
-    }
 }
 
 /// How many hosts run side by side: one for each processor, as far as memory allows with one of them a big one.
@@ -338,7 +331,7 @@ impl Worker {
         let argv = ["sh", "-c", IN_SCRATCH, "sh", "sh", "-c", &script, "sh", &test.name].map(String::from);
         let (limit, env) = match self.is_soak {
             true => (SOAK_LIMIT, vec![(SOAK.to_owned(), "1".to_owned())]),
-            false => (test.limit(), Vec::new()),
+            false => (LIMIT, Vec::new()),
         };
         let mut running = host.run(argv.into(), env, None)?;
         let end = running.finish(Some(Instant::now() + limit), |bytes| {
