@@ -4,6 +4,7 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use api_socket::ClientError;
 use api_socket::fleet::Client;
@@ -18,9 +19,41 @@ use crate::output;
 /// connections.
 const AT_A_TIME: usize = 16;
 
+/// How long berthd, which may just be starting anew, is asked which it is.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// The daemon that listens there. It is not asked anything yet.
 pub fn at(socket: &Path) -> Client {
     Client::new(socket)
+}
+
+/// Which process berthd is, to know of a connection that breaks whose end that was.
+#[derive(Debug)]
+pub struct Berthd<'a> {
+    daemon: &'a Client,
+    pid: Option<u32>,
+}
+
+impl Berthd<'_> {
+    /// As it is now.
+    pub fn of(daemon: &Client) -> Berthd<'_> {
+        Berthd { daemon, pid: pid(daemon) }
+    }
+
+    /// That process answers no more: all connections have ended with it, and no guest has.
+    pub fn has_ended(&self) -> bool {
+        pid(self.daemon) != self.pid
+    }
+}
+
+fn pid(daemon: &Client) -> Option<u32> {
+    daemon.clone().with_timeout(PATIENCE).version().ok().map(|version| version.pid)
+}
+
+/// What ended with the berthd that had it, which a guest does not.
+pub fn ended_with_it(what: &str, guest: &str) -> Error {
+    Error::new(guest, format!("{what} has ended with the berthd that had it; the guest goes on"))
+        .exit(Exit::Unreachable)
 }
 
 /// Says about what a request was.
@@ -44,6 +77,11 @@ fn explain(what: &str, error: &ClientError) -> Error {
             .remedy("berth and berthd may be of different versions; berth version tells")
             .exit(Exit::Unreachable),
     }
+}
+
+/// A stream of berthd's broke off.
+pub fn broken(daemon: &Client, source: io::Error) -> Error {
+    unreachable(daemon.path(), &source)
 }
 
 fn unreachable(socket: &Path, source: &io::Error) -> Error {

@@ -267,7 +267,8 @@ impl Fleet {
 
     /// It has ended since it had ended so often. Somebody may have started it again already.
     fn is_down(&self, guest: &Guest, inner: &Inner, ends: u64) -> bool {
-        inner.ends != ends || !inner.record.state.has_process() || self.by_id(&guest.id).is_none()
+        let is_gone = inner.is_left || self.by_id(&guest.id).is_none();
+        inner.ends != ends || !inner.record.state.has_process() || is_gone
     }
 
     /// From now on somebody asks the guest to go down until it has, or this time is over and it is ended. Of the run that it was in

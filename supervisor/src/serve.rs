@@ -238,11 +238,16 @@ fn is_over(stream: &UnixStream, time: Option<&Timespec>) -> bool {
 }
 
 fn must_have_process(guest: &Guest) -> Result<(), Fault> {
-    let state = guest.state();
-    if state.has_process() {
-        return Ok(());
-    }
-    let message = format!("Guest {} is {}; start it first.", guest.name, state.on_the_wire().as_str());
+    let (state, name) = (guest.state(), &guest.name);
+    let message = match (state, guest.last_end()) {
+        // Also one that is removed by now: whoever asks had it before.
+        (State::Removing, Some(end)) => {
+            format!("Guest {name} is removed: it has ended ({}): {}", end.outcome.as_str(), end.reason)
+        }
+        (State::Removing, None) => format!("Guest {name} is being removed."),
+        _ if state.has_process() => return Ok(()),
+        _ => format!("Guest {name} is {}; start it first.", state.on_the_wire().as_str()),
+    };
     Err(Fault { status: 409, message })
 }
 
@@ -436,6 +441,8 @@ fn write_while_heard(mut to: &UnixStream, mut bytes: &[u8], client: &UnixStream)
 
 #[cfg(test)]
 mod tests {
+    use api_socket::fleet::{End, Outcome};
+
     use super::*;
     use crate::testing::{self, ID};
 
@@ -512,6 +519,20 @@ mod tests {
         drop(ours);
         assert!(vsock(&guest, 1, Duration::from_secs(600), &client).is_err());
         assert!(begin.elapsed() < Duration::from_secs(60));
+    }
+
+    #[test]
+    fn nobody_waits_for_an_agent_of_a_guest_that_is_removed() {
+        let (_place, fleet) = testing::fleet();
+        let end = End { at: 1.0, outcome: Outcome::GuestCrashed, reason: "it panicked".into() };
+        let guest = testing::guest(&fleet, ID, |record| {
+            (record.state, record.last_end) = (State::Removing, Some(end.clone()));
+        });
+        let (_ours, client) = UnixStream::pair().unwrap();
+        let begin = Instant::now();
+        let fault = vsock(&guest, 1, Duration::from_secs(600), &client).err().unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        assert!(fault.status == 409 && fault.message.contains("it panicked"), "{fault}");
     }
 
     #[test]

@@ -117,6 +117,8 @@ pub fn next(state: State, event: Event, policy: Policy) -> Result<(State, Action
         // There is nobody yet who could be asked.
         (S::Starting | S::StartingAgain, Event::Stop | Event::Kill) => (S::Stopping, A::Kill),
         (S::Running | S::Paused | S::Stopping, Event::Kill) => (S::Stopping, A::Kill),
+        // It will not be started again, so it has ended.
+        (S::Waiting, Event::Stop | Event::Kill) if policy.remove_when_ended => (S::Removing, A::Forget),
         (S::Waiting, Event::Stop | Event::Kill) => (S::Stopped, A::Nothing),
         (S::Stopped, Event::Stop | Event::Kill) => (S::Stopped, A::Nothing),
 
@@ -226,6 +228,16 @@ mod tests {
         for outcome in OUTCOMES {
             let ended = next(State::Stopping, Event::Ended(outcome), policy(Restart::Always));
             assert_eq!(ended, Ok((State::Stopped, Action::Nothing)), "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn one_that_is_removed_with_its_end_is_removed_when_it_need_not_wait_for_a_start_any_more() {
+        let removed = Policy { remove_when_ended: true, ..policy(Restart::Always) };
+        for event in [Event::Stop, Event::Kill] {
+            assert_eq!(next(State::Waiting, event, removed), Ok((State::Removing, Action::Forget)));
+            let kept = next(State::Waiting, event, policy(Restart::Always));
+            assert_eq!(kept, Ok((State::Stopped, Action::Nothing)));
         }
     }
 

@@ -125,6 +125,36 @@ fn a_guest_for_one_command_has_its_output_and_code_and_leaves_nothing() {
     assert!(code == 3 && shown.contains("in-4"), "{code} {shown} {error}");
 }
 
+#[test]
+fn a_guest_that_was_run_goes_on_when_the_daemon_does_not_and_its_runner_is_told() {
+    let mut daemon = Daemon::start("");
+    import(&daemon);
+    let line = format!("run --rm --name web --memory 96M {IMAGE} -- sh -c");
+    let mut command = berth(&daemon, &line);
+    command.arg("echo begun; sleep 1000").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut runs = command.spawn().unwrap();
+    let mut said = BufReader::new(runs.stdout.take().unwrap());
+    let mut begun = String::new();
+    said.read_line(&mut begun).unwrap();
+    assert_eq!(begun, "begun\n");
+    let before = daemon.client().guest("web").unwrap();
+    daemon.kill();
+    daemon.run();
+    let output = runs.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(125) && error.contains("the guest goes on"), "{output:?}");
+    let after = daemon.client().guest("web").unwrap();
+    assert_eq!((after.pid, after.state), (before.pid, State::Running));
+    assert_eq!(ok(&daemon, "exec web -- echo still"), "still\n");
+
+    // It is removed with its end, as was said, and not before.
+    let (code, _, error) = says(berth(&daemon, "restart web"), b"");
+    assert!(code == 1 && error.contains("--rm"), "{code} {error}");
+    assert_eq!(daemon.client().guest("web").unwrap().pid, before.pid);
+    ok(&daemon, "stop web");
+    assert_eq!(ok(&daemon, "ps --all --quiet"), "");
+}
+
 /// What a person sees who types `berth run IMAGE`.
 #[test]
 fn a_terminal_gets_a_shell_in_a_new_guest_and_is_given_back() {

@@ -72,6 +72,13 @@ fn guests_do_not_notice_an_upgrade_and_a_removal_leaves_what_the_documentation_s
     machine.run_as(MEMBER, "berth run --detach --memory 96M --name web small");
     machine.run_as(MEMBER, "berth exec web -- sh -c 'echo kept > /run/file'");
     let before = pid(&machine, "web");
+    // And one with somebody who stays with it.
+    machine.run_as(
+        MEMBER,
+        "berth run --rm --memory 96M --name front small -- sleep 1000 < /dev/null > /tmp/front 2>&1 &",
+    );
+    machine.until("its command runs", limits::BOOT, "berth exec front -- pidof sleep");
+    let front = pid(&machine, "front");
 
     // The same programs as a newer package, without the minute that compressing takes here.
     machine.run(&format!(
@@ -84,6 +91,9 @@ fn guests_do_not_notice_an_upgrade_and_a_removal_leaves_what_the_documentation_s
     assert_ne!(machine.run("systemctl show --property MainPID berthd.service"), daemon);
     assert_eq!(pid(&machine, "web"), before);
     assert_eq!(machine.run_as(MEMBER, "berth exec web -- cat /run/file"), "kept\n");
+    machine.until("it is told", limits::COMMAND, "grep 'the guest goes on' /tmp/front");
+    assert_eq!(pid(&machine, "front"), front);
+    machine.run_as(MEMBER, "berth stop front");
 
     // Neither a restart nor the daemon's sudden end; then systemd starts another.
     machine.run(

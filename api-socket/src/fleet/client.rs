@@ -34,6 +34,11 @@ impl Client {
         Client { path: path.to_owned(), timeout: None }
     }
 
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Limits how long each wait for the daemon may take, streams apart; without it, for ever.
     #[must_use]
     pub fn with_timeout(self, timeout: Duration) -> Client {

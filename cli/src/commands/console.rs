@@ -6,12 +6,12 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use agent::client;
-use agent::protocol::PORT;
+use agent::protocol::{Exit as Ended, PORT};
 use api_socket::fleet::Client;
 use rustix::event::PollFlags;
 
 use crate::args::Console;
-use crate::daemon::About;
+use crate::daemon::{About, Berthd, ended_with_it};
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::keys::{Keys, Typed};
@@ -31,6 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub fn run(daemon: &Client, args: &Console) -> Result<Exit> {
     let guest = args.guest.as_str();
     let signals = Signals::take().map_err(|error| Error::new("signals", error))?;
+    let berthd = Berthd::of(daemon);
     let stream = daemon.console(guest).about(guest)?;
     let is_terminal = terminal::is_ours();
     if is_terminal {
@@ -47,6 +48,9 @@ pub fn run(daemon: &Client, args: &Console) -> Result<Exit> {
         output::tell_below(format_args!("left the console of {guest}"));
     }
     match ending {
+        Ending::Exit(_) | Ending::Broken(_) if berthd.has_ended() => {
+            Err(ended_with_it("the console", guest).remedy(format!("attach again: berth console {guest}")))
+        }
         Ending::Left | Ending::Exit(_) => Ok(Exit::Ok),
         Ending::Unread => Ok(Exit::signal(libc::SIGPIPE)),
         Ending::Signalled(signal) => Ok(Exit::signal(signal)),
@@ -116,8 +120,8 @@ impl Attached<'_> {
                 match (source, input) {
                     (Source::Guest, _) if !(events - PollFlags::OUT).is_empty() => {
                         match (&mut &*self.stream).read(&mut chunk) {
-                            // The guest has ended.
-                            Ok(0) => return Ok(Ending::Left),
+                            // The guest has ended, or berthd has.
+                            Ok(0) => return Ok(Ending::Exit(Ended::Code(0))),
                             Ok(count) => shown.push(chunk.get(..count).unwrap_or_default()),
                             Err(error) if is_harmless(&error) => {}
                             Err(error) => return Err(broken(&error)),

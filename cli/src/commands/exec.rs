@@ -9,6 +9,7 @@ use agent::protocol::{self, Exit as Ended};
 use api_socket::fleet::Client;
 
 use crate::args::{Exec, Inside};
+use crate::daemon::{Berthd, ended_with_it};
 use crate::error::{During, Error, Result};
 use crate::exit::Exit;
 use crate::output::{self, progress::Progress};
@@ -33,12 +34,14 @@ fn exec(daemon: &Client, args: &Exec) -> Result<Exit> {
         Err(signal) => return Ok(Exit::signal(signal)),
     };
     drop(waiting);
+    let berthd = Berthd::of(daemon);
     match inside(guest, &stream, &args.inside, args.command.clone(), &signals)? {
         Ending::Exit(ended) => Ok(code(ended)),
         Ending::Left => Ok(Exit::Ok),
         Ending::Unread => Ok(Exit::signal(libc::SIGPIPE)),
         Ending::Signalled(signal) => Ok(Exit::signal(signal)),
         Ending::Unwritten(what, why) => Err(Error::new(what, why)),
+        Ending::Broken(_) if berthd.has_ended() => Err(ended_with_it("the command", guest)),
         Ending::Broken(why) => Err(Error::new(guest, why)
             .remedy(format!("the guest or its agent has ended: berth ps --all; berth logs {guest}"))),
     }

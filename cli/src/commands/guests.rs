@@ -83,7 +83,12 @@ pub fn stop(daemon: &Client, args: &Stop) -> Result<Exit> {
 pub fn restart(daemon: &Client, args: &Restart) -> Result<Exit> {
     each(&args.guests, |guest| {
         // One that is not running is started, as its user wants it to run.
-        if daemon.guest(guest).about(guest)?.state != fleet::State::Stopped {
+        let now = daemon.guest(guest).about(guest)?;
+        if now.state != fleet::State::Stopped {
+            if now.remove_when_ended {
+                let why = "was made with --rm: a stop removes it with its disk, and nothing is left to start";
+                return Err(Error::new(guest, why).remedy(format!("reboot it: berth exec {guest} -- reboot")));
+            }
             daemon.stop(guest, grace(&args.grace)).about(guest)?;
         }
         daemon.start(guest).about(guest).map(drop)

@@ -7,7 +7,7 @@ use api_socket::fleet::{Client, Guest, NewGuest, State, Stop};
 
 use super::{exec, guests};
 use crate::args::{Inside, Run};
-use crate::daemon::About;
+use crate::daemon::{About, Berthd, ended_with_it};
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::output::{self, progress::Progress};
@@ -43,6 +43,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     };
     let end = End { daemon, guest: &made, signals: &signals, removes: args.rm };
     let (client, id) = (daemon.clone(), made.id.clone());
+    let berthd = Berthd::of(daemon);
     let started = match Work::begin(move || client.start(&id)).wait(&signals) {
         Ok(started) => started.about(&made.name),
         Err((signal, starting)) => {
@@ -118,6 +119,9 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
             end.by_force();
             Ok(Exit::signal(signal))
         }
+        // Nobody wants the guest to end.
+        Ending::Broken(_) if berthd.has_ended() => Err(ended_with_it("the command", &made.name)
+            .remedy(format!("see to it: berth exec {0} -- sh, or berth stop {0}", made.name))),
         Ending::Broken(why) => match end.gently()? {
             // A person who powers the guest off is done with it.
             how if args.command.is_empty() => {

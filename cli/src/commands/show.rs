@@ -89,7 +89,7 @@ pub fn inspect(daemon: &Client, args: &Inspect) -> Result<Exit> {
 pub fn logs(daemon: &Client, args: &Logs) -> Result<Exit> {
     let guest = args.guest.as_str();
     let of = if args.vmm { Log::Vmm } else { Log::Console };
-    let broken = |error| Error::new(guest, error);
+    let broken = |source| crate::daemon::broken(daemon, source);
     let mut stream = daemon.logs(guest, of, args.follow).about(guest)?;
     // Whoever reads this may take the time that a person takes, for which berthd does not wait: what is kept is ours first.
     let mut log = Vec::new();

@@ -37,6 +37,8 @@ struct Inner {
     /// How often a guest was looked at that had no terminals yet.
     looks: u32,
     is_odd: bool,
+    /// How often another daemon took the place of this one.
+    restarts: u32,
     /// The commands that agents were to run.
     commands: Vec<protocol::Exec>,
 }
@@ -178,7 +180,7 @@ fn fault(status: u16, message: &str) -> Answer<'static> {
 fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> Answer<'static> {
     let mut inner = shared.lock().unwrap();
     match request {
-        Request::GetVersion => Answer::json(&Version { version: "9.9.9".into(), pid: 1 }),
+        Request::GetVersion => Answer::json(&Version { version: "9.9.9".into(), pid: 1 + inner.restarts }),
         Request::ListGuests => Answer::json(&List { items: inner.guests.values().collect() }),
         Request::CreateGuest(new) if new.image != "debian" => {
             fault(404, "There is no such image; berth image ls lists them.")
@@ -281,6 +283,13 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
                 }),
             )
         }
+        Request::Logs { guest: name, .. } if name == "cut" => Answer::Stream(
+            "text/plain",
+            Box::new(|stream| {
+                stream.tell(b"one\n")?;
+                Err(std::io::ErrorKind::Other.into())
+            }),
+        ),
         Request::Logs { guest: name, of, follow } => with(&mut inner, &name, |_| {
             let log: &[u8] = if of == Log::Vmm { b"of the vmm\n" } else { b"one\ntwo\nthree\n" };
             Answer::Stream(
@@ -291,17 +300,24 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
                 }),
             )
         }),
-        Request::Console(name) => with(&mut inner, &name, |_| {
-            // Says what it hears, in capitals, until it hears an x.
-            Answer::Upgrade(Box::new(|mut stream, _| {
-                let mut byte = [0];
-                while stream.read(&mut byte).is_ok_and(|count| count > 0) && byte != *b"x" {
-                    if stream.write_all(&byte.map(|byte| byte.to_ascii_uppercase())).is_err() {
-                        break;
+        Request::Console(name) => {
+            let shared = shared.clone();
+            with(&mut inner, &name, |_| {
+                // Says what it hears, in capitals, until it hears an x, or an r, with which another daemon comes.
+                Answer::Upgrade(Box::new(move |mut stream, _| {
+                    let mut byte = [0];
+                    while stream.read(&mut byte).is_ok_and(|count| count > 0) && byte != *b"x" {
+                        if byte == *b"r" {
+                            shared.lock().unwrap().restarts += 1;
+                            break;
+                        }
+                        if stream.write_all(&byte.map(|byte| byte.to_ascii_uppercase())).is_err() {
+                            break;
+                        }
                     }
-                }
-            }))
-        }),
+                }))
+            })
+        }
         Request::Vsock { guest: name, port, .. } => {
             assert_eq!(port, protocol::PORT);
             let shared = shared.clone();
@@ -366,6 +382,7 @@ fn agent(shared: &Mutex<Inner>, id: &str, mut stream: UnixStream) {
                         guest.last_end =
                             Some(End { at: 0.0, outcome: Outcome::PoweredOff, reason: "it did".into() });
                     }
+                    "play-restart" => shared.lock().unwrap().restarts += 1,
                     "play-terminal" if command.terminal.is_some() && shared.lock().unwrap().looks < 2 => {
                         panic!("a terminal was asked for too early");
                     }

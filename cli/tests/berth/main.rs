@@ -383,6 +383,33 @@ fn a_guest_that_ends_before_its_command_is_our_failure() {
 }
 
 #[test]
+fn what_ends_with_berthd_is_told_as_such_and_no_guest_is_stopped_for_it() {
+    let daemon = Daemon::new();
+    let (code, _, error) = says(daemon.berth(&["run", "--rm", "--name", "one", "debian", "play-restart"]));
+    assert!(code == 125 && error.contains("berthd") && error.contains("berth stop one"), "{code} {error}");
+    assert_eq!(daemon.asked(), ["create one", "start one"]);
+    assert_eq!(daemon.state("one"), Some(State::Running));
+    let (code, _, error) = says(daemon.berth(&["exec", "one", "play-restart"]));
+    assert!(code == 125 && error.contains("the guest goes on"), "{code} {error}");
+    let (code, output, error) = fed(daemon.berth(&["console", "one"]), b"ar");
+    assert_eq!((code, output.as_str()), (3, "A"));
+    assert!(error.contains("berth console one"), "{error}");
+    let (code, output, error) = says(daemon.berth(&["logs", "--follow", "cut"]));
+    assert_eq!((code, output.as_str()), (3, "one\n"));
+    assert!(error.contains("it went away; see how it is"), "{error}");
+}
+
+#[test]
+fn one_that_is_removed_with_its_end_is_not_restarted() {
+    let daemon = Daemon::new();
+    assert_eq!(says(daemon.berth(&["run", "--detach", "--rm", "--name", "one", "debian"])).0, 0);
+    let (code, output, error) = says(daemon.berth(&["restart", "one"]));
+    assert_eq!((code, output.as_str()), (1, ""));
+    assert!(error.contains("--rm"), "{error}");
+    assert_eq!(daemon.state("one"), Some(State::Running));
+}
+
+#[test]
 fn a_terminal_is_raw_for_a_command_and_given_back_afterwards() {
     let daemon = web();
     let mut terminal = Terminal::run(daemon.berth(&["exec", "web", "play-terminal"]));
