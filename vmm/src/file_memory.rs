@@ -8,8 +8,8 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::ptr;
 use std::sync::{Arc, PoisonError};
+use std::{process, ptr};
 
 use devices::memory::Memory;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -99,9 +99,15 @@ impl FileMemory {
     /// has not let go of it: with nothing there, its programs would trap into KVM's emulator, which does not know every
     /// instruction, and a request to another device that names this memory would break that device. The device that used
     /// the file has ended. What the guest writes there takes memory of this process until [`FileMemory::unmap`].
+    ///
+    /// Ends the process where the host has no memory for it.
     pub fn close(&mut self, range: &Range<u64>) {
-        if let Some(mapped) = self.mapped.iter_mut().find(|mapped| mapped.range == *range) {
-            mapped.mapping.clear();
+        let Some(mapped) = self.mapped.iter_mut().find(|mapped| mapped.range == *range) else { return };
+        if let Err(error) = mapped.mapping.clear() {
+            // The guest still has this place. The file is there, which is somebody else's from now on, or, before Linux 6.12,
+            // nothing, and whatever this process maps next may come there.
+            log::error!("no zeros can be put in the place of a file in guest memory: {error}");
+            process::abort();
         }
     }
 
@@ -213,11 +219,15 @@ impl Mapping {
     }
 
     /// Zeros, which take no memory until they are written, in the place of what is there.
-    fn clear(&mut self) {
+    fn clear(&mut self) -> io::Result<()> {
         // SAFETY: the range is one that `new` has made and nobody else maps anything into. It stays mapped, so that no
         // address which a handle still has is invalid; no reference into guest memory exists that could see it change.
-        unsafe { libc::mmap(self.start, self.len, ACCESS, SPACE | libc::MAP_FIXED, -1, 0) };
+        let over = unsafe { libc::mmap(self.start, self.len, ACCESS, SPACE | libc::MAP_FIXED, -1, 0) };
+        if over == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
         self.hide();
+        Ok(())
     }
 
     /// A core dump of this process must hold none of the guest's secrets. Advice: a kernel without it is fine.
@@ -229,7 +239,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        self.clear();
+        // Nobody reaches it any more.
+        if let Err(error) = self.clear() {
+            log::error!("a file stays mapped in this process: {error}");
+        }
     }
 }
 
@@ -276,6 +289,14 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(bytes).unwrap();
         file
+    }
+
+    #[test]
+    fn what_cannot_be_cleared_is_said() {
+        // No page begins there.
+        let mut mapping =
+            std::mem::ManuallyDrop::new(Mapping { start: ptr::without_provenance_mut(1), len: 4096 });
+        assert_eq!(mapping.clear().unwrap_err().raw_os_error(), Some(libc::EINVAL));
     }
 
     #[test]

@@ -146,7 +146,8 @@ impl<T> Ring<T> {
         }
     }
 
-    fn send(&mut self) {
+    /// Has the kernel begin with what was put in. Errors are tried again by the next [`Ring::turn`].
+    pub fn send(&mut self) {
         if self.ring.submission().is_empty() {
             return;
         }

@@ -37,7 +37,7 @@ use crate::virtio::device::{
     Active, DeviceState, DeviceType, Identity, StartError, VirtioDevice, read_space,
 };
 use crate::virtio::queue::{Chain, Queue, QueueError, Segments};
-use crate::virtio::running::{Running, Step, count};
+use crate::virtio::running::{Running, Serve, Step, count};
 use crate::virtio::trouble::{Failure, Troubles};
 use crate::virtio::turns::{Turn, Turns};
 
@@ -469,6 +469,28 @@ struct Worker {
     counters: Arc<Counters>,
 }
 
+/// A turn at one queue.
+struct Serving<'a> {
+    worker: &'a mut Worker,
+    queue: u16,
+    /// Something was not put back.
+    taken: bool,
+}
+
+impl Serve for Serving<'_> {
+    fn request(&mut self, memory: &GuestRam, chain: &mut Chain) -> Result<Step, QueueError> {
+        let step = self.worker.request(self.queue, memory, chain)?;
+        self.taken |= step != Step::Later;
+        Ok(step)
+    }
+
+    fn may_pause(&mut self) -> bool {
+        // The host's disk works while others do.
+        self.worker.ring.iter_mut().for_each(Ring::send);
+        self.worker.ended.is_empty()
+    }
+}
+
 /// What a request may have to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wait {
@@ -480,12 +502,9 @@ enum Wait {
 impl Worker {
     fn serve(&mut self, running: &mut Running, queue: u16) -> Turn {
         self.waits = None;
-        let mut taken = false;
-        running.serve_batches(queue, |memory, chain| {
-            let step = self.request(queue, memory, chain)?;
-            taken |= step != Step::Later;
-            Ok(step)
-        });
+        let mut serving = Serving { worker: self, queue, taken: false };
+        running.serve_batches(queue, &mut serving);
+        let taken = serving.taken;
         match self.waits {
             None => Turn::Over,
             Some(_) if taken => Turn::Partly,

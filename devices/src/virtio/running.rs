@@ -48,6 +48,26 @@ pub enum Step {
     Kept,
 }
 
+/// What is done with the requests of a queue in a turn. A closure is one that does not pause.
+pub trait Serve {
+    /// One request. An error is the driver's fault.
+    fn request(&mut self, memory: &GuestRam, chain: &mut Chain) -> Result<Step, QueueError>;
+
+    /// Whether others may run before the next look at the queue: what is kept is under way by then, and nothing waits for the
+    /// end of the turn.
+    fn may_pause(&mut self) -> bool;
+}
+
+impl<F: FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>> Serve for F {
+    fn request(&mut self, memory: &GuestRam, chain: &mut Chain) -> Result<Step, QueueError> {
+        self(memory, chain)
+    }
+
+    fn may_pause(&mut self) -> bool {
+        false
+    }
+}
+
 impl Running {
     /// Takes over `active` for a device with `needed` queues. The sources are the doorbells of the enabled queues, with
     /// the queue's index as token.
@@ -125,21 +145,17 @@ impl Running {
     pub fn serve(
         &mut self,
         index: u16,
-        request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
+        mut request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
     ) {
         self.clear_kick(index);
-        self.turn(index, |turn| turn.serve(request, false));
+        self.turn(index, |turn| turn.serve(&mut request));
     }
 
     /// As [`Running::serve`], for a device whose driver makes many requests one after the other: between two looks at the
     /// queue it lets others run, while that pays (`batching`).
-    pub fn serve_batches(
-        &mut self,
-        index: u16,
-        request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
-    ) {
+    pub fn serve_batches(&mut self, index: u16, server: &mut impl Serve) {
         self.clear_kick(index);
-        self.turn(index, |turn| turn.serve(request, true));
+        self.turn(index, |turn| turn.serve(server));
     }
 
     /// Takes one turn at the queue with this index, for a device that pops and pushes by itself. It does not take in
@@ -169,11 +185,7 @@ pub struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    fn serve(
-        &mut self,
-        mut request: impl FnMut(&GuestRam, &mut Chain) -> Result<Step, QueueError>,
-        in_batches: bool,
-    ) -> Result<(), QueueError> {
+    fn serve(&mut self, server: &mut impl Serve) -> Result<(), QueueError> {
         let (mut requests, begin) = (0, Instant::now());
         loop {
             self.queue.disable_kicks(self.memory)?;
@@ -185,7 +197,7 @@ impl Turn<'_> {
                 }
                 let Some(mut chain) = self.queue.pop(self.memory)? else { break };
                 requests += 1;
-                match request(self.memory, &mut chain)? {
+                match server.request(self.memory, &mut chain)? {
                     Step::Used(written) => self.queue.push(self.memory, chain.head, written)?,
                     Step::Kept => {}
                     Step::Later => {
@@ -194,7 +206,7 @@ impl Turn<'_> {
                     }
                 }
             }
-            if in_batches && self.lets_others_run(requests - before)? {
+            if server.may_pause() && self.lets_others_run(requests - before)? {
                 continue;
             }
             // Looking once more counts too: a driver that lays its rings over one another makes asking for kicks change
@@ -206,7 +218,7 @@ impl Turn<'_> {
         }
     }
 
-    /// A look at the queue found so many requests, which are done or kept, and now it is empty. True when the driver has been
+    /// A look at the queue found so many requests, which are done or under way, and now it is empty. True when the driver has been
     /// told, others have had the processor, and the queue is to be looked at again.
     fn lets_others_run(&mut self, found: usize) -> Result<bool, QueueError> {
         let begin = Instant::now();
@@ -308,12 +320,35 @@ mod tests {
         let interrupt = Arc::new(Eager(Mutex::new((driver, false))));
         let active = Active { memory, queues, features: EVENT_IDX, interrupt };
         let (mut running, _) = Running::start(active, 1).unwrap();
-        let mut served = 0;
-        running.serve_batches(0, |_, _| {
-            served += 1;
+        let mut counts = Counts { served: 0, may_pause: true };
+        running.serve_batches(0, &mut counts);
+        assert_eq!(counts.served, 1 + 2);
+    }
+
+    /// Counts what it serves.
+    struct Counts {
+        served: u32,
+        may_pause: bool,
+    }
+
+    impl Serve for Counts {
+        fn request(&mut self, _: &GuestRam, _: &mut Chain) -> Result<Step, QueueError> {
+            self.served += 1;
             Ok(Step::Used(0))
-        });
-        assert_eq!(served, 1 + 2);
+        }
+
+        fn may_pause(&mut self) -> bool {
+            self.may_pause
+        }
+    }
+
+    #[test]
+    fn nobody_else_runs_while_something_waits_for_the_end_of_the_turn() {
+        for may_pause in [true, false] {
+            let (mut running, _driver, _calls) = full();
+            running.serve_batches(0, &mut Counts { served: 0, may_pause });
+            assert_eq!(running.queues[0].batching.has_tried(), may_pause);
+        }
     }
 
     #[test]

@@ -297,7 +297,8 @@ impl Transport {
         }
     }
 
-    /// Lets go of the device, with all that it has of the host. Its driver keeps what fails all requests ([`Dead`]).
+    /// Lets go of the device, with all that it has of the host. Its driver keeps what fails all requests ([`Dead`]): after a
+    /// broken rule from its next reset on, as rings that broke one are not to be trusted.
     pub fn take_away(&mut self) {
         let runs = self.running.is_some();
         self.pause();
