@@ -574,8 +574,8 @@ pub struct Later {
 
 /// Find out whether guests can run on this host.
 ///
-/// Tries what Berth needs, and says what each missing thing costs and what mends it. Ends with 0 when guests can run and
-/// with 1 when they cannot.
+/// Tries what Berth needs, and says what each missing thing costs and what mends it. Ends with 0 when guests can run, as far as
+/// it was tried, and with 1 when they cannot. Root can try everything.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -1,6 +1,6 @@
 //! Whether guests can run on this host, what is missing, what that costs and what mends it.
 //!
-//! It changes nothing and does not ask berthd what it knows: it is for the time before berthd runs, too.
+//! It changes nothing, and asks berthd only whether it is there: it is for the time before berthd runs, too.
 
 mod calls;
 pub mod facts;
@@ -26,7 +26,7 @@ pub fn run(args: &Doctor, socket: &Path) -> Result<Exit> {
     Ok(if report.guests_can_run { Exit::Ok } else { Exit::Failed })
 }
 
-/// The report for a person: a line for each check, and below one that failed what it costs and what mends it.
+/// The report for a person: a line for each check, and below one that is not ok what it costs and what mends it.
 fn render(report: &Report, paint: Paint) -> String {
     let width = report.checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
     let mut text = String::new();
@@ -37,6 +37,7 @@ fn render(report: &Report, paint: Paint) -> String {
             (Verdict::Missing, false) => ("missing", Style::Doubtful),
             (Verdict::Broken, true) => ("broken", Style::Bad),
             (Verdict::Broken, false) => ("broken", Style::Doubtful),
+            (Verdict::Untried, _) => ("untried", Style::Doubtful),
         };
         let word = paint.paint(style, &format!("{word:<7}"));
         text.push_str(&format!("{word}  {name:<width$}  {}\n", plain(found)));
@@ -46,16 +47,21 @@ fn render(report: &Report, paint: Paint) -> String {
             }
         }
     }
-    let last = match report.guests_can_run {
-        true => paint.paint(Style::Good, "Guests can run on this host."),
+    let names = |of: fn(&Check) -> bool| {
+        let checks = report.checks.iter().filter(|check| of(check));
+        checks.map(|check| check.name).collect::<Vec<_>>().join(", ")
+    };
+    let untried = names(|check| check.needed && check.verdict == Verdict::Untried);
+    let (style, last) = match report.guests_can_run {
+        true if untried.is_empty() => (Style::Good, "Guests can run on this host.".to_string()),
+        true => {
+            (Style::Doubtful, format!("Guests can run on this host as far as was tried; untried: {untried}."))
+        }
         false => {
-            let failed = |check: &&Check| check.needed && check.verdict != Verdict::Ok;
-            let names: Vec<_> = report.checks.iter().filter(failed).map(|check| check.name).collect();
-            paint
-                .paint(Style::Bad, &format!("Guests cannot run on this host as it is: {}.", names.join(", ")))
+            (Style::Bad, format!("Guests cannot run on this host as it is: {}.", names(Check::is_in_the_way)))
         }
     };
-    format!("{text}\n{last}\n")
+    format!("{text}\n{}\n", paint.paint(style, &last))
 }
 
 #[cfg(test)]
@@ -95,6 +101,17 @@ Guests cannot run on this host as it is: kvm.
         let checks = vec![check("kvm", Verdict::Ok, true), check("landlock", Verdict::Missing, false)];
         let text = render(&Report { guests_can_run: true, checks }, Paint(false));
         assert!(text.ends_with("\n\nGuests can run on this host.\n"), "{text}");
+    }
+
+    #[test]
+    fn what_was_not_tried_is_not_promised() {
+        let checks = vec![check("kvm", Verdict::Untried, true), check("forwarding", Verdict::Untried, false)];
+        let text = render(&Report { guests_can_run: true, checks }, Paint(false));
+        assert!(text.starts_with("untried  kvm         seen\n                     costs: much\n"), "{text}");
+        assert!(
+            text.ends_with("\n\nGuests can run on this host as far as was tried; untried: kvm.\n"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -6,9 +6,12 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
+use api_socket::ClientError;
+use api_socket::fleet::Client;
 use io_uring::IoUring;
 use rustix::fs::statfs;
 use rustix::process::Resource;
@@ -32,6 +35,8 @@ const TRANSPARENT: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 const NAMESPACES: [&str; 6] = ["cgroup", "ipc", "mnt", "net", "pid", "uts"];
 /// Where programs are, beside `PATH`: an ordinary user's leaves the last two out.
 const PLACES: [&str; 5] = ["/usr/local/bin", "/usr/bin", "/usr/lib/berth", "/usr/sbin", "/sbin"];
+/// berthd answers within milliseconds; the rest is for one that systemd starts for us at this moment.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// The most of a file of the kernel's that is read.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -111,6 +116,7 @@ pub struct Facts {
     /// Most files that a process may be given.
     pub open_files: Option<u64>,
     pub socket: PathBuf,
+    /// Whether it answers. That its socket is there says little: it is systemd's.
     pub berthd: Tried,
     /// Whether we are in the group; `None` where there is none.
     pub is_member: Option<bool>,
@@ -119,7 +125,7 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Looks and tries; takes some milliseconds, and some seconds on a KVM that hangs.
+    /// Looks and tries; takes some milliseconds, and some seconds where KVM or berthd hangs.
     pub fn find(socket: &Path) -> Facts {
         let is_root = rustix::process::geteuid().is_root();
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
@@ -148,7 +154,7 @@ impl Facts {
             space: space(Path::new(STATE)),
             open_files: rustix::process::getrlimit(Resource::Nofile).maximum,
             socket: socket.to_path_buf(),
-            berthd: tried(UnixStream::connect(socket).map(drop)),
+            berthd: ask(socket, PATIENCE),
             is_member: group_id(&groups, GROUP).map(is_member),
             user: std::env::var("USER").ok().filter(|name| is_plain(name)).unwrap_or_else(|| "USER".into()),
         }
@@ -161,6 +167,26 @@ fn tried(outcome: io::Result<()>) -> Tried {
 
 fn open(path: &str) -> Tried {
     tried(File::options().read(true).write(true).open(path).map(drop))
+}
+
+fn ask(socket: &Path, patience: Duration) -> Tried {
+    let other = |why: String| Err(Trouble::Other(why));
+    let (done, answer) = channel();
+    let daemon = Client::new(socket);
+    // On a thread, since there is no limit of time for a connection: one to a queue that is full waits. It ends with us.
+    std::thread::spawn(move || done.send(daemon.version()));
+    match answer.recv_timeout(patience) {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(ClientError::Io { source, .. })) => match source.kind() {
+            io::ErrorKind::UnexpectedEof => other("it goes away without an answer".into()),
+            io::ErrorKind::InvalidData => other(format!("its answer is not understood: {source}")),
+            _ => Err(Trouble::of(&source)),
+        },
+        Ok(Err(ClientError::Protocol(why))) => other(format!("its answer is not understood: {why}")),
+        Ok(Err(ClientError::Refused(fault))) => other(fault.message),
+        Ok(Err(ClientError::Source(error))) => other(error.to_string()),
+        Err(_) => other(format!("it does not answer within {} s", patience.as_secs_f32())),
+    }
 }
 
 /// The text of one of the kernel's files, or nothing.
@@ -281,6 +307,8 @@ fn space(wanted: &Path) -> (PathBuf, Result<u64, Trouble>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
 
     #[test]
     fn releases_begin_with_two_numbers() {
@@ -346,6 +374,38 @@ mod tests {
         let (place, free) = space(&there.path().join("not/yet"));
         assert_eq!(place, there.path());
         assert!(free.unwrap() > 0);
+    }
+
+    #[test]
+    fn a_socket_where_nobody_answers_is_not_a_daemon() {
+        let here = tempfile::tempdir().unwrap();
+        let ask = |name: &str| ask(&here.path().join(name), Duration::from_millis(50));
+        let trouble = |why: &str| Err(Trouble::Other(why.into()));
+        assert_eq!(ask("none"), Err(Trouble::Absent));
+
+        // As systemd's is while the daemon hangs.
+        let silent = UnixListener::bind(here.path().join("silent")).unwrap();
+        assert_eq!(ask("silent"), trouble("it does not answer within 0.05 s"));
+        drop(silent);
+        assert!(matches!(ask("silent"), Err(Trouble::Other(_))));
+
+        for (name, reply, expected) in [
+            ("gone", "", "it goes away without an answer"),
+            ("odd", "220 mail.example.org\r\n\r\n", "its answer is not understood: "),
+            ("refusal", "HTTP/1.1 503 x\r\nContent-Length: 0\r\n\r\n", "status 503 without a reason"),
+        ] {
+            let listener = UnixListener::bind(here.path().join(name)).unwrap();
+            let answers = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let _ = stream.read(&mut [0; 1024]).unwrap();
+                stream.write_all(reply.as_bytes()).unwrap();
+            });
+            match super::ask(&here.path().join(name), Duration::from_secs(30)) {
+                Err(Trouble::Other(why)) => assert!(why.starts_with(expected), "{name}: {why}"),
+                other => panic!("{name}: {other:?}"),
+            }
+            answers.join().unwrap();
+        }
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub enum Verdict {
     Missing,
     /// It is there and cannot be used.
     Broken,
+    /// Who asks may not try it, and it may well be there.
+    Untried,
 }
 
 /// One line of the report. Its JSON is relied on by scripts: fields are added and do not change.
@@ -45,7 +47,7 @@ pub struct Check {
     pub needed: bool,
     /// What was seen.
     pub found: String,
-    /// What is not to be had without it; absent when it is there.
+    /// What is not to be had without it, or not known; absent when it is there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub costs: Option<String>,
     /// A command, or what to do where there is none; absent when it is there.
@@ -56,6 +58,7 @@ pub struct Check {
 /// The report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
+    /// As far as it was tried.
     pub guests_can_run: bool,
     pub checks: Vec<Check>,
 }
@@ -63,8 +66,7 @@ pub struct Report {
 /// Judges all of it, in the order of the report.
 pub fn judge(facts: &Facts) -> Report {
     let checks: Vec<_> = CHECKS.iter().map(|check| check(facts)).collect();
-    let is_in_the_way = |check: &Check| check.needed && check.verdict != Verdict::Ok;
-    Report { guests_can_run: !checks.iter().any(is_in_the_way), checks }
+    Report { guests_can_run: !checks.iter().any(Check::is_in_the_way), checks }
 }
 
 const CHECKS: [fn(&Facts) -> Check; 23] = [
@@ -109,11 +111,22 @@ impl Check {
     fn broken(self, costs: &str, mend: impl Into<String>) -> Check {
         Check { verdict: Verdict::Broken, ..self.missing(costs, mend) }
     }
+
+    /// What is not known by that, and who can try it.
+    fn untried(self, costs: &str, mend: impl Into<String>) -> Check {
+        Check { verdict: Verdict::Untried, ..self.missing(costs, mend) }
+    }
+
+    /// It keeps guests from running.
+    pub fn is_in_the_way(&self) -> bool {
+        self.needed && matches!(self.verdict, Verdict::Missing | Verdict::Broken)
+    }
 }
 
 fn kvm(facts: &Facts) -> Check {
     const NAME: &str = "kvm";
     const COSTS: &str = "no guest can run";
+    const UNKNOWN: &str = "whether guests can run is not known";
     match &facts.kvm {
         Ok(()) => ok(NAME, "a trial guest ran"),
         Err(Trouble::Absent) if facts.has_virtualization => {
@@ -122,14 +135,13 @@ fn kvm(facts: &Facts) -> Check {
         }
         Err(Trouble::Absent) => ok(NAME, format!("there is no {KVM}, and the processor shows no virtualization"))
             .missing(COSTS, "switch on virtualization (VT-x, AMD-V) in the firmware; in a virtual machine, nested virtualization on its host"),
-        // It did not start without it.
+        // Nothing is amiss for who runs guests by berthd. It starts without KVM too, so it proves nothing.
         Err(Trouble::Denied) if facts.berthd.is_ok() => {
-            ok(NAME, format!("berthd has it; you may not open {KVM}"))
+            ok(NAME, format!("not tried: you may not open {KVM}, and berthd may"))
+                .untried(UNKNOWN, "sudo berth doctor   # tries it")
         }
-        Err(Trouble::Denied) => ok(NAME, format!("not tried: you may not open {KVM}")).broken(
-            "whether guests can run is not known",
-            "run berth doctor as root, or see kvm-permissions",
-        ),
+        Err(Trouble::Denied) => ok(NAME, format!("not tried: you may not open {KVM}"))
+            .broken(UNKNOWN, "run berth doctor as root, or see kvm-permissions"),
         Err(Trouble::Other(why)) => ok(NAME, why).broken(
             COSTS,
             "sudo dmesg | grep -i kvm   # tells why; in a virtual machine, its host must offer nested virtualization",
@@ -443,8 +455,10 @@ fn berthd(facts: &Facts) -> Check {
             ok(NAME, format!("there is no {socket}")).missing(COSTS, "sudo systemctl start berthd")
         }
         Err(Trouble::Denied) => ok(NAME, format!("you may not open {socket}")).broken(COSTS, "see group"),
-        Err(Trouble::Other(why)) => ok(NAME, format!("{socket}: {why}"))
-            .broken(COSTS, "sudo systemctl restart berthd; journalctl -u berthd   # guests run on meanwhile"),
+        Err(Trouble::Other(why)) => ok(NAME, format!("{socket}: {why}")).broken(
+            COSTS,
+            "sudo journalctl -u berthd   # tells why; sudo systemctl restart berthd leaves guests running",
+        ),
     }
 }
 

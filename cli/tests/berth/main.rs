@@ -177,6 +177,26 @@ fn stats_and_events_are_for_people_and_programs() {
 }
 
 #[test]
+fn the_doctor_calls_a_daemon_good_that_answers_and_not_one_whose_socket_is_there() {
+    let verdict = |mut command: Command| {
+        command.args(["doctor", "--json"]);
+        let report: Value = serde_json::from_str(&says(command).1).unwrap();
+        let checks = report["checks"].as_array().unwrap();
+        checks.iter().find(|check| check["name"] == "berthd").unwrap().clone()
+    };
+    assert_eq!(verdict(Daemon::new().berth(&[]))["verdict"], "ok");
+    let here = tempfile::tempdir().unwrap();
+    let socket = here.path().join("socket");
+    assert_eq!(verdict(berth(&socket, &[]))["verdict"], "missing");
+    // As systemd's is while the daemon hangs.
+    let _silent = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let berthd = verdict(berth(&socket, &[]));
+    assert_eq!(berthd["verdict"], "broken");
+    assert!(berthd["found"].as_str().unwrap().ends_with("it does not answer within 2 s"), "{berthd}");
+    assert!(berthd["mend"].as_str().unwrap().contains("journalctl -u berthd"), "{berthd}");
+}
+
+#[test]
 fn an_image_is_sent_in_parts() {
     let daemon = Daemon::new();
     let here = tempfile::tempdir().unwrap();

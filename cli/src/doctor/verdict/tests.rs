@@ -39,7 +39,7 @@ fn good() -> Facts {
 /// What is changed on a good host; the check that tells; how; whether guests can run; what mends it.
 type Row = (&'static str, fn(&mut Facts), &'static str, Verdict, bool, &'static str);
 
-const BAD: [Row; 37] = {
+const BAD: [Row; 38] = {
     use Verdict::{Broken, Missing};
     fn other() -> Tried {
         Err(Trouble::Other("odd".into()))
@@ -185,6 +185,7 @@ const BAD: [Row; 37] = {
         ("full", |f| f.space.1 = Ok(1 << 20), "disk-space", Broken, true, "berth image rm"),
         ("few files", |f| f.open_files = Some(1024), "open-files", Broken, true, "ulimit -Hn 2048"),
         ("no daemon", |f| f.berthd = Err(Trouble::Absent), "berthd", Missing, true, "systemctl start berthd"),
+        ("a daemon that hangs", |f| f.berthd = other(), "berthd", Broken, true, "journalctl -u berthd"),
         ("not a member", |f| f.is_member = Some(false), "group", Missing, true, "usermod -aG berth alice"),
     ]
 };
@@ -238,11 +239,14 @@ fn what_only_root_may_use_is_no_fault_of_an_ordinary_users() {
 }
 
 #[test]
-fn a_kvm_that_berthd_has_runs_the_guests_of_who_may_not_open_it() {
+fn a_kvm_that_only_berthd_may_open_is_neither_called_good_nor_in_the_way() {
     let mut facts = good();
     facts.kvm = Err(Trouble::Denied);
-    let kvm = find(&judge(&facts), "kvm").clone();
-    assert_eq!((kvm.verdict, kvm.found.contains("berthd has it")), (Verdict::Ok, true));
+    let report = judge(&facts);
+    let kvm = find(&report, "kvm");
+    assert_eq!((kvm.verdict, report.guests_can_run), (Verdict::Untried, true));
+    assert_eq!(kvm.found, "not tried: you may not open /dev/kvm, and berthd may");
+    assert!(kvm.mend.as_ref().is_some_and(|mend| mend.starts_with("sudo berth doctor")), "{kvm:?}");
 }
 
 #[test]
