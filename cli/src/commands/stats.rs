@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
+use agent::protocol::Size;
 use api_socket::ClientError;
 use api_socket::fleet::{Client, Stats as Use};
 
@@ -13,15 +14,17 @@ use crate::error::Result;
 use crate::exit::Exit;
 use crate::output::table::Table;
 use crate::output::{self, words};
+use crate::terminal;
 
 /// Between two looks: of a table that is renewed, and of one that is shown once.
 const PERIOD: Duration = Duration::from_secs(1);
 const ONCE: Duration = Duration::from_millis(500);
 
-/// ECMA-48: the cursor goes to the first line; what is below it is wiped away, of each line what is behind its text.
+/// ECMA-48: the cursor goes to the first line; what is below it is wiped away; a line is, before its text, as behind one that
+/// takes the whole width its last character would be.
 const HOME: &str = "\x1b[H";
 const WIPE_BELOW: &str = "\x1b[J";
-const WIPE_BEHIND: &str = "\x1b[K\n";
+const WIPE_LINE: &str = "\x1b[K";
 
 /// # Errors
 /// berthd refuses or is not there.
@@ -40,7 +43,8 @@ pub fn run(daemon: &Client, args: &Stats) -> Result<Exit> {
     loop {
         std::thread::sleep(PERIOD);
         let now = look(daemon, args, false)?;
-        let lines = table(&before, &now).replace('\n', WIPE_BEHIND);
+        let shown = fit(&table(&before, &now), terminal::size());
+        let lines: String = shown.split_inclusive('\n').map(|line| format!("{WIPE_LINE}{line}")).collect();
         output::print(&format!("{HOME}{lines}{WIPE_BELOW}"))?;
         before = now;
     }
@@ -80,6 +84,21 @@ fn table(before: &[Use], now: &[Use]) -> String {
     table.render()
 }
 
+/// As much of a table as a terminal of this size shows without moving: the cursor comes to stand below it.
+fn fit(table: &str, size: Size) -> String {
+    let rows = usize::from(size.rows).saturating_sub(1);
+    let mut lines: Vec<_> = table.lines().map(str::to_string).collect();
+    if lines.len() > rows {
+        let shown = rows.saturating_sub(1);
+        // The heading is nothing that could be missed.
+        let left_out = lines.len() - shown.max(1);
+        lines.truncate(shown);
+        lines.extend((rows > 0).then(|| format!("... and {left_out} more: berth stats --no-stream")));
+    }
+    let cut = |line: &String| line.chars().take(size.columns.into()).chain(['\n']).collect::<String>();
+    lines.iter().map(cut).collect()
+}
+
 /// Of one processor, in percent, between two looks; nothing where the guest was started again or no time has passed.
 fn cpu(before: &Use, now: &Use) -> Option<f64> {
     let used = now.cpu_microseconds.checked_sub(before.cpu_microseconds)?;
@@ -109,6 +128,20 @@ mod tests {
         assert_eq!(cpu(&used(10.0, 0), &used(11.0, 2_000_000)), Some(200.0));
         assert_eq!(cpu(&used(10.0, 5), &used(11.0, 4)), None);
         assert_eq!(cpu(&used(10.0, 5), &used(10.0, 5)), None);
+    }
+
+    #[test]
+    fn what_a_terminal_has_no_room_for_is_counted_on_its_last_line() {
+        let size = |rows, columns| Size { rows, columns };
+        let table = "NAME   CPU\nweb    12.5%\ndb     -\nold    0.0%\n";
+        assert_eq!(fit(table, size(5, 80)), table);
+        let more = "... and 2 more: berth stats --no-stream\n";
+        assert_eq!(fit(table, size(4, 80)), format!("NAME   CPU\nweb    12.5%\n{more}"));
+        assert_eq!(fit(table, size(2, 80)), "... and 3 more: berth stats --no-stream\n");
+        assert_eq!(fit(table, size(1, 80)), "");
+        assert_eq!(fit(table, size(4, 8)), "NAME   C\nweb    1\n... and \n");
+        assert_eq!(fit("NAME\nüüüü\n", size(9, 3)), "NAM\nüüü\n");
+        assert_eq!(fit("NAME\n", size(2, 4)), "NAME\n");
     }
 
     #[test]

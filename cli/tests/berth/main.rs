@@ -176,6 +176,33 @@ fn stats_and_events_are_for_people_and_programs() {
     assert_eq!(event["what"], "running");
 }
 
+/// A picture of `berth stats` on this terminal, without what moves the cursor.
+fn picture(terminal: &mut Terminal) -> String {
+    const HOME: &str = "\x1b[H";
+    const BELOW: &str = "\x1b[J";
+    terminal.shows(HOME);
+    let lines = terminal.shows(BELOW);
+    lines.trim_end_matches(BELOW).replace("\x1b[K", "").replace('\r', "")
+}
+
+#[test]
+fn stats_fit_on_a_terminal_however_many_guests_there_are() {
+    let name = |number: usize| format!("guest-{number:02}-{}", "x".repeat(40));
+    let daemon = (0..60).fold(Daemon::new(), |daemon, number| daemon.with(&name(number), State::Running));
+    let mut terminal = Terminal::run(daemon.berth(&["stats"]));
+    // First the screen is cleared.
+    assert_eq!(picture(&mut terminal), "");
+    let shown = picture(&mut terminal);
+    assert_eq!(shown.lines().count(), 39, "{shown}");
+    assert!(shown.contains(&name(36)) && !shown.contains(&name(37)), "{shown}");
+    assert!(shown.ends_with("\n... and 23 more: berth stats --no-stream\n"), "{shown}");
+    assert_eq!(shown.lines().map(|line| line.chars().count()).max(), Some(100), "{shown}");
+
+    terminal.resize(80, 200);
+    let shown = (0..3).map(|_| picture(&mut terminal)).find(|shown| shown.contains(&name(59)));
+    assert_eq!(shown.map(|shown| shown.lines().count()), Some(61));
+}
+
 #[test]
 fn the_doctor_calls_a_daemon_good_that_answers_and_not_one_whose_socket_is_there() {
     let verdict = |mut command: Command| {

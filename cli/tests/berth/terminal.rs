@@ -57,9 +57,9 @@ impl Terminal {
         self.keyboard.write_all(keys).unwrap();
     }
 
-    /// Waits until this is shown, after what was waited for before.
+    /// Waits until this is shown, after what was waited for before. Returns what was shown up to its end.
     #[track_caller]
-    pub fn shows(&mut self, text: &str) {
+    pub fn shows(&mut self, text: &str) -> String {
         let deadline = Instant::now() + LIMIT;
         while !self.shown.contains(text) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -68,7 +68,7 @@ impl Terminal {
             self.shown.push_str(&String::from_utf8_lossy(&bytes));
         }
         let at = self.shown.find(text).unwrap() + text.len();
-        self.shown.drain(..at);
+        self.shown.drain(..at).collect()
     }
 
     pub fn resize(&self, rows: u16, columns: u16) {
