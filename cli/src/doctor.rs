@@ -4,6 +4,7 @@
 
 mod calls;
 pub mod facts;
+pub mod ruleset;
 pub mod verdict;
 
 use std::path::Path;

@@ -138,3 +138,32 @@ fn what_the_host_has_switched_off_is_named() {
     assert!(said.mend("namespaces").contains("user.max_ipc_namespaces"));
     assert!(!said.guests_can_run && said.code == 1, "{:?}", said.checks);
 }
+
+/// Runs the doctor on a network of its own, in which a shell's commands were done before.
+#[track_caller]
+fn on_a_network_with(rules: &str) -> Said {
+    Said::by(&format!("exec unshare --net sh -euc '{rules} exec \"$@\"' sh \"$@\""))
+}
+
+/// Another program's: berthd's table cannot overrule it.
+const FIREWALL: &str = "nft add table ip t;
+     nft add chain ip t f \"{ type filter hook forward priority 0; policy drop; }\";";
+
+#[test]
+fn a_firewall_that_drops_what_is_forwarded_is_named_until_it_lets_guests_through() {
+    on_a_network_with("").assert_ok(&["forwarding"]);
+    let said = on_a_network_with(FIREWALL);
+    assert_eq!(said.verdict("forwarding"), "broken", "{}", said.checks["forwarding"]);
+    assert!(said.checks["forwarding"]["found"].as_str().unwrap().ends_with("the policy of ip t f"));
+    assert!(said.guests_can_run && said.code == 0, "{:?}", said.checks);
+
+    let mended = said.mend("forwarding").replace("sudo ", "");
+    on_a_network_with(&format!("{FIREWALL} {mended};")).assert_ok(&["forwarding"]);
+}
+
+#[test]
+fn who_may_not_see_the_firewall_is_told_that_it_was_not_tried() {
+    let said = as_a_user_with(&kvm("666"));
+    assert_eq!(said.verdict("forwarding"), "untried");
+    assert!(said.mend("forwarding").starts_with("sudo berth doctor"), "{}", said.mend("forwarding"));
+}

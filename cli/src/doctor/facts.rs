@@ -4,9 +4,10 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use rustix::fs::statfs;
 use rustix::process::Resource;
 
 use super::calls;
+use super::ruleset::{self, Chain};
 
 pub const KVM: &str = "/dev/kvm";
 pub const TUN: &str = "/dev/net/tun";
@@ -26,6 +28,8 @@ pub const CONTROL_GROUPS: &str = "/sys/fs/cgroup";
 pub const STATE: &str = "/var/lib/berth";
 /// Whose members may use berthd.
 pub const GROUP: &str = "berth";
+/// Of guests' network, unless berthd.toml names another.
+pub const BRIDGE: &str = "berth0";
 pub const VMM: &str = "berth-vmm";
 pub const JAILER: &str = "berth-jailer";
 
@@ -37,6 +41,10 @@ const NAMESPACES: [&str; 6] = ["cgroup", "ipc", "mnt", "net", "pid", "uts"];
 const PLACES: [&str; 5] = ["/usr/local/bin", "/usr/bin", "/usr/lib/berth", "/usr/sbin", "/sbin"];
 /// berthd answers within milliseconds; the rest is for one that systemd starts for us at this moment.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// What nft needs for more rules than hosts have.
+const LISTING: Duration = Duration::from_secs(10);
+/// The most of its rules that is read, in bytes.
+const MAX_LISTING: u64 = 64 << 20;
 /// The most of a file of the kernel's that is read.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -111,6 +119,8 @@ pub struct Facts {
     pub transparent_huge_pages: Option<String>,
     pub ip: Option<PathBuf>,
     pub nft: Option<PathBuf>,
+    /// What may drop what guests send elsewhere, where we may look.
+    pub droppers: Option<Result<Vec<Chain>, Trouble>>,
     /// Where guests' disks are or will be, and the bytes free there.
     pub space: (PathBuf, Result<u64, Trouble>),
     /// Most files that a process may be given.
@@ -130,6 +140,7 @@ impl Facts {
         let is_root = rustix::process::geteuid().is_root();
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         let groups = read("/etc/group");
+        let nft = program("nft");
         Facts {
             is_root,
             kernel: (version(&release), release),
@@ -150,7 +161,8 @@ impl Facts {
             huge_pages: huge_pages(),
             transparent_huge_pages: fs::read_to_string(TRANSPARENT).ok().and_then(|text| chosen(&text)),
             ip: program("ip"),
-            nft: program("nft"),
+            droppers: nft.as_deref().filter(|_| is_root).map(droppers),
+            nft,
             space: space(Path::new(STATE)),
             open_files: rustix::process::getrlimit(Resource::Nofile).maximum,
             socket: socket.to_path_buf(),
@@ -167,6 +179,41 @@ fn tried(outcome: io::Result<()>) -> Tried {
 
 fn open(path: &str) -> Tried {
     tried(File::options().read(true).write(true).open(path).map(drop))
+}
+
+fn droppers(nft: &Path) -> Result<Vec<Chain>, Trouble> {
+    let mut command = Command::new(nft);
+    command.args(["--json", "--terse", "list", "ruleset"]);
+    let listing = said(command, LISTING)?;
+    ruleset::droppers(&listing, BRIDGE)
+        .map_err(|error| Trouble::Other(format!("what it says is not understood: {error}")))
+}
+
+/// What a command of the host's writes, if it ends well and in time.
+fn said(mut command: Command, patience: Duration) -> Result<String, Trouble> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| Trouble::of(&error))?;
+    let (done, text) = channel();
+    let output = child.stdout.take();
+    std::thread::spawn(move || {
+        let mut text = String::new();
+        let read = output.map_or(Ok(0), |output| output.take(MAX_LISTING).read_to_string(&mut text));
+        done.send(read.map(|_| text))
+    });
+    let text = text.recv_timeout(patience);
+    if text.is_err() {
+        let _ = child.kill();
+    }
+    let status = child.wait().map_err(|error| Trouble::of(&error))?;
+    match text {
+        Ok(text) if status.success() => text.map_err(|error| Trouble::of(&error)),
+        Ok(_) => Err(Trouble::Other(format!("it fails: {status}"))),
+        Err(_) => Err(Trouble::Other(format!("it does not end within {} s", patience.as_secs_f32()))),
+    }
 }
 
 fn ask(socket: &Path, patience: Duration) -> Tried {
@@ -191,7 +238,6 @@ fn ask(socket: &Path, patience: Duration) -> Tried {
 
 /// The text of one of the kernel's files, or nothing.
 fn read(path: &str) -> String {
-    use io::Read;
     let mut text = String::new();
     let read = File::open(path).and_then(|file| file.take(MAX_FILE).read_to_string(&mut text));
     read.map(|_| text).unwrap_or_default()
@@ -307,7 +353,7 @@ fn space(wanted: &Path) -> (PathBuf, Result<u64, Trouble>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
+    use std::io::Write;
     use std::os::unix::net::UnixListener;
 
     #[test]
@@ -406,6 +452,24 @@ mod tests {
             }
             answers.join().unwrap();
         }
+    }
+
+    #[test]
+    fn a_command_is_heard_that_ends_well_and_in_time() {
+        let said = |script: &str, patience| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]);
+            said(command, patience)
+        };
+        let long = Duration::from_secs(30);
+        assert_eq!(said("echo rules; echo why >&2", long), Ok("rules\n".into()));
+        let trouble = |why: &str| Err(Trouble::Other(why.into()));
+        assert_eq!(said("echo rules; exit 1", long), trouble("it fails: exit status: 1"));
+        assert_eq!(
+            said("exec sleep 60", Duration::from_millis(50)),
+            trouble("it does not end within 0.05 s")
+        );
+        assert_eq!(super::said(Command::new("/nowhere/nft"), long), Err(Trouble::Absent));
     }
 
     #[test]

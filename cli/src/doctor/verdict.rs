@@ -5,9 +5,10 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::facts::{
-    Access, CONTROL_GROUPS, Facts, GROUP, JAILER, KVM, STATE, TUN, Tried, Trouble, USERFAULTFD, VHOST_NET,
-    VMM,
+    Access, BRIDGE, CONTROL_GROUPS, Facts, GROUP, JAILER, KVM, STATE, TUN, Tried, Trouble, USERFAULTFD,
+    VHOST_NET, VMM,
 };
+use super::ruleset::Chain;
 use crate::output::words;
 
 /// Older kernels are not known to work: the oldest of Debian that still gets fixes has this one.
@@ -34,7 +35,7 @@ pub enum Verdict {
     Missing,
     /// It is there and cannot be used.
     Broken,
-    /// Who asks may not try it, and it may well be there.
+    /// It could not be tried, and may well be as it should.
     Untried,
 }
 
@@ -69,7 +70,7 @@ pub fn judge(facts: &Facts) -> Report {
     Report { guests_can_run: !checks.iter().any(Check::is_in_the_way), checks }
 }
 
-const CHECKS: [fn(&Facts) -> Check; 23] = [
+const CHECKS: [fn(&Facts) -> Check; 24] = [
     kvm,
     kvm_permissions,
     kernel,
@@ -89,6 +90,7 @@ const CHECKS: [fn(&Facts) -> Check; 23] = [
     userfaultfd,
     ip,
     nft,
+    forwarding,
     disk_space,
     open_files,
     berthd,
@@ -210,6 +212,51 @@ fn ip(facts: &Facts) -> Check {
 
 fn nft(facts: &Facts) -> Check {
     program("nft", "nft", facts.nft.as_deref(), NO_NETWORK, "nftables")
+}
+
+fn forwarding(facts: &Facts) -> Check {
+    const NAME: &str = "forwarding";
+    const COSTS: &str = "guests may reach nothing beyond this host";
+    const UNKNOWN: &str = "whether a firewall of this host drops what guests send elsewhere is not known";
+    match &facts.droppers {
+        _ if facts.nft.is_none() => ok(NAME, "not tried: there is no nft").untried(UNKNOWN, "see nft"),
+        None => ok(NAME, "not tried: only root sees what nftables has")
+            .untried(UNKNOWN, "sudo berth doctor   # tries it"),
+        Some(Err(trouble)) => ok(NAME, format!("not tried: nft: {}", why(trouble)))
+            .untried(UNKNOWN, "sudo nft --json --terse list ruleset"),
+        Some(Ok(chains)) => match chains.as_slice() {
+            [] => ok(NAME, "no policy in nftables drops what guests send elsewhere"),
+            chains => {
+                let list = |of: fn(&Chain) -> String, between| {
+                    chains.iter().map(of).collect::<Vec<_>>().join(between)
+                };
+                let name = |Chain { family, table, name }: &Chain| format!("{family} {table} {name}");
+                ok(
+                    NAME,
+                    format!(
+                        "what guests send elsewhere may be dropped, by the policy of {}",
+                        list(name, ", ")
+                    ),
+                )
+                .broken(COSTS, list(let_through, "; "))
+            }
+        },
+    }
+}
+
+/// Both are put first: what comes behind a chain's other rules may not be reached.
+fn let_through(Chain { family, table, name }: &Chain) -> String {
+    match (family.as_str(), table.as_str(), name.as_str()) {
+        // The table of iptables, which other programs do not touch.
+        ("ip", "filter", "FORWARD") => format!(
+            "sudo iptables -I FORWARD -i {BRIDGE} -j ACCEPT; \
+             sudo iptables -I FORWARD -o {BRIDGE} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+        ),
+        _ => format!(
+            "sudo nft insert rule {family} {table} {name} iifname {BRIDGE} accept; \
+             sudo nft insert rule {family} {table} {name} oifname {BRIDGE} ct state established,related accept"
+        ),
+    }
 }
 
 fn program(name: &'static str, file: &str, found: Option<&Path>, costs: &str, package: &str) -> Check {

@@ -27,6 +27,7 @@ fn good() -> Facts {
         transparent_huge_pages: Some("always".into()),
         ip: Some("/usr/sbin/ip".into()),
         nft: Some("/usr/sbin/nft".into()),
+        droppers: Some(Ok(vec![])),
         space: ("/var/lib/berth".into(), Ok(50 << 30)),
         open_files: Some(1 << 20),
         socket: "/run/berth/berthd.sock".into(),
@@ -36,11 +37,15 @@ fn good() -> Facts {
     }
 }
 
+fn chain(family: &str, table: &str, name: &str) -> Chain {
+    Chain { family: family.into(), table: table.into(), name: name.into() }
+}
+
 /// What is changed on a good host; the check that tells; how; whether guests can run; what mends it.
 type Row = (&'static str, fn(&mut Facts), &'static str, Verdict, bool, &'static str);
 
-const BAD: [Row; 38] = {
-    use Verdict::{Broken, Missing};
+const BAD: [Row; 42] = {
+    use Verdict::{Broken, Missing, Untried};
     fn other() -> Tried {
         Err(Trouble::Other("odd".into()))
     }
@@ -182,6 +187,24 @@ const BAD: [Row; 38] = {
         ("no userfaultfd", |f| f.userfaultfd = Err(Trouble::Absent), "userfaultfd", Missing, true, "6.1"),
         ("no nft", |f| f.nft = None, "nft", Missing, true, "apt-get install nftables"),
         ("no ip", |f| f.ip = None, "ip", Missing, true, "apt-get install iproute2"),
+        (
+            "a firewall",
+            |f| f.droppers = Some(Ok(vec![chain("ip", "filter", "FORWARD")])),
+            "forwarding",
+            Broken,
+            true,
+            "iptables -I FORWARD -i berth0 -j ACCEPT",
+        ),
+        ("not root", |f| f.droppers = None, "forwarding", Untried, true, "sudo berth doctor"),
+        (
+            "an nft that fails",
+            |f| f.droppers = Some(Err(Trouble::Absent)),
+            "forwarding",
+            Untried,
+            true,
+            "list ruleset",
+        ),
+        ("nobody to ask", |f| f.nft = None, "forwarding", Untried, true, "see nft"),
         ("full", |f| f.space.1 = Ok(1 << 20), "disk-space", Broken, true, "berth image rm"),
         ("few files", |f| f.open_files = Some(1024), "open-files", Broken, true, "ulimit -Hn 2048"),
         ("no daemon", |f| f.berthd = Err(Trouble::Absent), "berthd", Missing, true, "systemctl start berthd"),
@@ -250,6 +273,24 @@ fn a_kvm_that_only_berthd_may_open_is_neither_called_good_nor_in_the_way() {
 }
 
 #[test]
+fn each_chain_that_drops_is_named_with_what_lets_guests_through() {
+    let mut facts = good();
+    facts.droppers = Some(Ok(vec![chain("ip", "filter", "FORWARD"), chain("inet", "mine", "through")]));
+    let report = judge(&facts);
+    let forwarding = find(&report, "forwarding");
+    assert!(
+        forwarding.found.ends_with("may be dropped, by the policy of ip filter FORWARD, inet mine through"),
+        "{forwarding:?}"
+    );
+    let expected = "\
+        sudo iptables -I FORWARD -i berth0 -j ACCEPT; \
+        sudo iptables -I FORWARD -o berth0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT; \
+        sudo nft insert rule inet mine through iifname berth0 accept; \
+        sudo nft insert rule inet mine through oifname berth0 ct state established,related accept";
+    assert_eq!(forwarding.mend.as_deref(), Some(expected));
+}
+
+#[test]
 fn root_needs_no_group_and_tries_what_others_cannot() {
     let mut facts = good();
     (facts.is_root, facts.is_member, facts.namespaces) = (true, None, Some(Ok(())));
@@ -292,6 +333,7 @@ fn the_names_of_checks_stay() {
         "userfaultfd",
         "ip",
         "nft",
+        "forwarding",
         "disk-space",
         "open-files",
         "berthd",
