@@ -15,6 +15,8 @@ const PAYS: u32 = 2;
 const PATIENCE: Duration = Duration::from_micros(100);
 /// Trials in a row that may fail once one has paid: others than the guest may have had the processor.
 const FAILURES: u8 = 4;
+/// Who finds nothing after this long has waited for somebody who is busy with something else.
+const SLICE: Duration = Duration::from_millis(1);
 /// At most this part of the time goes into trials that fail; one counts for [`TRIAL`] at least.
 const PART: u32 = 16;
 const TRIAL: Duration = Duration::from_micros(50);
@@ -39,7 +41,7 @@ impl Batching {
             self.trust = match has_paid {
                 true => FAILURES,
                 // Somebody else is busy. It is paid for at once, or one that pays between each two would excuse them all.
-                false if found == 0 && took > PATIENCE => 0,
+                false if found == 0 && took > SLICE => 0,
                 false => self.trust.saturating_sub(1),
             };
             if self.trust == 0 {
