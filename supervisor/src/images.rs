@@ -55,7 +55,8 @@ impl Images {
         Ok(Images { directory, agent, agent_hash: OnceLock::new() })
     }
 
-    /// Receives a part of an image that is to be, in place of one that was received before.
+    /// Receives a part of an image that is to be, in place of one that was received before. An empty initramfs is none: what an
+    /// import that failed has left would else be in the next one of this name.
     ///
     /// # Errors
     /// There is an image of this name; the client or the disk fails.
@@ -66,11 +67,21 @@ impl Images {
             crate::cell::make_private_directory(&place, 0o700)?;
             let file = tempfile::Builder::new().prefix(".part-").tempfile_in(&place)?;
             let length = copy::received(from, file.as_file())?;
-            if length == 0 {
-                return Err(io::Error::new(ErrorKind::InvalidInput, "the file is empty"));
+            let path = place.join(part.as_str());
+            match (length, part) {
+                (0, Part::Initrd) => {
+                    return match fs::remove_file(path) {
+                        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+                        _ => Ok(()),
+                    };
+                }
+                (0, Part::Kernel | Part::Disk) => {
+                    return Err(io::Error::new(ErrorKind::InvalidInput, "the file is empty"));
+                }
+                _ => {}
             }
             file.as_file().sync_all()?;
-            file.persist(place.join(part.as_str()))?;
+            file.persist(path)?;
             Ok(())
         };
         receive().map_err(|error| disk_fault(&format!("The {} of image {name}", part.as_str()), &error))
@@ -447,8 +458,27 @@ mod tests {
     #[test]
     fn an_empty_file_is_no_part() {
         let (_place, images) = images();
-        let fault = images.receive("a", OWNER, Part::Kernel, &mut io::empty()).unwrap_err();
-        assert!(fault.status == 400 && fault.message.contains("the file is empty"), "{fault}");
+        for part in [Part::Kernel, Part::Disk] {
+            let fault = images.receive("a", OWNER, part, &mut io::empty()).unwrap_err();
+            assert!(fault.status == 400 && fault.message.contains("the file is empty"), "{fault}");
+        }
+    }
+
+    #[test]
+    fn an_initrd_of_an_import_that_failed_is_not_that_of_the_next_which_says_that_it_has_none() {
+        let (_place, images) = images();
+        images.receive("a", OWNER, Part::Kernel, &mut &b"kernel"[..]).unwrap();
+        images.receive("a", OWNER, Part::Initrd, &mut &b"initrd"[..]).unwrap();
+
+        images.receive("a", OWNER, Part::Kernel, &mut &b"kernel"[..]).unwrap();
+        // Said twice it is as true.
+        for _ in 0..2 {
+            images.receive("a", OWNER, Part::Initrd, &mut io::empty()).unwrap();
+        }
+        images.receive("a", OWNER, Part::Disk, &mut &b"disk"[..]).unwrap();
+        assert!(!images.finish("a", OWNER, NewImage::default()).unwrap().has_initrd);
+        let archive = fs::read(images.boot_archive("a").unwrap()).unwrap();
+        assert!(archive.starts_with(b"070701"), "{:?}", &archive[..16]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Commands about images. What an image is made of is sent, so that berthd needs no right to a user's files.
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
 
 use api_socket::ClientError;
@@ -27,6 +27,10 @@ pub fn import(daemon: &Client, args: &Import) -> Result<Exit> {
         .into_iter()
         .map(|(part, path)| open(path).map(|(file, length)| (part, path, file, length)))
         .collect::<Result<_>>()?;
+    if args.initrd.is_none() {
+        // What an import that failed has sent would be this image's.
+        daemon.put_part(name, Part::Initrd, &mut io::empty(), 0, |_| ()).about(name)?;
+    }
     for (part, path, mut file, length) in files {
         let progress = Progress::bytes(part.as_str(), Some(length));
         let mut before = 0;
@@ -42,14 +46,18 @@ pub fn import(daemon: &Client, args: &Import) -> Result<Exit> {
     output::print(&format!("{name}\n")).map(|()| Exit::Ok)
 }
 
-/// A file and its length, which for a block device only seeking tells.
+/// A file and its length, which for a block device only seeking tells. One that is empty is a mistake, and as an initrd would
+/// mean none.
 fn open(path: &Path) -> Result<(File, u64)> {
     let opened = File::open(path).and_then(|mut file| {
         let length = file.seek(SeekFrom::End(0))?;
         file.rewind()?;
         Ok((file, length))
     });
-    opened.during(|| format!("cannot read {}", path.display()))
+    match opened.during(|| format!("cannot read {}", path.display()))? {
+        (_, 0) => Err(Error::new(format!("cannot import {}", path.display()), "it is empty")),
+        found => Ok(found),
+    }
 }
 
 /// # Errors

@@ -254,6 +254,16 @@ fn an_image_is_sent_in_parts() {
         [("debian/disk".into(), 3 << 20), ("debian/initrd".into(), 20), ("debian/kernel".to_string(), 10)]
     );
     assert_eq!(daemon.asked(), ["image debian quiet"]);
+    // One without an initrd says so: an import of the same name that failed may have sent one.
+    let (code, ..) = says(daemon.berth(&["image", "import", "--name", "tiny", "--kernel", &kernel, &disk]));
+    assert_eq!((code, daemon.parts().get("tiny/initrd")), (0, Some(&0)));
+    assert_eq!(daemon.asked().len(), 2);
+
+    let empty = file("empty", 0);
+    let line = ["image", "import", "--name", "x", "--kernel", &kernel, "--initrd", &empty, &disk];
+    let (code, _, error) = says(daemon.berth(&line));
+    assert!(code == 1 && error == format!("berth: cannot import {empty}: it is empty\n"), "{error}");
+    assert!(!daemon.parts().keys().any(|part| part.starts_with("x/")));
     let (code, _, error) =
         says(daemon.berth(&["image", "import", "--name", "x", "--kernel", &kernel, "/nowhere/disk"]));
     assert!(code == 1 && error.starts_with("berth: cannot read /nowhere/disk: No such file"), "{error}");
@@ -262,7 +272,7 @@ fn an_image_is_sent_in_parts() {
         says(daemon.berth(&["image", "import", "--name", "x", "--kernel", directory, &disk]));
     let expected = format!("berth: cannot read {directory}: Is a directory");
     assert!(code == 1 && error.starts_with(&expected), "{error}");
-    assert_eq!(daemon.asked().len(), 1);
+    assert_eq!(daemon.asked().len(), 2);
 }
 
 #[test]
