@@ -118,7 +118,7 @@ pub struct Limits {
     /// Its share of processors that others want too: 1 to 10000, 100 if not given
     #[arg(long, value_name = "WEIGHT")]
     pub cpu_weight: Option<u32>,
-    /// Its share of disks that others want too: 1 to 10000, 100 if not given
+    /// Its share of disks that others want too, where bfq or io.cost.qos is enabled: 1 to 10000, 100 if not given
     #[arg(long, value_name = "WEIGHT")]
     pub io_weight: Option<u32>,
 }

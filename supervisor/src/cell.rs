@@ -1,7 +1,7 @@
 //! Places of a guest: what it has while it runs, and the group of its processes. Made before a start, gone after the end.
 
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,9 @@ use crate::config::Config;
 use crate::process;
 
 /// Where version 2 of control groups is mounted.
-const GROUPS: &str = "/sys/fs/cgroup";
+pub const GROUPS: &str = "/sys/fs/cgroup";
+/// The controller of what is read and written, which a host may lack.
+const IO: &str = "io";
 /// The directory in a cell where disks are put for a guest that runs.
 pub const DISKS: &str = "disks";
 /// How long processes that were killed may still be in their group.
@@ -158,5 +160,73 @@ pub fn prepare_groups(config: &Config) -> io::Result<()> {
     if !missing.is_empty() {
         return Err(io::Error::other(format!("{GROUPS} lacks the controllers {}", missing.join(", "))));
     }
-    fs::create_dir_all(root.join(&config.control_group))
+    fs::create_dir_all(root.join(&config.control_group))?;
+    // The jailer asks for the controllers of those limits only that a guest has.
+    if has_controller(root, IO)
+        && let Err(error) = pass_on(IO, root, &config.control_group)
+    {
+        log::warn!("What guests read and write is not counted, and they have no share of disks: {error}");
+    }
+    Ok(())
+}
+
+/// Whether a group has a controller.
+pub fn has_controller(group: &Path, controller: &str) -> bool {
+    lists(&group.join("cgroup.controllers"), controller).unwrap_or(false)
+}
+
+fn lists(file: &Path, controller: &str) -> io::Result<bool> {
+    Ok(fs::read_to_string(file)?.split_whitespace().any(|one| one == controller))
+}
+
+/// Lets the groups in this one below the root have a controller. Where a group on the way does not let it, those below it are
+/// without.
+fn pass_on(controller: &str, root: &Path, group: &str) -> io::Result<()> {
+    let mut at = root.to_owned();
+    let names = Path::new(group).iter().map(Some);
+    for name in names.chain([None]) {
+        let file = at.join("cgroup.subtree_control");
+        let pass_on = || match lists(&file, controller)? {
+            true => Ok(()),
+            false => File::options().write(true).open(&file)?.write_all(format!("+{controller}").as_bytes()),
+        };
+        pass_on().map_err(|error| {
+            let why = match error.kind() {
+                ErrorKind::ResourceBusy => {
+                    ": a group with processes of its own has none below it that are limited"
+                }
+                _ => "",
+            };
+            io::Error::new(
+                error.kind(),
+                format!("{} does not take +{controller}: {error}{why}", file.display()),
+            )
+        })?;
+        at.extend(name);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_controller_is_passed_on_from_the_root_to_the_groups_of_guests() {
+        let place = tempfile::tempdir().unwrap();
+        let file = |group: &str| place.path().join(group).join("cgroup.subtree_control");
+        fs::create_dir_all(place.path().join("a/b/guest")).unwrap();
+        for (group, has) in [("", "cpu io\n"), ("a", "cpu\n"), ("a/b", "")] {
+            fs::write(file(group), has).unwrap();
+        }
+        pass_on(IO, place.path(), "a/b").unwrap();
+        let has = |group| fs::read_to_string(file(group)).unwrap();
+        assert_eq!((has("").as_str(), has("a").as_str(), has("a/b").as_str()), ("cpu io\n", "+io\n", "+io"));
+        assert!(!file("a/b/guest").exists());
+
+        fs::remove_file(file("a")).unwrap();
+        let error = pass_on(IO, place.path(), "a/b").unwrap_err().to_string();
+        assert!(error.contains("/a/cgroup.subtree_control does not take +io: "), "{error}");
+        assert!(!file("a").exists());
+    }
 }

@@ -4,7 +4,7 @@
 //! start.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -21,12 +21,10 @@ use crate::guest::Guest;
 use crate::images::disk_fault;
 use crate::operations::vmm_fault;
 use crate::record::{BLOCK_MIB, Record};
-use crate::spawn::{self, disk_file};
+use crate::spawn::{self, USUAL_WEIGHT, disk_file};
 use crate::state::State;
 use crate::vmm_api;
 
-/// Of a control group that nobody gave another.
-const USUAL_WEIGHT: u32 = 100;
 /// How long a guest may take to let go of a disk.
 const LET_GO: Duration = Duration::from_secs(10);
 /// Between two looks whether it has.
@@ -45,7 +43,7 @@ impl Fleet {
     /// Changes what can be changed now, and writes down the rest.
     ///
     /// # Errors
-    /// 409 for what this guest cannot have, and nothing is changed. The VMM, the kernel or the disk refuses, or the guest starts or
+    /// 409 for what this guest or host cannot have, and nothing is changed. The VMM, the kernel or the disk refuses, or the guest starts or
     /// ends meanwhile: what was done before that stays.
     pub fn update(&self, guest: &Guest, update: GuestUpdate) -> Result<(), Fault> {
         let _claim = guest.claim("being changed")?;
@@ -65,12 +63,14 @@ impl Fleet {
             takes_links(&guest.places, &directory)
                 .map_err(|error| refused(format!("{why} ({error}): stop it first")))?;
         }
+        let settings = match update.limits.filter(|_| is_live) {
+            Some(limits) => group_settings(guest, &before.limits, limits).map_err(refused)?,
+            None => Vec::new(),
+        };
         let change = Change { fleet: self, guest, is_live, ends };
 
         if let Some(limits) = update.limits {
-            if is_live {
-                set_limits(guest, &before.limits, limits)?;
-            }
+            set_limits(guest, &settings)?;
             change.note(false, |record| record.limits = limits)?;
         }
         if let Some(memory) = update.memory_mib {
@@ -230,7 +230,15 @@ fn check(record: &Record, update: &GuestUpdate) -> Result<bool, String> {
     Ok(is_live)
 }
 
-fn set_limits(guest: &Guest, before: &Limits, limits: Limits) -> Result<(), Fault> {
+/// What a file of a guest's control group gets, and what it has.
+struct Setting {
+    file: &'static str,
+    value: String,
+    before: String,
+}
+
+/// What limits are in files of the group, all of which are there; or why one is not.
+fn group_settings(guest: &Guest, before: &Limits, limits: Limits) -> Result<Vec<Setting>, String> {
     // What it has now and is to have no more is as the kernel had it.
     let usual = |before: Option<u32>, now: Option<u32>| now.or(before.map(|_| USUAL_WEIGHT));
     let weights = Limits {
@@ -238,14 +246,53 @@ fn set_limits(guest: &Guest, before: &Limits, limits: Limits) -> Result<(), Faul
         io_weight: usual(before.io_weight, limits.io_weight),
         ..limits
     };
-    for (file, value) in spawn::group_limits(&weights) {
-        set_in_group(guest, file, &value)?;
+    let group = &guest.places.group;
+    let setting = |(file, value)| match fs::read_to_string(group.join(file)) {
+        // Lines behind the first are of one disk each, and nobody's here.
+        Ok(text) => Ok(Setting { file, value, before: text.lines().next().unwrap_or_default().to_owned() }),
+        Err(error) => Err(why_without(group, file, &error)),
+    };
+    spawn::group_limits(&weights, spawn::has_bfq(group)).into_iter().map(setting).collect()
+}
+
+/// Why a file of a guest's group cannot be read.
+fn why_without(group: &Path, file: &str, error: &io::Error) -> String {
+    if error.kind() != io::ErrorKind::NotFound || !group.exists() {
+        return format!("{file} of its control group cannot be read: {error}");
+    }
+    let controller = file.split('.').next().unwrap_or_default();
+    let why = if cell::has_controller(group, controller) {
+        "this host's kernel does not have it".to_owned()
+    } else if cell::has_controller(Path::new(cell::GROUPS), controller) {
+        format!(
+            "a group above it does not let it have the {controller} controller; the daemon's log says which"
+        )
+    } else {
+        format!("this host has no {controller} controller")
+    };
+    format!("Its control group has no {file}: {why}")
+}
+
+/// All of them, or none.
+fn set_limits(guest: &Guest, settings: &[Setting]) -> Result<(), Fault> {
+    for (done, setting) in settings.iter().enumerate() {
+        if let Err(mut fault) = set_in_group(guest, setting.file, &setting.value) {
+            for before in settings.iter().take(done) {
+                match set_in_group(guest, before.file, &before.before) {
+                    Ok(()) => {}
+                    Err(error) => fault.message += &format!(" {}", error.message),
+                }
+            }
+            return Err(fault);
+        }
     }
     Ok(())
 }
 
 fn set_in_group(guest: &Guest, file: &str, value: &str) -> Result<(), Fault> {
-    fs::write(guest.places.group.join(file), value).map_err(|error| Fault {
+    // It is the kernel's to make. What a file had is gone with it there, and in a test's.
+    let open = File::options().write(true).truncate(true).open(guest.places.group.join(file));
+    open.and_then(|mut file| file.write_all(value.as_bytes())).map_err(|error| Fault {
         status: 500,
         message: format!("{file} of guest {} cannot become {value:?}: {error}.", guest.name),
     })
@@ -366,22 +413,70 @@ mod tests {
     use super::*;
     use crate::testing::{self, ID};
 
+    /// A guest that runs, whose control group is a directory with these files.
+    fn running_in(fleet: &Fleet, group: &Path, files: &[(&str, &str)]) -> Arc<Guest> {
+        testing::guest(fleet, ID, |record| record.state = State::Running);
+        let record = fleet.by_id(ID).unwrap().lock().record.clone();
+        let mut guest = Guest::new(&fleet.config, &fleet.store, record);
+        guest.places.group = group.to_owned();
+        guest.lock().is_made = true;
+        for (file, text) in files {
+            fs::write(group.join(file), text).unwrap();
+        }
+        Arc::new(guest)
+    }
+
+    fn limiting(limits: Limits) -> GuestUpdate {
+        GuestUpdate { limits: Some(limits), ..GuestUpdate::default() }
+    }
+
     #[test]
     fn limits_that_are_taken_from_a_running_guest_are_the_kernel_s_own_again() {
         let (place, fleet) = testing::fleet();
-        testing::guest(&fleet, ID, |record| record.state = State::Running);
-        let record = fleet.by_id(ID).unwrap().lock().record.clone();
-        let mut guest = Guest::new(&fleet.config, &fleet.store, record);
-        guest.places.group = place.path().to_owned();
-        guest.lock().is_made = true;
-        let guest = Arc::new(guest);
-        let file = |name: &str| std::fs::read_to_string(place.path().join(name)).unwrap();
-        let weight = Limits { cpu_weight: Some(7), io_weight: Some(8), ..Limits::default() };
-        for (limits, weights) in [(weight, ("7", "default 8")), (Limits::default(), ("100", "default 100"))] {
-            let update = GuestUpdate { limits: Some(limits), ..GuestUpdate::default() };
-            fleet.update(&guest, update).unwrap();
-            assert_eq!((file("cpu.weight").as_str(), file("io.weight").as_str()), weights);
+        let files = ["cpu.max", "cpu.weight", "io.weight", "io.bfq.weight"].map(|file| (file, ""));
+        let guest = running_in(&fleet, place.path(), &files);
+        let file = |name: &str| fs::read_to_string(place.path().join(name)).unwrap();
+        let weight = Limits { cpu_weight: Some(7), io_weight: Some(111), ..Limits::default() };
+        for (limits, weights) in [
+            (weight, ["7", "default 111", "default 101"]),
+            (Limits::default(), ["100", "default 100", "default 100"]),
+        ] {
+            fleet.update(&guest, limiting(limits)).unwrap();
+            assert_eq!(["cpu.weight", "io.weight", "io.bfq.weight"].map(file), weights);
         }
+    }
+
+    #[test]
+    fn a_running_guest_gets_all_of_its_new_limits_or_none() {
+        let (place, fleet) = testing::fleet();
+        let guest = running_in(&fleet, place.path(), &[("cpu.max", "max 100000\n"), ("cpu.weight", "100\n")]);
+        let file = |name: &str| fs::read_to_string(place.path().join(name));
+        let before = guest.lock().record.clone();
+        let limits = Limits { cpu_percent: Some(50), cpu_weight: Some(7), io_weight: Some(8) };
+        let is_as_before = || {
+            let cpu = ["cpu.max", "cpu.weight"].map(|name| file(name).unwrap().trim().to_owned());
+            assert_eq!(cpu, ["max 100000", "100"]);
+            assert_eq!(guest.lock().record, before);
+        };
+
+        // Which of both is the test's host's to say.
+        let fault = fleet.update(&guest, limiting(limits)).unwrap_err();
+        assert!(fault.status == 409 && fault.message.contains("no io.weight: "), "{fault:?}");
+        assert!(fault.message.ends_with("Nothing is changed."), "{fault:?}");
+        is_as_before();
+        fs::write(place.path().join("cgroup.controllers"), "cpu io").unwrap();
+        let fault = fleet.update(&guest, limiting(limits)).unwrap_err();
+        assert!(fault.message.contains("io.weight: this host's kernel does not have it"), "{fault:?}");
+        assert!(file("io.weight").is_err());
+
+        // It can be read, and nobody can write it.
+        std::os::unix::fs::symlink("/proc/version", place.path().join("io.weight")).unwrap();
+        let fault = fleet.update(&guest, limiting(limits)).unwrap_err();
+        assert!(fault.status == 500 && fault.message.contains("cannot become \"default 8\""), "{fault:?}");
+        is_as_before();
+        let cpu = Limits { io_weight: None, ..limits };
+        fleet.update(&guest, limiting(cpu)).unwrap();
+        assert_eq!(file("cpu.max").unwrap(), "50000 100000");
     }
 
     #[test]

@@ -38,6 +38,10 @@ const CID: u32 = 3;
 /// As pipes are opened whose other end is the VMM's. For writing too: without anybody who could write, which a VMM brings about
 /// by closing its end, a pipe is always ready, and the loop would never rest.
 const READ: OFlags = OFlags::RDWR.union(OFlags::NONBLOCK);
+/// Of a control group that nobody gave another weight.
+pub const USUAL_WEIGHT: u32 = 100;
+/// The weight that the disks' scheduler BFQ goes by.
+const BFQ_WEIGHT: &str = "io.bfq.weight";
 /// The period in which a share of processors is counted, in microseconds; the kernel's default.
 const CPU_PERIOD: u64 = 100_000;
 
@@ -108,7 +112,9 @@ pub fn spawn(
         .args(["--uid", &record.uid.to_string(), "--gid", &record.uid.to_string(), "--chroot-base-dir"])
         .arg(cell::cells(config))
         .args(["--cgroup-version", "2", "--parent-cgroup", &config.control_group]);
-    for (file, value) in group_settings(record.memory_mib, &record.limits) {
+    // The group is not there yet, and has what the one that it comes to has.
+    let with_bfq = has_bfq(places.group.parent().unwrap_or(&places.group));
+    for (file, value) in group_settings(record.memory_mib, &record.limits, with_bfq) {
         command.arg("--cgroup").arg(format!("{file}={value}"));
     }
     let mut files = vec![
@@ -312,15 +318,15 @@ pub fn group_memory(memory_mib: u32) -> u64 {
 }
 
 /// Files of a control group and what is written into them: its start's.
-fn group_settings(memory_mib: u32, limits: &Limits) -> Vec<(&'static str, String)> {
+fn group_settings(memory_mib: u32, limits: &Limits, with_bfq: bool) -> Vec<(&'static str, String)> {
     let memory = group_memory(memory_mib).to_string();
     let mut settings = vec![("memory.max", memory), ("pids.max", MAX_THREADS.to_string())];
-    settings.extend(group_limits(limits));
+    settings.extend(group_limits(limits, with_bfq));
     settings
 }
 
 /// The same, of what can be changed.
-pub fn group_limits(limits: &Limits) -> Vec<(&'static str, String)> {
+pub fn group_limits(limits: &Limits, with_bfq: bool) -> Vec<(&'static str, String)> {
     let cpu = match limits.cpu_percent {
         Some(percent) => format!("{} {CPU_PERIOD}", u64::from(percent) * CPU_PERIOD / 100),
         None => format!("max {CPU_PERIOD}"),
@@ -329,7 +335,22 @@ pub fn group_limits(limits: &Limits) -> Vec<(&'static str, String)> {
     settings.extend(limits.cpu_weight.map(|weight| ("cpu.weight", weight.to_string())));
     // Without it nobody needs the controller, which some hosts lack.
     settings.extend(limits.io_weight.map(|weight| ("io.weight", format!("default {weight}"))));
+    let bfq = limits.io_weight.filter(|_| with_bfq);
+    settings.extend(bfq.map(|weight| (BFQ_WEIGHT, format!("default {}", bfq_weight(weight)))));
     settings
+}
+
+/// Whether the scheduler BFQ is in the kernel, which has a weight of its own: that of `io.weight` is blk-iocost's.
+pub fn has_bfq(group: &Path) -> bool {
+    group.join(BFQ_WEIGHT).exists()
+}
+
+/// A weight in BFQ's numbers, from 1 to 1000 with 100 in the same place: as systemd has it.
+fn bfq_weight(weight: u32) -> u32 {
+    match weight.checked_sub(USUAL_WEIGHT) {
+        None => weight,
+        Some(above) => USUAL_WEIGHT + above * (1000 - USUAL_WEIGHT) / (10_000 - USUAL_WEIGHT),
+    }
 }
 
 #[cfg(test)]
@@ -433,12 +454,21 @@ mod tests {
     #[test]
     fn a_group_gets_the_memory_of_the_guest_and_of_its_vmm_and_the_share_that_was_asked_for() {
         let limits = Limits { cpu_percent: Some(150), cpu_weight: None, io_weight: Some(10) };
-        let settings = group_settings(512, &limits);
+        let settings = group_settings(512, &limits, false);
         assert!(settings.contains(&("memory.max", ((512 + OVERHEAD_MIB) << 20).to_string())));
         assert!(settings.contains(&("cpu.max", "150000 100000".into())));
         assert!(settings.contains(&("io.weight", "default 10".into())));
-        let without = group_settings(512, &Limits::default());
+        assert!(!settings.iter().any(|(file, _)| *file == BFQ_WEIGHT));
+        assert!(group_settings(512, &limits, true).contains(&(BFQ_WEIGHT, "default 10".into())));
+        let without = group_settings(512, &Limits::default(), true);
         assert!(without.contains(&("cpu.max", "max 100000".into())));
         assert!(!without.iter().any(|(file, _)| file.starts_with("io.")));
+    }
+
+    #[test]
+    fn a_weight_of_disks_has_its_place_among_those_of_bfq() {
+        for (weight, bfq) in [(1, 1), (99, 99), (100, 100), (111, 101), (5050, 550), (10_000, 1000)] {
+            assert_eq!(bfq_weight(weight), bfq);
+        }
     }
 }

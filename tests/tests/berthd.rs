@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent::protocol::Exit;
 use api_socket::fleet::{self, Disk, GuestUpdate, NewGuest, Outcome, Restart, State, Stop};
@@ -160,6 +160,70 @@ fn a_guest_that_runs_is_given_memory_and_disks_and_gives_them_back() {
     assert_eq!(run(&daemon, "head -n 1 /dev/vdb; cat /sys/block/vdc/serial"), "kept\nlater");
     daemon.client().remove("web", true).unwrap();
     assert_eq!(daemon.traces(), nothing);
+}
+
+#[test]
+fn what_a_guest_writes_is_counted_and_its_share_of_disks_changes_as_it_runs() {
+    let daemon = Daemon::start("");
+    daemon.import();
+    let file = |guest: &fleet::Guest, name: &str| {
+        let path = daemon.group().join(&guest.id).join(name);
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    };
+    // It has no limits.
+    let guest = daemon.guest("web");
+    file(&guest, "io.stat");
+    run(
+        &daemon,
+        "modprobe virtio_blk || lsmod | grep -q virtio_blk; until [ -b /dev/vda ]; do sleep 0.1; done",
+    );
+    // What comes by the host's page cache is counted for whose the file is, and the daemon made it: it becomes the guest's by
+    // and by, as that is who writes to it.
+    let begin = Instant::now();
+    let stats = loop {
+        run(&daemon, "dd if=/dev/urandom of=/dev/vda bs=64k count=8 conv=fsync 2> /dev/null");
+        let stats = daemon.client().guest_stats("web").unwrap();
+        if stats.written_bytes >= 512 << 10 {
+            break stats;
+        }
+        assert!(begin.elapsed() < limits::COMMAND, "{stats:?}, {:?}", file(&guest, "io.stat"));
+    };
+    let metrics = daemon.client().metrics().unwrap();
+    let told = metrics.lines().find_map(|line| {
+        line.strip_prefix("berth_guest_written_bytes_total{guest=\"web\"} ")?.parse::<u64>().ok()
+    });
+    assert!(told >= Some(stats.written_bytes), "{metrics}");
+
+    let limited = |io_weight| fleet::Limits { cpu_percent: Some(50), io_weight, ..fleet::Limits::default() };
+    let update = |io_weight| {
+        let update = GuestUpdate { limits: Some(limited(io_weight)), ..GuestUpdate::default() };
+        daemon.client().update("web", update).unwrap()
+    };
+    assert_eq!(update(Some(50)).limits, limited(Some(50)));
+    assert_eq!(
+        (file(&guest, "cpu.max").as_str(), file(&guest, "io.weight").as_str()),
+        ("50000 100000\n", "default 50\n")
+    );
+
+    // BFQ has a file of its own, and numbers.
+    assert!(Command::new("modprobe").arg("bfq").status().unwrap().success());
+    update(Some(5050));
+    assert_eq!(
+        (file(&guest, "io.weight").as_str(), file(&guest, "io.bfq.weight").as_str()),
+        ("default 5050\n", "default 550\n")
+    );
+    update(None);
+    assert_eq!(
+        (file(&guest, "io.weight").as_str(), file(&guest, "io.bfq.weight").as_str()),
+        ("default 100\n", "default 100\n")
+    );
+    let new = NewGuest { limits: limited(Some(10_000)), ..small("other") };
+    let other = daemon.client().create(new).unwrap();
+    daemon.client().start("other").unwrap();
+    assert_eq!(
+        (file(&other, "io.weight").as_str(), file(&other, "io.bfq.weight").as_str()),
+        ("default 10000\n", "default 1000\n")
+    );
 }
 
 /// Has the shell of guest web do this, and fails where it fails.
