@@ -181,12 +181,12 @@ fn a_killed_vmm_loses_nothing_of_an_unsafe_drive() {
     let image = images.create("image", 32 * MIB, &[]);
     let drive = Drive { cache_type: CacheType::Unsafe, ..qcow2("image", &image) };
     let mut guest = Guest::booted(with(vec![drive.clone()]));
-    guest.run("head -c 8M /dev/urandom > /run/kept; dd if=/run/kept of=/dev/vda bs=1M oflag=direct");
+    guest.run("head -c 8388608 /dev/urandom > /run/kept && dd if=/run/kept of=/dev/vda bs=1M oflag=direct");
     let sum = guest.run("md5sum < /run/kept");
     guest.vmm.kill();
     assert!([CLEAN, LEAKS].contains(&check(&image)));
     let mut guest = Guest::booted(with(vec![drive]));
-    assert_eq!(guest.run("head -c 8M /dev/vda | md5sum"), sum);
+    assert_eq!(guest.run("head -c 8388608 /dev/vda | md5sum"), sum);
     guest.power_off();
 }
 
