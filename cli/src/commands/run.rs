@@ -41,9 +41,8 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
         Ok(made) => made,
         Err(signal) => return Ok(Exit::signal(signal)),
     };
-    let end = End { daemon, guest: &made, signals: &signals, removes: args.rm };
+    let end = End { daemon, berthd: Berthd::of(daemon), guest: &made, signals: &signals, removes: args.rm };
     let (client, id) = (daemon.clone(), made.id.clone());
-    let berthd = Berthd::of(daemon);
     let started = match Work::begin(move || client.start(&id)).wait(&signals) {
         Ok(started) => started.about(&made.name),
         Err((signal, starting)) => {
@@ -65,15 +64,15 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
         return output::print(&format!("{}\n", made.id)).map(|()| Exit::Ok);
     }
 
-    // From here on the guest is there for the command, and whatever goes wrong, it ends.
+    // From here on the guest is there for the command, and whatever goes wrong but for berthd, it ends.
     let inside = inside(args);
     let (client, id, on_terminal) = (daemon.clone(), made.id.clone(), exec::wants_terminal(&inside));
     let stream = match signals.during(move || reach::ready(&client, &id, on_terminal)) {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
-            end.by_force();
             let remedy = error.remedy.or_else(|| Some(format!("see what it said: berth logs {}", made.name)));
-            return Err(Error { what: made.name.clone(), remedy: remedy.filter(|_| !args.rm), ..error });
+            let error = Error { what: made.name.clone(), remedy: remedy.filter(|_| !args.rm), ..error };
+            return Err(end.failed(error));
         }
         Err(signal) => {
             end.by_force();
@@ -84,10 +83,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
     let command = command(args);
     let ending = match exec::inside(&made.name, &stream, &inside, command, &signals) {
         Ok(ending) => ending,
-        Err(error) => {
-            end.by_force();
-            return Err(error);
-        }
+        Err(error) => return Err(end.failed(error)),
     };
     match ending {
         Ending::Exit(ended) if args.detach => match exec::code(ended) {
@@ -119,9 +115,7 @@ fn live(daemon: &Client, args: &Run) -> Result<Exit> {
             end.by_force();
             Ok(Exit::signal(signal))
         }
-        // Nobody wants the guest to end.
-        Ending::Broken(_) if berthd.has_ended() => Err(ended_with_it("the command", &made.name)
-            .remedy(format!("see to it: berth exec {0} -- sh, or berth stop {0}", made.name))),
+        Ending::Broken(_) if end.berthd.has_ended() => Err(end.is_berthds()),
         Ending::Broken(why) => match end.gently()? {
             // A person who powers the guest off is done with it.
             how if args.command.is_empty() => {
@@ -156,6 +150,7 @@ fn inside(args: &Run) -> Inside {
 /// The end of a guest that was there for a command.
 struct End<'a> {
     daemon: &'a Client,
+    berthd: Berthd<'a>,
     guest: &'a Guest,
     signals: &'a Signals,
     removes: bool,
@@ -187,6 +182,22 @@ impl End<'_> {
             Ok(guest) => guest.state == State::Stopped || guest.state == State::Removing,
             Err(error) => matches!(error, ClientError::Refused(fault) if fault.status == 404),
         }
+    }
+
+    /// What went wrong ends the guest, unless it was the end of the berthd that was asked.
+    fn failed(&self, error: Error) -> Error {
+        if self.berthd.has_ended() {
+            return self.is_berthds();
+        }
+        self.by_force();
+        error
+    }
+
+    /// Nobody wants the guest to end for that.
+    fn is_berthds(&self) -> Error {
+        let name = &self.guest.name;
+        ended_with_it("the command", name)
+            .remedy(format!("see to it: berth exec {name} -- sh, or berth stop {name}"))
     }
 
     /// What went wrong is told already, and more than this cannot be done.

@@ -320,6 +320,10 @@ fn answer(shared: &Arc<Mutex<Inner>>, request: Request, body: &mut dyn Read) -> 
         }
         Request::Vsock { guest: name, port, .. } => {
             assert_eq!(port, protocol::PORT);
+            if inner.guests.get(&name).is_some_and(|guest| guest.name == "orphan") {
+                inner.restarts += 1;
+                return fault(504, "Nobody listens.");
+            }
             let shared = shared.clone();
             with(&mut inner, &name, |guest| match guest.state {
                 State::Running => {

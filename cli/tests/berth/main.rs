@@ -446,6 +446,10 @@ fn what_ends_with_berthd_is_told_as_such_and_no_guest_is_stopped_for_it() {
     assert!(code == 125 && error.contains("berthd") && error.contains("berth stop one"), "{code} {error}");
     assert_eq!(daemon.asked(), ["create one", "start one"]);
     assert_eq!(daemon.state("one"), Some(State::Running));
+    // Nor while it boots.
+    let (code, _, error) = says(daemon.berth(&["run", "--rm", "--name", "orphan", "debian", "true"]));
+    assert!(code == 125 && error.contains("berth stop orphan"), "{code} {error}");
+    assert_eq!(daemon.state("orphan"), Some(State::Running));
     let (code, _, error) = says(daemon.berth(&["exec", "one", "play-restart"]));
     assert!(code == 125 && error.contains("the guest goes on"), "{code} {error}");
     let (code, output, error) = fed(daemon.berth(&["console", "one"]), b"ar");
