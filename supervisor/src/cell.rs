@@ -153,16 +153,14 @@ pub fn prepare_groups(config: &Config) -> io::Result<()> {
             format!("{GROUPS} has no control groups of version 2: mount cgroup2 there (systemd.unified_cgroup_hierarchy=1)"),
         )
     })?;
-    let missing: Vec<_> = ["cpu", "memory", "pids"]
-        .into_iter()
-        .filter(|name| !controllers.split_whitespace().any(|one| one == *name))
-        .collect();
+    let missing: Vec<_> =
+        ["cpu", "memory", "pids"].into_iter().filter(|name| !lists(&controllers, name)).collect();
     if !missing.is_empty() {
         return Err(io::Error::other(format!("{GROUPS} lacks the controllers {}", missing.join(", "))));
     }
     fs::create_dir_all(root.join(&config.control_group))?;
     // The jailer asks for the controllers of those limits only that a guest has.
-    if has_controller(root, IO)
+    if lists(&controllers, IO)
         && let Err(error) = pass_on(IO, root, &config.control_group)
     {
         log::warn!("What guests read and write is not counted, and they have no share of disks: {error}");
@@ -172,11 +170,11 @@ pub fn prepare_groups(config: &Config) -> io::Result<()> {
 
 /// Whether a group has a controller.
 pub fn has_controller(group: &Path, controller: &str) -> bool {
-    lists(&group.join("cgroup.controllers"), controller).unwrap_or(false)
+    fs::read_to_string(group.join("cgroup.controllers")).is_ok_and(|all| lists(&all, controller))
 }
 
-fn lists(file: &Path, controller: &str) -> io::Result<bool> {
-    Ok(fs::read_to_string(file)?.split_whitespace().any(|one| one == controller))
+fn lists(controllers: &str, controller: &str) -> bool {
+    controllers.split_whitespace().any(|one| one == controller)
 }
 
 /// Lets the groups in this one below the root have a controller. Where a group on the way does not let it, those below it are
@@ -186,7 +184,7 @@ fn pass_on(controller: &str, root: &Path, group: &str) -> io::Result<()> {
     let names = Path::new(group).iter().map(Some);
     for name in names.chain([None]) {
         let file = at.join("cgroup.subtree_control");
-        let pass_on = || match lists(&file, controller)? {
+        let pass_on = || match lists(&fs::read_to_string(&file)?, controller) {
             true => Ok(()),
             false => File::options().write(true).open(&file)?.write_all(format!("+{controller}").as_bytes()),
         };

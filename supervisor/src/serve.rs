@@ -242,7 +242,7 @@ fn must_have_process(guest: &Guest) -> Result<(), Fault> {
     let message = match (state, guest.last_end()) {
         // Also one that is removed by now: whoever asks had it before.
         (State::Removing, Some(end)) => {
-            format!("Guest {name} is removed: it has ended ({}): {}", end.outcome.as_str(), end.reason)
+            format!("Guest {name} is removed. Its last end: {}: {}", end.outcome.as_str(), end.reason)
         }
         (State::Removing, None) => format!("Guest {name} is being removed."),
         _ if state.has_process() => return Ok(()),

@@ -8,7 +8,7 @@ use api_socket::fleet::routes::Log;
 use api_socket::fleet::{Client, Event, Guest, State};
 
 use crate::args::{Events, Inspect, Logs, Ps, Version};
-use crate::daemon::About;
+use crate::daemon::{About, broken};
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::output::table::Table;
@@ -89,7 +89,7 @@ pub fn inspect(daemon: &Client, args: &Inspect) -> Result<Exit> {
 pub fn logs(daemon: &Client, args: &Logs) -> Result<Exit> {
     let guest = args.guest.as_str();
     let of = if args.vmm { Log::Vmm } else { Log::Console };
-    let broken = |source| crate::daemon::broken(daemon, source);
+    let broken = |source| broken(daemon, source);
     let mut stream = daemon.logs(guest, of, args.follow).about(guest)?;
     // Whoever reads this may take the time that a person takes, for which berthd does not wait: what is kept is ours first.
     let mut log = Vec::new();

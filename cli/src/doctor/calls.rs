@@ -5,14 +5,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use super::facts::Trouble;
+use super::facts::{Trouble, within};
 
 /// A guest of a few instructions needs less than a millisecond; one that has not ended by then hangs.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -45,11 +44,8 @@ struct Memory([u8; MEMORY]);
 /// # Errors
 /// How far it came.
 pub fn run_guest() -> Result<(), Trouble> {
-    let (done, outcome) = channel();
-    // A guest that hangs keeps its thread until this process ends, which is soon.
-    std::thread::spawn(move || done.send(guest()));
-    let hangs = |_| Trouble::Other(format!("the trial guest hangs; it was given {} s", LIMIT.as_secs()));
-    outcome.recv_timeout(LIMIT).map_err(hangs)?
+    let hangs = || Trouble::Other(format!("the trial guest hangs; it was given {} s", LIMIT.as_secs()));
+    within(LIMIT, guest).ok_or_else(hangs)?
 }
 
 fn guest() -> Result<(), Trouble> {

@@ -181,6 +181,16 @@ fn open(path: &str) -> Tried {
     tried(File::options().read(true).write(true).open(path).map(drop))
 }
 
+/// What this work gives, if it gives it in time. What hangs keeps its thread until this process ends, which is soon.
+pub(super) fn within<T: Send + 'static>(
+    patience: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let (done, outcome) = channel();
+    std::thread::spawn(move || done.send(work()));
+    outcome.recv_timeout(patience).ok()
+}
+
 fn droppers(nft: &Path) -> Result<Vec<Chain>, Trouble> {
     let mut command = Command::new(nft);
     command.args(["--json", "--terse", "list", "ruleset"]);
@@ -197,42 +207,40 @@ fn said(mut command: Command, patience: Duration) -> Result<String, Trouble> {
         .stderr(Stdio::null())
         .spawn()
         .map_err(|error| Trouble::of(&error))?;
-    let (done, text) = channel();
     let output = child.stdout.take();
-    std::thread::spawn(move || {
+    let text = within(patience, move || {
         let mut text = String::new();
         let read = output.map_or(Ok(0), |output| output.take(MAX_LISTING).read_to_string(&mut text));
-        done.send(read.map(|_| text))
+        read.map(|_| text)
     });
-    let text = text.recv_timeout(patience);
-    if text.is_err() {
+    if text.is_none() {
         let _ = child.kill();
     }
     let status = child.wait().map_err(|error| Trouble::of(&error))?;
     match text {
-        Ok(text) if status.success() => text.map_err(|error| Trouble::of(&error)),
-        Ok(_) => Err(Trouble::Other(format!("it fails: {status}"))),
-        Err(_) => Err(Trouble::Other(format!("it does not end within {} s", patience.as_secs_f32()))),
+        Some(text) if status.success() => text.map_err(|error| Trouble::of(&error)),
+        Some(_) => Err(Trouble::Other(format!("it fails: {status}"))),
+        None => Err(Trouble::Other(format!("it does not end within {} s", patience.as_secs_f32()))),
     }
 }
 
 fn ask(socket: &Path, patience: Duration) -> Tried {
     let other = |why: String| Err(Trouble::Other(why));
-    let (done, answer) = channel();
     let daemon = Client::new(socket);
-    // On a thread, since there is no limit of time for a connection: one to a queue that is full waits. It ends with us.
-    std::thread::spawn(move || done.send(daemon.version()));
-    match answer.recv_timeout(patience) {
-        Ok(Ok(_)) => Ok(()),
-        Ok(Err(ClientError::Io { source, .. })) => match source.kind() {
+    // A client's own limit is none for its connection: one to a queue that is full waits.
+    let Some(answer) = within(patience, move || daemon.version()) else {
+        return other(format!("it does not answer within {} s", patience.as_secs_f32()));
+    };
+    match answer {
+        Ok(_) => Ok(()),
+        Err(ClientError::Io { source, .. }) => match source.kind() {
             io::ErrorKind::UnexpectedEof => other("it goes away without an answer".into()),
             io::ErrorKind::InvalidData => other(format!("its answer is not understood: {source}")),
             _ => Err(Trouble::of(&source)),
         },
-        Ok(Err(ClientError::Protocol(why))) => other(format!("its answer is not understood: {why}")),
-        Ok(Err(ClientError::Refused(fault))) => other(fault.message),
-        Ok(Err(ClientError::Source(error))) => other(error.to_string()),
-        Err(_) => other(format!("it does not answer within {} s", patience.as_secs_f32())),
+        Err(ClientError::Protocol(why)) => other(format!("its answer is not understood: {why}")),
+        Err(ClientError::Refused(fault)) => other(fault.message),
+        Err(ClientError::Source(error)) => other(error.to_string()),
     }
 }
 
